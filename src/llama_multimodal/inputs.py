@@ -1,0 +1,115 @@
+"""What a model reads: tokens, and the tiles of every image packed one after the other.
+
+Shapes: B rows · T tokens · N images in the batch · M real tiles in the batch · S side of a tile in pixels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .errors import PromptError
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """How one image was cut: its tiles lie row by row in `ModelInputs.tiles`."""
+
+    rows: int
+    columns: int
+    row: int = 0  # the batch row it belongs to
+
+    @property
+    def num_tiles(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One batch. Rows are padded on the right; images are ordered by row, then by place in the row.
+
+    `visible[b, t] = (first, end)` is the range of images *of row b* that token t may see; `first == end` is none.
+    It stays on the CPU: loops over it must not wait for a device.
+    """
+
+    tokens: Tensor  # [B, T] int64
+    positions: Tensor  # [B, T] int64
+    lengths: tuple[int, ...]  # real tokens in each row
+    tiles: Tensor  # [M, 3, S, S], normalised pixels; M = 0 for text only
+    images: tuple[ImageLayout, ...]  # N
+    visible: Tensor  # [B, T, 2] int64, on the CPU
+
+    @property
+    def num_rows(self) -> int:
+        return self.tokens.shape[0]
+
+    def images_per_row(self) -> list[int]:
+        counts = [0] * self.num_rows
+        for image in self.images:
+            counts[image.row] += 1
+        return counts
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ModelInputs:
+        """Move to a device; `dtype` applies to the tiles."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            positions=self.positions.to(device),
+            tiles=self.tiles.to(device=device, dtype=dtype),
+        )
+
+
+def visible_images(tokens: Sequence[int], image_token_id: int) -> list[tuple[int, int]]:
+    """The range of images each token may see (Meta's `create_vision_mask`).
+
+    An image is seen from its own token to the next image's token; consecutive images share the later one's end.
+    So a token sees the latest run of adjacent image tokens, as far as that run has come.
+    """
+    visible, first, count = [], 0, 0
+    previous_was_image = False
+    for token in tokens:
+        is_image = token == image_token_id
+        if is_image:
+            if not previous_was_image:
+                first = count
+            count += 1
+        visible.append((first, count))
+        previous_was_image = is_image
+    return visible
+
+
+def batch_inputs(
+    rows: Sequence[Sequence[int]],
+    tiles: Tensor,
+    images: Sequence[ImageLayout],
+    *,
+    image_token_id: int,
+    pad_token_id: int,
+) -> ModelInputs:
+    """Pad token rows into one batch and work out what each token may see.
+
+    Raises:
+        PromptError: an empty row, or a row whose image tokens and images differ in number.
+    """
+    given = [0] * len(rows)
+    for image in images:
+        given[image.row] += 1
+    width = max((len(row) for row in rows), default=0)
+    tokens = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
+    visible = torch.zeros(len(rows), width, 2, dtype=torch.int64)
+    for b, row in enumerate(rows):
+        if len(row) == 0:
+            raise PromptError(f"row {b} has no tokens; a prompt needs at least one")
+        placeholders = sum(token == image_token_id for token in row)
+        if placeholders != given[b]:
+            raise PromptError(
+                f"row {b} has {placeholders} image placeholders (token {image_token_id}) but {given[b]} images were"
+                " given; give one image for each placeholder"
+            )
+        tokens[b, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
+        visible[b, : len(row)] = torch.tensor(visible_images(row, image_token_id))
+    positions = torch.arange(width).expand(len(rows), width).contiguous()
+    return ModelInputs(tokens, positions, tuple(len(row) for row in rows), tiles, tuple(images), visible)

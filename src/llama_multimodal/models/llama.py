@@ -1,0 +1,223 @@
+"""The Llama decoder: self-attention blocks, and gated cross-attention blocks that read an image.
+
+Shapes: B rows · T tokens · E hidden size · H query heads · Hkv key heads · D head dim · S vision tokens in the batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..cache import CrossAttentionCache, SelfAttentionCache
+from ..config import TextConfig
+from ..errors import PromptError
+from ..ops import Span
+from .layers import Linear, RMSNorm, merge_heads, split_heads
+
+
+class SelfAttention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        size, kv_size = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(size, size, bias=False)
+        self.k_proj = Linear(size, kv_size, bias=False)
+        self.v_proj = Linear(size, kv_size, bias=False)
+        self.o_proj = Linear(size, size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, E]
+        angles: tuple[Tensor, Tensor],
+        positions: Tensor,
+        mask: Tensor | None,
+        cache: SelfAttentionCache | None,
+        layer: int,
+    ) -> Tensor:
+        q = split_heads(self.q_proj(x), self.num_heads)  # [B, H, T, D]
+        k = split_heads(self.k_proj(x), self.num_kv_heads)  # [B, Hkv, T, D]
+        v = split_heads(self.v_proj(x), self.num_kv_heads)
+        q, k = ops.apply_rope(q, k, *angles)
+        if cache is None:
+            return self.o_proj(merge_heads(ops.attention(q, k, v, causal=True)))
+        k, v = cache.write(layer, k, v, positions)
+        if mask is None:  # a whole prompt: nothing before it, so the fresh keys are all there is
+            k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
+        else:
+            k, v = k[:, :, : mask.shape[-1]], v[:, :, : mask.shape[-1]]
+        return self.o_proj(merge_heads(ops.attention(q, k, v, causal=mask is None, mask=mask)))
+
+
+class CrossAttention(nn.Module):
+    """Attention from text to vision tokens, with per-head norms on queries and keys and no positions."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        size, kv_size = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(size, size, bias=False)
+        self.k_proj = Linear(size, kv_size, bias=False)
+        self.v_proj = Linear(size, kv_size, bias=False)
+        self.o_proj = Linear(size, size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of vision tokens: [S, E] → two of [Hkv, S, D]."""
+        k = split_heads(self.k_proj(features)[None], self.num_kv_heads)[0]
+        v = split_heads(self.v_proj(features)[None], self.num_kv_heads)[0]
+        return self.k_norm(k), v
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span]) -> Tensor:
+        q = self.q_norm(split_heads(self.q_proj(x), self.num_heads))  # [B, H, T, D]
+        return self.o_proj(merge_heads(ops.cross_attention(q, k, v, spans)))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class SelfAttentionBlock(nn.Module):
+    """Pre-norm Llama block."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = SelfAttention(config)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+
+    def forward(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        positions: Tensor,
+        mask: Tensor | None,
+        cache: SelfAttentionCache | None,
+        layer: int,
+    ) -> Tensor:
+        x = x + self.attention(self.input_norm(x), angles, positions, mask, cache, layer)
+        return x + self.mlp(self.post_attention_norm(x))
+
+
+class CrossAttentionBlock(nn.Module):
+    """Gated cross-attention and feed-forward; a token that sees no image passes unchanged."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = CrossAttention(config)
+        self.attention_gate = nn.Parameter(torch.zeros(1))
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.mlp_gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], sees_image: Tensor) -> Tensor:
+        # `cross_attention` already returns zeros for tokens outside every span, and `o_proj` has no bias.
+        x = x + self.attention_gate.tanh() * self.attention(self.input_norm(x), k, v, spans)
+        return x + self.mlp_gate.tanh() * self.mlp(self.post_attention_norm(x)) * sees_image
+
+
+class LlamaDecoder(nn.Module):
+    """Embedding, blocks, final norm and LM head."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size + config.num_extra_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(
+            CrossAttentionBlock(config) if i in config.cross_attention_layers else SelfAttentionBlock(config)
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def project_images(self, features: Tensor, cache: CrossAttentionCache) -> None:
+        """Fill a cross-attention cache from image features [S, E]."""
+        for layer in self.config.cross_attention_layers:
+            block = self.layers[layer]
+            assert isinstance(block, CrossAttentionBlock)
+            k, v = block.attention.project(features)
+            cache.keys.append(k)
+            cache.values.append(v)
+
+    def forward(
+        self,
+        tokens: Tensor,  # [B, T]
+        positions: Tensor,  # [B, T]
+        visible: Tensor,  # [B, T, 2], CPU
+        cross_cache: CrossAttentionCache | None = None,
+        self_cache: SelfAttentionCache | None = None,
+        last_token_of: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Logits [B, T, vocab]; with `last_token_of` (one index a row) only that token's, [B, 1, vocab].
+
+        Raises:
+            PromptError: a position past `max_position_embeddings` or past the cache.
+        """
+        x = self.embedding(tokens)  # [B, T, E]
+        mask = self._cache_mask(positions, self_cache)
+        frequencies = ops.rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+        angles = ops.rope_angles(positions, frequencies.to(x.device))
+        spans = image_spans(visible, cross_cache) if cross_cache else []
+        sees_image = (visible[..., 0] < visible[..., 1])[..., None].to(x.device, x.dtype)  # [B, T, 1]
+        self_layer = cross_layer = 0
+        for block in self.layers:
+            if isinstance(block, SelfAttentionBlock):
+                x = block(x, angles, positions, mask, self_cache, self_layer)
+                self_layer += 1
+            else:
+                if cross_cache is not None and spans:
+                    x = block(x, cross_cache.keys[cross_layer], cross_cache.values[cross_layer], spans, sees_image)
+                cross_layer += 1
+        if last_token_of is not None:
+            x = x[torch.arange(x.shape[0]), torch.as_tensor(last_token_of)][:, None]
+        return self.lm_head(self.norm(x))
+
+    def _cache_mask(self, positions: Tensor, cache: SelfAttentionCache | None) -> Tensor | None:
+        """Which cache slots each query may read: bool [B, 1, T, slots]; None when the call starts every row."""
+        if positions.device.type == "meta":
+            return None
+        end = int(positions.max()) + 1
+        if end > self.config.max_position_embeddings:
+            raise PromptError(
+                f"position {end - 1} is past the model's context of {self.config.max_position_embeddings} tokens;"
+                " shorten the prompt or lower max_new_tokens"
+            )
+        if cache is None:
+            return None
+        cache.check_room(end)
+        if int(positions[:, 0].max()) == 0:
+            return None
+        slots = torch.arange(end, device=positions.device)
+        return slots <= positions[:, None, :, None]
+
+
+def image_spans(visible: Tensor, cache: CrossAttentionCache) -> list[Span]:
+    """Runs of tokens that see the same images, as ranges of vision tokens."""
+    spans = []
+    for row, ranges in enumerate(visible.tolist()):
+        start = 0
+        for t in range(1, len(ranges) + 1):
+            if t < len(ranges) and ranges[t] == ranges[start]:
+                continue
+            first, end = ranges[start]
+            if end > first:
+                spans.append(Span(row, start, t, *cache.key_range(row, first, end)))
+            start = t
+    return spans

@@ -1,0 +1,52 @@
+"""Scaled dot-product attention for dense keys.
+
+Shapes: B batch · H query heads · Hkv key heads · T queries · S keys · D head dim
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _dispatch
+from .linear import widens
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
+) -> Tensor:
+    """softmax(q kᵀ / √D + bias) v, grouped-query where Hkv < H.
+
+    q: [B, H, T, D]; k, v: [B, Hkv, S, D] → [B, H, T, D]
+
+    causal: query t sees keys up to t (T = S).
+    mask: bool [B or 1, 1, T, S], True where a query may look; or additive in q's dtype.
+    key_bias: fp32 [S], added to every query's logits; -inf hides a key, log n counts it n times.
+    """
+    return _dispatch.choose("attention", _torch)(q, k, v, causal=causal, mask=mask, key_bias=key_bias)
+
+
+def _torch(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, key_bias: Tensor | None
+) -> Tensor:
+    dtype, heads, kv_heads = q.dtype, q.shape[1], k.shape[1]
+    if key_bias is not None or widens(q):
+        # A bias of log n needs more digits than bf16 has; a CPU without bf16 arithmetic is faster in fp32 anyway.
+        q, k, v = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v))
+    if key_bias is not None:
+        bias = key_bias.to(q.dtype).expand(q.shape[0], 1, q.shape[2], k.shape[2])
+        mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+    if q.shape[2] == 1 and heads != kv_heads and not causal:
+        # One query a head: let the group's queries share a key head, which spares torch a slow path.
+        grouped = q.view(q.shape[0], kv_heads, heads // kv_heads, q.shape[3])
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view(q.shape).to(dtype)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=heads != kv_heads
+    ).to(dtype)

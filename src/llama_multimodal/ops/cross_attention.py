@@ -1,0 +1,53 @@
+"""Ragged cross-attention: each text token reads a contiguous range of packed vision tokens.
+
+Shapes: B rows · H query heads · Hkv key heads · T text tokens · S vision tokens in the batch · D head dim
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import _dispatch
+from .attention import attention
+
+
+@dataclass(frozen=True)
+class Span:
+    """Text tokens [first, end) of one row that read vision tokens [key_first, key_end)."""
+
+    row: int
+    first: int
+    end: int
+    key_first: int
+    key_end: int
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span]) -> Tensor:
+    """Attention over each token's own range of keys, without a mask; tokens in no span get zeros.
+
+    q: [B, H, T, D]; k, v: [Hkv, S, D] → [B, H, T, D]
+    """
+    return _dispatch.choose("cross_attention", _torch)(q, k, v, spans)
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span]) -> Tensor:
+    rows = [[] for _ in range(q.shape[0])]  # type: list[list[Tensor]]
+    filled = [0] * q.shape[0]
+    for span in spans:
+        _pad(rows[span.row], q, span.row, filled[span.row], span.first)
+        keys = slice(span.key_first, span.key_end)
+        queries = q[span.row : span.row + 1, :, span.first : span.end]
+        rows[span.row].append(attention(queries, k[None, :, keys], v[None, :, keys]))
+        filled[span.row] = span.end
+    for row, pieces in enumerate(rows):
+        _pad(pieces, q, row, filled[row], q.shape[2])
+    return torch.cat([torch.cat(pieces, dim=2) for pieces in rows])
+
+
+def _pad(pieces: list[Tensor], q: Tensor, row: int, first: int, end: int) -> None:
+    if end > first:
+        pieces.append(torch.zeros_like(q[row : row + 1, :, first:end]))
