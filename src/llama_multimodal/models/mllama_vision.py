@@ -1,0 +1,197 @@
+"""The tiled vision encoder of Llama 3.2 Vision, computed over fewer tokens than Meta computes it, with the same result.
+
+Meta pads every image to `max_num_tiles` tiles and every tile to a multiple of eight tokens, and its mask blocks
+padding from padding only: real tokens attend to the padding. Three facts make an exact shorter computation
+(docs/exactness.md):
+
+* Padding tokens of equal content evolve equally, so one stands for all n of them, with log n added to its logit.
+* Padding reads the real tokens only, so it needs no mask: one attention call for real queries over all keys, one for
+  padding queries over the real keys.
+* Nothing after the encoder reads padding.
+
+Shapes: N images of one tile count · M real tiles an image · P tokens a tile (patches + 1) · U distinct padding tokens
+E hidden size · H heads · D head dim · S side of a tile in pixels
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import TiledVisionConfig
+from ..inputs import ImageLayout
+from .layers import Linear, merge_heads, split_heads
+
+_TOKEN_MULTIPLE = 8  # Meta pads the tokens of a tile to a multiple of this
+
+
+class VisionAttention(nn.Module):
+    """Attention in which real tokens read everything and padding reads the real tokens."""
+
+    def __init__(self, config: TiledVisionConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        size = config.hidden_size
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Linear(size, size, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor, num_real: int, key_bias: Tensor | None) -> Tensor:
+        q, k, v = (split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        out = ops.attention(q[:, :, :num_real], k, v, key_bias=key_bias)
+        if num_real < x.shape[1]:
+            padding = ops.attention(q[:, :, num_real:], k[:, :, :num_real], v[:, :, :num_real])
+            out = torch.cat((out, padding), dim=2)
+        return self.o_proj(merge_heads(out))
+
+
+class VisionMLP(nn.Module):
+    """Two linear maps with the exact GELU between."""
+
+    def __init__(self, config: TiledVisionConfig) -> None:
+        super().__init__()
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm block; the global blocks also scale each branch by a tanh gate."""
+
+    def __init__(self, config: TiledVisionConfig, gated: bool) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention = VisionAttention(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = VisionMLP(config)
+        self.attention_gate = nn.Parameter(torch.zeros(1)) if gated else None
+        self.mlp_gate = nn.Parameter(torch.zeros(1)) if gated else None
+
+    def forward(self, x: Tensor, num_real: int, key_bias: Tensor | None) -> Tensor:
+        attended = self.attention(self.attention_norm(x), num_real, key_bias)
+        x = x + (attended if self.attention_gate is None else self.attention_gate.tanh() * attended)
+        fed = self.mlp(self.mlp_norm(x))
+        return x + (fed if self.mlp_gate is None else self.mlp_gate.tanh() * fed)
+
+
+class TiledVisionEncoder(nn.Module):
+    """Packed tiles → features of their tokens: the final state and the states *entering* the tapped blocks.
+
+    The embeddings that depend on a tile's place are tables by aspect-ratio id (row 0: no image) and tile.
+    """
+
+    def __init__(self, config: TiledVisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        size, tokens = config.hidden_size, config.num_patches
+        ratios, tiles = len(config.aspect_ratios) + 1, config.max_num_tiles
+        scale = size**-0.5
+        self.patch_embedding = Linear(config.num_channels * config.patch_size**2, size, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(size))
+        self.position_embedding = nn.Parameter(scale * torch.randn(tokens, size))
+        self.position_gate = nn.Parameter(torch.zeros(1))
+        self.tile_position_embedding = nn.Parameter(torch.zeros(ratios, tiles, tokens, size))
+        self.pre_tile_embedding = nn.Parameter(torch.zeros(ratios, tiles, size))
+        self.pre_tile_gate = nn.Parameter(torch.zeros(1))
+        self.post_tile_embedding = nn.Parameter(torch.zeros(ratios, tiles, size))
+        self.post_tile_gate = nn.Parameter(torch.zeros(1))
+        self.pre_norm = nn.LayerNorm(size, eps=config.norm_eps)
+        self.layers = nn.ModuleList(VisionBlock(config, gated=False) for _ in range(config.num_hidden_layers))
+        self.post_norm = nn.LayerNorm(size, eps=config.norm_eps)
+        self.global_layers = nn.ModuleList(VisionBlock(config, gated=True) for _ in range(config.num_global_layers))
+
+    def forward(self, tiles: Tensor, images: Sequence[ImageLayout], *, deduplicate: bool | None = None) -> Tensor:
+        """Features of every real tile's tokens, in the order of the tiles.
+
+        tiles: [tiles, 3, S, S]; images: their layouts → [tiles, P, output_size]
+
+        deduplicate: share equal padding tiles. None decides by the weights: a checkpoint whose unused tiles carry
+            embeddings of their own gets the plain path.
+        """
+        if deduplicate is None:
+            deduplicate = self.padding_tiles_are_equal()
+        starts, total = [], 0
+        for image in images:
+            starts.append(total)
+            total += image.num_tiles
+        features = tiles.new_empty(total, self.config.num_patches, self.config.output_size)
+        for count in sorted({image.num_tiles for image in images}):
+            group = [i for i, image in enumerate(images) if image.num_tiles == count]
+            index = torch.tensor([starts[i] + t for i in group for t in range(count)], device=tiles.device)
+            encoded = self._encode(tiles[index].unflatten(0, (-1, count)), [images[i] for i in group], deduplicate)
+            features = features.index_copy(0, index, encoded.flatten(0, 1))
+        return features
+
+    def padding_tiles_are_equal(self) -> bool:
+        """Whether no unused tile carries an embedding, as in every checkpoint in Meta's layout."""
+        if self.pre_tile_embedding.device.type == "meta":
+            return True
+        tables = (self.tile_position_embedding, self.pre_tile_embedding, self.post_tile_embedding)
+        return not any(
+            bool(table[ratio_id, rows * columns :].any())
+            for ratio_id, (rows, columns) in enumerate(self.config.aspect_ratios, start=1)
+            for table in tables
+        )
+
+    def _encode(self, tiles: Tensor, images: Sequence[ImageLayout], deduplicate: bool) -> Tensor:
+        """tiles: [N, M, 3, S, S] of images that all have M tiles → [N, M, P, output_size]"""
+        config = self.config
+        num_images, num_tiles = tiles.shape[:2]
+        ids = torch.tensor([1 + config.aspect_ratios.index((i.rows, i.columns)) for i in images], device=tiles.device)
+        spare = config.max_num_tiles - num_tiles
+        distinct = min(spare, 1) if deduplicate else spare  # padding tiles that are computed
+        x = self._embed(tiles, ids, distinct)  # [N, M + distinct, P, E]
+        num_real = num_tiles * config.num_patches
+        x = self.pre_norm(x).flatten(1, 2)
+        # Meta appends zero tokens to every tile *after* this norm; they are equal everywhere, so one stands for all.
+        zeros = config.max_num_tiles * (-config.num_patches % _TOKEN_MULTIPLE)
+        if zeros:
+            x = torch.cat((x, x.new_zeros(num_images, 1, config.hidden_size)), dim=1)
+        key_bias = self._key_bias(num_real, distinct, spare, zeros, x.device)
+
+        taps = []
+        for i, block in enumerate(self.layers):
+            if i in config.intermediate_layers_indices:
+                taps.append(x[:, :num_real])
+            x = block(x, num_real, key_bias)
+        x = self.post_norm(x)
+        grid = self.post_tile_gate.tanh() * self.post_tile_embedding[ids, : num_tiles + distinct]  # [N, tiles, E]
+        added = grid[:, :, None].expand(-1, -1, config.num_patches, -1).flatten(1, 2)
+        x = torch.cat((x[:, : added.shape[1]] + added, x[:, added.shape[1] :]), dim=1)
+        for block in self.global_layers:
+            x = block(x, num_real, key_bias)
+        # Meta stacks the taps on a new last axis and flattens it: feature-major, tap-minor.
+        tapped = torch.stack(taps, dim=-1).flatten(2) if taps else x[:, :0]
+        features = torch.cat((x[:, :num_real], tapped), dim=-1) if taps else x[:, :num_real]
+        return features.unflatten(1, (num_tiles, config.num_patches))
+
+    def _embed(self, tiles: Tensor, ids: Tensor, distinct: int) -> Tensor:
+        """Patch, tile and position embeddings of real tiles and `distinct` black padding tiles: [N, tiles, P, E]."""
+        config, num_tiles = self.config, tiles.shape[1]
+        patch = config.patch_size
+        side = config.image_size // patch
+        patches = tiles.reshape(*tiles.shape[:2], config.num_channels, side, patch, side, patch)
+        patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)  # [N, M, side², 3·patch²]
+        x = self.patch_embedding(patches)
+        if distinct:
+            x = torch.cat((x, x.new_zeros(x.shape[0], distinct, *x.shape[2:])), dim=1)
+        used = num_tiles + distinct
+        x = x + (self.pre_tile_gate.tanh() * self.pre_tile_embedding[ids, :used])[:, :, None]
+        cls = self.class_embedding.expand(*x.shape[:2], 1, -1)
+        x = torch.cat((cls, x), dim=2)
+        gate = self.position_gate.tanh()
+        x = x + (1 - gate) * self.position_embedding
+        return x + gate * self.tile_position_embedding[ids, :used]
+
+    def _key_bias(self, num_real: int, distinct: int, spare: int, zeros: int, device: torch.device) -> Tensor | None:
+        """log of how many tokens each key stands for, fp32 [tokens]; None where every key stands for itself."""
+        per_tile = math.log(spare / distinct) if distinct else 0.0
+        bias = [0.0] * num_real + [per_tile] * (distinct * self.config.num_patches)
+        if zeros:
+            bias.append(math.log(zeros))
+        return torch.tensor(bias, device=device) if any(bias) else None
