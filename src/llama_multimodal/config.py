@@ -15,6 +15,11 @@ from typing import Any
 from .errors import ConfigError
 
 
+def _require(condition: bool, message: str, config: Any) -> None:
+    if not condition:
+        raise ConfigError(f"{type(config).__name__}: {message}")
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama 3.1's frequency scaling (`rope_type: llama3`)."""
@@ -295,8 +300,3 @@ def _build(cls: type[Any], given: Mapping[str, Any], where: str) -> Any:
         return cls(**given)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {error}") from error
-
-
-def _require(condition: bool, message: str, config: Any) -> None:
-    if not condition:
-        raise ConfigError(f"{type(config).__name__}: {message}")
