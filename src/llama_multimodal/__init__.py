@@ -1,1 +1,34 @@
-"""Llama 3.2 Vision in plain PyTorch: exact, fast, readable."""
+"""Llama 3.2 Vision in plain PyTorch: exact, fast, readable.
+
+The public names load on first use, so that `import llama_multimodal` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import UserError
+    from .generate import GenerationEvent, GenerationOutput, generate
+    from .loading import load
+    from .sampling import SamplingParams
+
+_HOMES = {
+    "GenerationEvent": ".generate",
+    "GenerationOutput": ".generate",
+    "SamplingParams": ".sampling",
+    "UserError": ".errors",
+    "generate": ".generate",
+    "load": ".loading",
+}
+__all__ = ["GenerationEvent", "GenerationOutput", "SamplingParams", "UserError", "generate", "load"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name], __name__), name)
+    globals()[name] = value  # also replaces the submodule of the same name, `generate`
+    return value

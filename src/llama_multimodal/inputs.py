@@ -5,13 +5,22 @@ Shapes: B rows · T tokens · N images in the batch · M real tiles in the batch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .errors import PromptError
+
+
+class TextDecoder(Protocol):
+    """Turns tokens into text as they come; holds back bytes that do not make a whole character yet."""
+
+    def push(self, token: int) -> str: ...
+
+    def flush(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class ModelInputs:
     tiles: Tensor  # [M, 3, S, S], normalised pixels; M = 0 for text only
     images: tuple[ImageLayout, ...]  # N
     visible: Tensor  # [B, T, 2] int64, on the CPU
+    decoder: Callable[[], TextDecoder] | None = None  # makes one for each answer; None without a tokenizer
 
     @property
     def num_rows(self) -> int:
@@ -88,6 +98,7 @@ def batch_inputs(
     *,
     image_token_id: int,
     pad_token_id: int,
+    decoder: Callable[[], TextDecoder] | None = None,
 ) -> ModelInputs:
     """Pad token rows into one batch and work out what each token may see.
 
@@ -112,4 +123,4 @@ def batch_inputs(
         tokens[b, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
         visible[b, : len(row)] = torch.tensor(visible_images(row, image_token_id))
     positions = torch.arange(width).expand(len(rows), width).contiguous()
-    return ModelInputs(tokens, positions, tuple(len(row) for row in rows), tiles, tuple(images), visible)
+    return ModelInputs(tokens, positions, tuple(len(row) for row in rows), tiles, tuple(images), visible, decoder)

@@ -1,0 +1,266 @@
+"""Text to token ids and back, from `tokenizer.json` or from Meta's `tokenizer.model`; both give the same ids.
+
+Special tokens are kept apart from the text: no text, whatever it contains, encodes to one of them.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import codecs
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
+
+from ..errors import CheckpointError, PromptError
+
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Llama 3's pre-tokens."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+IMAGE_TOKEN = "<|image|>"
+
+_SPECIAL_NAMES = (
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
+    "<|python_tag|>",
+)  # fmt: skip
+"""What follows the ranks of Meta's file. Then comes `<|image|>`, whose place there is never used (the model's id for it
+is the first one past all 256), and reserved tokens up to 256."""
+_NUM_SPECIAL = 256
+
+# Meta cuts its text so that tiktoken does not overflow; a cut changes the ids, so it is made here too.
+_MAX_CHARS = 400_000
+_MAX_RUN = 25_000
+_LONG_RUN = re.compile(rf"\s{{{_MAX_RUN + 1}}}|\S{{{_MAX_RUN + 1}}}")
+_RUN_PIECES = re.compile(rf"\s{{1,{_MAX_RUN}}}|\S{{1,{_MAX_RUN}}}")
+
+
+def _byte_to_char() -> tuple[str, ...]:
+    """GPT-2's printable stand-in for each byte: itself where it prints, else a character from 256 on."""
+    prints = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [byte for byte in range(256) if byte not in prints]
+    return tuple(chr(byte) if byte in prints else chr(256 + rest.index(byte)) for byte in range(256))
+
+
+BYTE_TO_CHAR = _byte_to_char()
+_CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
+
+
+def llama3_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    """Split by `PATTERN`, then write bytes as printable characters."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+class Tokenizer:
+    """Byte-level BPE. Build it with `load`, `from_json` or `from_ranks`.
+
+    Attributes:
+        special_tokens: the id of each special token by name (`<|eot_id|>`, …); `<|image|>` as the model knows it.
+        vocab_size: the ids a language-model head can give: all of them but `<|image|>`.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, int]) -> None:
+        """`backend` is taken over: from now on it matches no special token in a text, cuts nothing and pads nothing."""
+        self.special_tokens = dict(special_tokens)
+        self._backend = backend
+        backend.encode_special_tokens = True  # "encode their names as text"
+        backend.no_truncation()
+        backend.no_padding()
+        self._names = {i: name for name, i in self.special_tokens.items()}
+        added = {i: token.content.encode() for i, token in backend.get_added_tokens_decoder().items()}
+        try:
+            self._bytes = {
+                i: added[i] if i in added else bytes(_CHAR_TO_BYTE[char] for char in token)
+                for token, i in backend.get_vocab().items()
+                if i not in self._names
+            }
+        except KeyError as error:
+            raise CheckpointError(f"the tokenizer is not byte-level BPE: its vocabulary contains {error}") from None
+        ids = {*self._bytes, *(i for i, name in self._names.items() if name != IMAGE_TOKEN)}
+        self.vocab_size = max(ids, default=-1) + 1
+
+    # --- reading files ---
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer | None:
+        """The tokenizer of a checkpoint folder: `tokenizer.json`, else `tokenizer.model`, else None.
+
+        Raises:
+            CheckpointError: the file is damaged or of another kind.
+        """
+        folder = Path(folder)
+        for name, read in zip(TOKENIZER_FILES, (cls.from_json, cls.from_ranks)):
+            if (folder / name).is_file():
+                return read(folder / name)
+        return None
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Tokenizer:
+        """Read a `tokenizer.json`.
+
+        Raises:
+            CheckpointError: it cannot be read, or is not byte-level BPE.
+        """
+        try:
+            return cls._take_over(tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8")))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path} is not a tokenizer.json: {error}; download it again") from error
+
+    @classmethod
+    def from_backend(cls, backend: tokenizers.Tokenizer) -> Tokenizer:
+        """From a tokenizer of the `tokenizers` library, which is left as it is."""
+        return cls._take_over(tokenizers.Tokenizer.from_str(backend.to_str()))
+
+    @classmethod
+    def _take_over(cls, backend: tokenizers.Tokenizer) -> Tokenizer:
+        decoder = backend.decoder
+        if decoder is None or not _is_byte_level(json.loads(decoder.__getstate__())):
+            raise CheckpointError("the tokenizer is not byte-level BPE; only that kind is supported")
+        added = backend.get_added_tokens_decoder()
+        return cls(backend, {token.content: i for i, token in added.items() if token.special})
+
+    @classmethod
+    def from_ranks(cls, path: str | Path) -> Tokenizer:
+        """Read Meta's `tokenizer.model`: a line for each token, its bytes in base64 and its rank.
+
+        Raises:
+            CheckpointError: a line is malformed, a rank is missing or given twice, or a single byte has no token.
+        """
+        ranks = _read_ranks(Path(path))
+        texts = {token: "".join(map(BYTE_TO_CHAR.__getitem__, token)) for token in ranks}
+        vocabulary = {texts[token]: rank for token, rank in ranks.items()}
+        merges = [(texts[left], texts[right]) for left, right in _merges(ranks)]
+        backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+        backend.pre_tokenizer = llama3_pre_tokenizer()
+        backend.decoder = decoders.ByteLevel()
+        reserved = (f"<|reserved_special_token_{i}|>" for i in range(2, _NUM_SPECIAL))
+        names = [*_SPECIAL_NAMES, "<|unused_image|>", *reserved][:_NUM_SPECIAL]
+        special = {name: len(ranks) + i for i, name in enumerate([*names, IMAGE_TOKEN])}
+        return cls(backend, special)
+
+    # --- use ---
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text. Nothing is added, and the names of special tokens are ordinary text."""
+        pieces = _pieces(_whole_characters(text))
+        return [i for piece in pieces for i in self._backend.encode(piece, add_special_tokens=False).ids]
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of token ids; bytes that are not UTF-8, and ids the tokenizer lacks, come out as U+FFFD."""
+        return b"".join(self.token_bytes(i, skip_special) for i in ids).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int, skip_special: bool = True) -> bytes:
+        """What one token writes; it may be a part of a character."""
+        token = int(token)
+        if token in self._names:
+            return b"" if skip_special else self._names[token].encode()
+        return self._bytes.get(token, b"\xff")
+
+    def special(self, name: str) -> int:
+        """The id of a special token, for example `<|eot_id|>`.
+
+        Raises:
+            PromptError: the tokenizer has no such token.
+        """
+        if name not in self.special_tokens:
+            raise PromptError(f"the tokenizer has no special token {name}; is it a Llama 3 tokenizer?")
+        return self.special_tokens[name]
+
+
+class StreamDecoder:
+    """Decode tokens one at a time; only whole characters come out.
+
+    `"".join(map(decoder.push, ids)) + decoder.flush()` equals `tokenizer.decode(ids)`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+        self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The characters that this token completes; often one word, sometimes nothing."""
+        return self._utf8.decode(self._tokenizer.token_bytes(token, self._skip_special))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD if a character was begun and not finished."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _whole_characters(text: str) -> str:
+    """Half a surrogate pair, as broken JSON escapes leave it, becomes U+FFFD (as tiktoken has it)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut as Meta does: every 400,000 characters, and where a run of (non-)spaces reaches 25,000."""
+    for start in range(0, len(text), _MAX_CHARS):
+        part = text[start : start + _MAX_CHARS]
+        if not _LONG_RUN.search(part):
+            yield part
+            continue
+        begin, last = 0, None
+        for run in _RUN_PIECES.finditer(part):
+            if last is not None and last.group()[0].isspace() == run.group()[0].isspace():  # the run goes on: a cut
+                yield part[begin : run.start()]
+                begin = run.start()
+            last = run
+        yield part[begin:]
+
+
+def _is_byte_level(decoder: dict[str, Any]) -> bool:
+    return decoder["type"] == "ByteLevel" or any(map(_is_byte_level, decoder.get("decoders", [])))
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """Tokens in the order of their ranks, 0, 1, 2, …"""
+    ranks: dict[bytes, int] = {}
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            text, rank = line.split()
+            ranks[base64.b64decode(text, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise CheckpointError(
+                f"{path}, line {number}: not a token in base64 and its rank; download it again"
+            ) from None
+    whole = sorted(ranks.values()) == list(range(len(ranks))) and all(bytes([byte]) in ranks for byte in range(256))
+    if not whole:
+        raise CheckpointError(f"{path}: ranks or single bytes are missing; download it again")
+    return dict(sorted(ranks.items(), key=lambda item: item[1]))
+
+
+def _merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """Every pair of tokens whose join is a token, first by the rank of the join.
+
+    Merging by the rank of the join is all that the rank format means; so each way to split a token is a merge.
+    """
+    for token in ranks:
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+        known = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
+        yield from sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))

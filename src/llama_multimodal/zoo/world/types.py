@@ -1,0 +1,67 @@
+"""The words of the embedded model's small world, and what one rendered sample holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import Image
+
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black")
+SHAPES = ("circle", "square", "triangle", "star", "hexagon", "cross")
+SIZES = ("small", "big")
+CHARS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+KINDS = (
+    "count_all",
+    "count_color",
+    "count_shape",
+    "count_both",
+    "color",
+    "shape",
+    "existence",
+    "relation",
+    "description",
+    "text",
+    "chart_highest",
+    "chart_lowest",
+    "chart_value",
+    "outside",
+)
+OUTSIDE_ANSWER = "I can only answer about shapes, printed words and bar charts in a picture."
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a thing is in the picture: supervision for the vision encoder. Fields that do not apply are -1.
+
+    x, y: centre in image pixels (a bar: the middle of its upper edge).
+    """
+
+    kind: Literal["object", "char", "bar"]
+    x: float
+    y: float
+    shape: int = -1
+    color: int = -1
+    size: int = -1
+    char: int = -1
+    index: int = -1  # place of a character in its word, or of a bar in its chart, from 0
+    value: int = -1
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question about the picture and its canonical answer."""
+
+    question: str
+    answer: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture (None: a conversation without one) and turns about it."""
+
+    image: Image.Image | None
+    turns: tuple[Turn, ...]
+    marks: tuple[Mark, ...]
+    family: Literal["scene", "text", "chart", "none"]
