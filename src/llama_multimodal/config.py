@@ -282,6 +282,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f'; did you mean "{close[0]}"?' if close else ""
 
 
+def from_dict(cls: type[Any], raw: Mapping[str, Any], where: str) -> Any:
+    """A config dataclass from a table of its own field names; lists become tuples.
+
+    Raises:
+        ConfigError: an unknown key or a value of the wrong type.
+    """
+    _check_keys(raw, {field.name for field in dataclasses.fields(cls)}, where)
+    return _build(cls, {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}, where)
+
+
 def _expect(raw: Mapping[str, Any], key: str, value: Any, where: str) -> None:
     if key in raw and raw[key] is not None and raw[key] != value:
         raise ConfigError(f"{where}: {key} is {raw[key]!r}; this model needs {value!r}")

@@ -19,10 +19,10 @@ nothing else of it is changed, except in `FAULTS`, on purpose.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import sys
 import tempfile
@@ -487,7 +487,7 @@ DIALOGS = {
 
 def make_chat() -> None:
     from llama_models.datatypes import RawMediaItem, RawMessage, RawTextItem
-    from llama_models.llama3.chat_format import ChatFormat
+    from llama_models.llama3.chat_format import ChatFormat, create_vision_mask
     from llama_models.llama3.tokenizer import Tokenizer
 
     dot = io.BytesIO()
@@ -533,10 +533,18 @@ def make_chat() -> None:
             }.items()
         },
         "pieces": pieces,
+        # which text sees which image, for every pattern of up to seven tokens ("I": an image) with one image at least
+        "ranges": [
+            [pattern, create_vision_mask([letter == "I" for letter in pattern], True)]
+            for length in range(1, 8)
+            for pattern in map("".join, itertools.product(".I", repeat=length))
+            if "I" in pattern
+        ],
     }
     for text, ids in pieces.items():
         assert tokenizer.decode(ids) == text
-    (HERE / "chat_format.json").write_text(json.dumps(file, separators=(",", ":"), ensure_ascii=False).replace('},"', '},\n"') + "\n")
+    text = json.dumps(file, separators=(",", ":"), ensure_ascii=False).replace('},"', '},\n"')
+    (HERE / "chat_format.json").write_text(text + "\n", encoding="utf-8")
     print("chat_format.json", len(DIALOGS), "dialogs")
 
 

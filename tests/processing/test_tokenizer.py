@@ -1,5 +1,4 @@
 import base64
-import glob
 import json
 import random
 from pathlib import Path
@@ -58,7 +57,7 @@ def test_both_files_give_the_same_ids(both: tuple[Tokenizer, Tokenizer]) -> None
 def test_ids_are_tiktokens(both: tuple[Tokenizer, Tokenizer]) -> None:
     tiktoken = pytest.importorskip("tiktoken")
     reference = tiktoken.Encoding("small", pat_str=PATTERN, mergeable_ranks=RANKS, special_tokens={})
-    for text in [TEXT, *random_texts(1000, seed=1), "a\ud83d b", "\udc00"]:
+    for text in [TEXT, "x" * 70, *random_texts(1000, seed=1), "a\ud83d b", "\udc00"]:
         assert both[0].encode(text) == reference.encode(text, disallowed_special=()), text
 
 
@@ -98,7 +97,7 @@ def test_decode_special(both: tuple[Tokenizer, Tokenizer]) -> None:
     assert tokenizer.decode(ids) == "red"
     assert tokenizer.decode(ids, skip_special=False) == "<|begin_of_text|>red<|eot_id|>"
     assert tokenizer.decode([10**6]) == "\ufffd"
-    with pytest.raises(PromptError, match="no special token <|eot|>"):
+    with pytest.raises(PromptError, match=r"no special token <\|eot\|>"):
         tokenizer.special("<|eot|>")
 
 
@@ -118,19 +117,17 @@ def test_stream_gives_whole_characters(both: tuple[Tokenizer, Tokenizer]) -> Non
     assert "".join(map(decoder.push, wrong)) + decoder.flush() == tokenizer.decode(wrong)
 
 
-def test_long_runs_are_cut_as_in_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_runs_are_cut_as_in_the_reference() -> None:
     assert list(module._pieces("")) == []
     assert [len(piece) for piece in module._pieces("a" * 25_000)] == [25_000]
     assert [len(piece) for piece in module._pieces("a" * 60_000 + " " * 25_001 + "b")] == [25_000, 25_000, 35_000, 2]
     assert [len(piece) for piece in module._pieces("ab " * 200_000)] == [400_000, 200_000]
 
 
-def test_metas_own_file(both: tuple[Tokenizer, Tokenizer]) -> None:
+def test_metas_own_file() -> None:
     """Where the reference is installed: the ids of every text in the golden file, and 128256 ids."""
-    found = glob.glob("**/llama_models/llama3/tokenizer.model", root_dir=Path(tokenizers.__file__).parents[1])
-    if not found:
-        pytest.skip("llama-models is not installed")
-    tokenizer = Tokenizer.from_ranks(Path(tokenizers.__file__).parents[1] / found[0])
+    reference = pytest.importorskip("llama_models")
+    tokenizer = Tokenizer.from_ranks(Path(reference.__file__).parent / "llama3" / "tokenizer.model")
     assert tokenizer.vocab_size == tokenizer.special("<|image|>") == 128256
     golden = json.loads((Path(__file__).parents[1] / "golden" / "chat_format.json").read_text(encoding="utf-8"))
     for text, ids in golden["pieces"].items():
@@ -167,9 +164,13 @@ def test_other_kinds_of_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("no", "line 257"), ("!!!! 256", "line 257"), ("YWI= x", "line 257"), ("YWI= 999", "ranks"), ("YQ== 256", "ranks"),
+        ("no", "line 257"),
+        ("!!!! 256", "line 257"),
+        ("YWI= x", "line 257"),
+        ("YWI= 999", "ranks"),
+        ("YQ== 256", "ranks"),
     ],
-)  # fmt: skip
+)
 def test_damaged_ranks(line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     whole = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256)]

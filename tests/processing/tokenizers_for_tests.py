@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
@@ -12,8 +13,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from llama_multimodal.processing.tokenizer import BYTE_TO_CHAR, llama3_pre_tokenizer
 
 TEXT = (
-    "How many red circles are there? There are three red circles, and 12 blue squares; the user's assistant isn't sure. "
-    "system user assistant ipython \n\n\n\n  def f(x):\n\treturn x**2  # ok\nSchöne Grüße, naïve “quotes” — 你好你好 🦙🦙🏽 "
+    "How many red circles are there? There are three red circles, and 12 blue squares; "
+    "the user's assistant isn't sure. "
+    "system user assistant ipython \n\n\n\n  def f(x):\n\treturn x**2  # ok\n"
+    "Schöne Grüße, naïve “quotes” — 你好你好 🦙🦙🏽 "
     "aaaaaaaa aaaa abababab the then there other others another 1234567 3.14159 3.14 I'LL we've "
 ) * 3
 
@@ -27,7 +30,7 @@ def train_ranks(text: str, size: int) -> dict[bytes, int]:
     while len(ranks) < size:
         pairs: Counter[tuple[bytes, bytes]] = Counter()
         for word, n in words:
-            for pair in zip(word, word[1:]):
+            for pair in pairwise(word):
                 pairs[pair] += n
         if not pairs:
             break
@@ -58,7 +61,7 @@ def write_json(ranks: dict[bytes, int], path: Path) -> None:
         if len(token) > 1:
             parts = [bytes([byte]) for byte in token]
             while len(parts) > 2:  # encode it with the ranks before its own
-                joins = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
+                joins = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(pairwise(parts))]
                 _, i = min(joins)
                 parts[i : i + 2] = [parts[i] + parts[i + 1]]
             merges.append(tuple(printable(part) for part in parts))

@@ -43,19 +43,23 @@ class VisionLanguageModel(nn.Module):
         return self.decoder.embedding.weight.device
 
     def encode_images(self, inputs: ModelInputs) -> Tensor:
-        """Projected features of every real tile's tokens: [tiles · tokens, hidden size]."""
-        features = self.vision(inputs.tiles.to(self.device, self.dtype), inputs.images)
-        return self.projector(features.flatten(0, 1))
+        """Features of every real tile's tokens: [tiles, tokens, vision output size]."""
+        return self.vision(inputs.tiles.to(self.device, self.dtype), inputs.images)
 
-    def cross_attention_cache(self, inputs: ModelInputs) -> CrossAttentionCache | None:
-        """Encode the batch's images and project their keys and values for every gated block; None without images."""
+    def cross_attention_cache(self, inputs: ModelInputs, features: Tensor | None = None) -> CrossAttentionCache | None:
+        """Keys and values of the batch's images for every gated block; None without images.
+
+        features: from `encode_images`, which is called without them.
+        """
         if not inputs.images:
             return None
         tokens = self.config.vision.num_patches
         starts = [0, *itertools.accumulate(image.num_tiles * tokens for image in inputs.images)]
         firsts = [0, *itertools.accumulate(inputs.images_per_row())]
         cache = CrossAttentionCache(starts, firsts)
-        self.decoder.project_images(self.encode_images(inputs), cache)
+        if features is None:
+            features = self.encode_images(inputs)
+        self.decoder.project_images(self.projector(features.flatten(0, 1)), cache)
         return cache
 
     def forward(

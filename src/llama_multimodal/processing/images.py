@@ -6,6 +6,7 @@ A picture is refused by the size that its header claims, before any of its pixel
 from __future__ import annotations
 
 import difflib
+import functools
 import io
 import os
 from collections.abc import Iterator
@@ -24,8 +25,8 @@ MAX_PIXELS = 64 * 2**20  # of one picture; the most that decoding then takes is 
 MAX_FILE_BYTES = 512 * 2**20
 MAX_SCANNED_PIXELS = 2**30  # a JPEG may be sent in scans, each over every pixel: a small file can ask for a lot of work
 
-# Formats whose decoders Pillow brings along. EPS (it runs a program) and formats without a signature are not read.
-FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "AVIF")
+# EPS (it runs a program) and formats without a signature are not read.
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
 _FORMAT_NAMES = "PNG, JPEG, GIF, WebP, BMP, TIFF, PPM and AVIF"
 
 _STRIP_PIXELS = 2**20  # pixels converted at a time where a conversion needs room for itself
@@ -88,6 +89,13 @@ def _open_file(source: str | os.PathLike[str]) -> Image.Image:
         raise ImageError(f"{name!r} is not a path: {error}") from error
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def _nearest(path: Path) -> str:
     """`; did you mean "…"?` for a file of like name in the same folder, or what else may help."""
     if not path.parent.is_dir():
@@ -109,9 +117,9 @@ def _read(file: IO[bytes], num_bytes: int, name: str) -> Image.Image:
         head = file.read(64)
         file.seek(0)
         _refuse_bomb(*_webp_size(head), name)  # Pillow makes room for a WebP's pixels as it opens it
-        with Image.open(file, formats=FORMATS) as image:
+        with Image.open(file, formats=_formats()) as image:
             _refuse_bomb(*image.size, name)
-            if image.format in ("JPEG", "MPO"):
+            if image.format in ("JPEG", "MPO"):  # MPO: a JPEG that more pictures follow
                 _refuse_scans(file, *image.size, name)
             return _decode(image, name)
     except ImageError:

@@ -14,7 +14,10 @@ from ..errors import PromptError
 from .tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
-"""`{"role": …, "content": text | parts}`; part: `{"type": "text", "text": …}` or `{"type": "image", "image": …}`."""
+"""`{"role": …, "content": text or parts}`.
+
+A part is `{"type": "text", "text": …}` or `{"type": "image", "image": path, bytes, PIL image or array}`.
+"""
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "ipython", "ipython": "ipython"}
 """Each role and how it is written in a header."""

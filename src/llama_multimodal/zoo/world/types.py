@@ -28,6 +28,10 @@ KINDS = (
     "outside",
 )
 OUTSIDE_ANSWER = "I can only answer about shapes, printed words and bar charts in a picture."
+NO_PICTURE_ANSWER = "Please show me a picture of shapes, a printed word or a bar chart."
+
+Family = Literal["scene", "text", "chart", "none"]
+Split = Literal["train", "heldout"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,9 @@ class Mark:
     """Where a thing is in the picture: supervision for the vision encoder. Fields that do not apply are -1.
 
     x, y: centre in image pixels (a bar: the middle of its upper edge).
+    shape, color, size, char: indices into SHAPES, COLORS, SIZES and CHARS.
+    size is -1 for a thing that is neither clearly small nor clearly big.
+    index: place of a character in its word, or of a bar (and of the letter under it) in its chart, from 0.
     """
 
     kind: Literal["object", "char", "bar"]
@@ -44,7 +51,7 @@ class Mark:
     color: int = -1
     size: int = -1
     char: int = -1
-    index: int = -1  # place of a character in its word, or of a bar in its chart, from 0
+    index: int = -1
     value: int = -1
 
 
@@ -64,4 +71,4 @@ class Sample:
     image: Image.Image | None
     turns: tuple[Turn, ...]
     marks: tuple[Mark, ...]
-    family: Literal["scene", "text", "chart", "none"]
+    family: Family

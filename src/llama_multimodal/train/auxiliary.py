@@ -1,0 +1,96 @@
+"""Auxiliary supervision: what each patch shows, and how many of each thing there are.
+
+Answers alone teach a vision encoder slowly: a count is one number for a whole picture. The renderer knows where
+everything is, so small linear heads, thrown away after training, ask the encoder's final state for it directly.
+
+Shapes: M tiles of the batch · P² patches of a tile · N pictures
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import TiledVisionConfig
+from ..inputs import ImageLayout
+from ..zoo.world import CHARS, COLORS, SHAPES, Mark
+
+# Classes of each patch head; class 0 is "nothing of the kind has its centre here".
+PATCH_HEADS = {
+    "shape": len(SHAPES) + 1,
+    "color": len(COLORS) + 1,
+    "size": 3,
+    "char": len(CHARS) + 1,
+    "index": 9,
+    "value": 11,
+}
+_NOTHING_WEIGHT = 0.1  # nearly every patch shows nothing
+_MOST = 10  # counts 0 … 9
+_COUNTS = 1 + len(COLORS) + len(SHAPES)
+_UNKNOWN = -100
+
+
+@dataclass(frozen=True)
+class Targets:
+    """patches: int64 [heads, M, P²]; counts: int64 [N, 1 + colours + shapes], -100 for pictures without objects."""
+
+    patches: Tensor
+    counts: Tensor
+
+
+def picture_targets(
+    marks: Sequence[Mark], layout: ImageLayout, scale: float, vision: TiledVisionConfig
+) -> tuple[Tensor, Tensor]:
+    """One picture's targets: patches [heads, tiles, P²] and counts [1 + colours + shapes].
+
+    scale: canvas pixels for a picture pixel.
+    """
+    side = vision.image_size // vision.patch_size
+    patches = torch.zeros(len(PATCH_HEADS), layout.num_tiles, side * side, dtype=torch.int64)
+    counts = torch.zeros(_COUNTS, dtype=torch.int64)
+    for mark in marks:
+        x, y = int(mark.x * scale) // vision.patch_size, int(mark.y * scale) // vision.patch_size
+        x, y = min(max(x, 0), layout.columns * side - 1), min(max(y, 0), layout.rows * side - 1)
+        tile, patch = y // side * layout.columns + x // side, y % side * side + x % side
+        values = (mark.shape, mark.color, mark.size, mark.char, mark.index, mark.value - 1 if mark.value > 0 else -1)
+        for head, value in enumerate(values):
+            if value >= 0:
+                patches[head, tile, patch] = value + 1
+        if mark.kind == "object":
+            counts[0] += 1
+            counts[1 + mark.color] += 1
+            counts[1 + len(COLORS) + mark.shape] += 1
+    if not any(mark.kind == "object" for mark in marks):
+        counts.fill_(_UNKNOWN)
+    return patches, counts
+
+
+class AuxiliaryHeads(nn.Module):
+    """Linear read-outs of the encoder's final state."""
+
+    def __init__(self, vision: TiledVisionConfig) -> None:
+        super().__init__()
+        self.size = vision.hidden_size
+        self.norm = nn.LayerNorm(self.size)
+        self.patch = nn.Linear(self.size, sum(PATCH_HEADS.values()))
+        self.count = nn.Linear(self.size, _COUNTS * _MOST)
+
+    def forward(self, features: Tensor, images: Sequence[ImageLayout], targets: Targets) -> Tensor:
+        """Summed loss, scalar; features [M, tokens, output_size] of the encoder."""
+        state = self.norm(features[..., : self.size])
+        weights = {n: torch.full((n,), 1.0).index_fill(0, torch.tensor(0), _NOTHING_WEIGHT) for n in
+                   set(PATCH_HEADS.values())}  # fmt: skip
+        loss = features.new_zeros(())
+        logits = self.patch(state[:, 1:]).split(list(PATCH_HEADS.values()), dim=-1)
+        for head, target in zip(logits, targets.patches):
+            loss = loss + F.cross_entropy(head.flatten(0, 1), target.flatten(), weights[head.shape[-1]])
+        known = targets.counts[:, 0] >= 0
+        if known.any():
+            pooled = torch.stack([part[:, 0].mean(0) for part in state.split([i.num_tiles for i in images])])
+            counted = self.count(pooled[known]).unflatten(-1, (_COUNTS, _MOST))
+            loss = loss + 2.0 * F.cross_entropy(counted.flatten(0, 1), targets.counts[known].flatten())
+        return loss

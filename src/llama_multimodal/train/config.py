@@ -1,0 +1,95 @@
+"""A training recipe: a YAML file read into frozen dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import RopeScaling, TextConfig, TiledVisionConfig, from_dict
+from ..errors import ConfigError, MissingExtraError
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with warm-up, a constant rate, and a linear decay to zero over the last `decay_steps`."""
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.98
+    warmup_steps: int = 200
+    decay_steps: int = 1000
+    clip_norm: float = 1.0
+    ema_decay: float = 0.998  # the averaged weights are what is evaluated and kept
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is rendered for a step. Sample i of step s is a pure function of (seed, s, i)."""
+
+    seed: int = 0
+    samples_per_step: int = 16
+    turns_per_scene: int = 8
+    tokens_per_microbatch: int = 2048  # padded text tokens; longer steps run in several pieces
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run."""
+
+    output: str
+    steps: int
+    vision: TiledVisionConfig
+    text: TextConfig  # vocabulary and special tokens are filled in from the tokenizer
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig = DataConfig()
+    vision_steps: int = 0  # first steps that train the vision encoder alone, on its auxiliary targets
+    auxiliary_weight: float = 1.0
+    vocabulary_words: int = 740
+    seed: int = 0
+    threads: int = 2
+    save_every: int = 100
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Raises:
+    ConfigError: no such file, not YAML, an unknown or missing key, or a value of the wrong type.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingExtraError("train", "reading a recipe") from error
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{path} must be a table of settings, not {type(raw).__name__}")
+    return recipe_from_dict(raw, str(path))
+
+
+def recipe_from_dict(raw: Mapping[str, Any], where: str) -> Recipe:
+    for key in ("output", "steps", "vision", "text"):
+        if key not in raw:
+            raise ConfigError(f'{where}: "{key}" is missing')
+    sections = {"vision": TiledVisionConfig, "text": TextConfig, "optim": OptimConfig, "data": DataConfig}
+    given = dict(raw)
+    for key, cls in sections.items():
+        if key in given:
+            if not isinstance(given[key], Mapping):
+                raise ConfigError(f"{where}: {key} must be a table")
+            section = dict(given[key])
+            if isinstance(section.get("rope_scaling"), Mapping):
+                section["rope_scaling"] = from_dict(RopeScaling, section["rope_scaling"], f"{where}: rope_scaling")
+            given[key] = from_dict(cls, section, f"{where}: {key}")
+    defaults = {f.name: f.default for f in dataclasses.fields(Recipe)}
+    for key, value in given.items():
+        if isinstance(defaults.get(key), int) and not isinstance(value, int | float):
+            raise ConfigError(f"{where}: {key} must be a number, not {value!r}")
+    return from_dict(Recipe, given, where)

@@ -1,0 +1,133 @@
+"""Training batches of the embedded model's world: rendered, tokenised and packed by workers, ahead of the loop.
+
+A step's samples depend on the recipe's seed and the step alone, so a resumed run sees what an unbroken one would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..config import ModelConfig
+from ..inputs import ImageLayout, ModelInputs, batch_inputs
+from ..processing.prompt import encode_content, encode_header
+from ..processing.tiles import fitted_size, image_tiles
+from ..processing.tokenizer import Tokenizer
+from ..zoo.world import Sample, sample
+from .auxiliary import PATCH_HEADS, Targets, picture_targets
+from .config import DataConfig
+
+IGNORED = -100  # label of a token that is not learnt
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """inputs, labels [B, T] (the next token of each answer token, else -100), and the pictures' targets."""
+
+    inputs: ModelInputs
+    labels: Tensor
+    targets: Targets
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    tokens: list[int]
+    labels: list[int]
+    sample: Sample
+
+
+def encode_sample(item: Sample, tokenizer: Tokenizer, config: ModelConfig) -> tuple[list[int], list[int]]:
+    """The conversation as token ids, and the labels: answers and their `<|eot_id|>` only."""
+    eot = tokenizer.special("<|eot_id|>")
+    tokens, learnt = [tokenizer.special("<|begin_of_text|>")], [False]
+    for number, turn in enumerate(item.turns):
+        content: list[dict[str, object]] = [{"type": "text", "text": turn.question}]
+        if number == 0 and item.image is not None:
+            content.insert(0, {"type": "image", "image": item.image})
+        prompt = encode_header(tokenizer, "user")
+        prompt += [*encode_content(tokenizer, content, config.image_token_id).tokens, eot]
+        prompt += encode_header(tokenizer, "assistant")
+        answer = [*tokenizer.encode(turn.answer), eot]
+        tokens += prompt + answer
+        learnt += [False] * len(prompt) + [True] * len(answer)
+    labels = [tokens[i + 1] if learnt[i + 1] else IGNORED for i in range(len(tokens) - 1)] + [IGNORED]
+    return tokens, labels
+
+
+class WorldSteps(Dataset[list[MicroBatch]]):
+    """Item s is step s: its samples, grouped into micro-batches of similar length."""
+
+    def __init__(self, data: DataConfig, config: ModelConfig, tokenizer: Tokenizer, steps: int) -> None:
+        self.data, self.config, self.tokenizer, self.steps = data, config, tokenizer, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> list[MicroBatch]:
+        count = self.data.samples_per_step
+        base = self.data.seed * 1_000_000_000 + step * count
+        prepared = []
+        for i in range(count):
+            item = sample(base + i, turns=self.data.turns_per_scene)
+            prepared.append(_Prepared(*encode_sample(item, self.tokenizer, self.config), item))
+        prepared.sort(key=lambda p: len(p.tokens))
+        return [self._microbatch(group) for group in self._groups(prepared)]
+
+    def _groups(self, prepared: list[_Prepared]) -> Iterator[list[_Prepared]]:
+        group: list[_Prepared] = []
+        for one in prepared:
+            if group and len(one.tokens) * (len(group) + 1) > self.data.tokens_per_microbatch:
+                yield group
+                group = []
+            group.append(one)
+        yield group
+
+    def _microbatch(self, group: list[_Prepared]) -> MicroBatch:
+        vision = self.config.vision
+        side = vision.image_size
+        tiles, layouts, patches, counts = [np.empty((0, 3, side, side), np.float32)], [], [], []
+        for row, one in enumerate(group):
+            image = one.sample.image
+            if image is None:
+                continue
+            cut, (rows, columns) = image_tiles(image, side, vision.max_num_tiles)
+            layout = ImageLayout(rows, columns, row)
+            scale = fitted_size(*image.size, rows, columns, side)[0] / image.width
+            shown, counted = picture_targets(one.sample.marks, layout, scale, vision)
+            tiles.append(cut)
+            layouts.append(layout)
+            patches.append(shown)
+            counts.append(counted)
+        inputs = batch_inputs(
+            [one.tokens for one in group],
+            torch.from_numpy(np.concatenate(tiles)),
+            layouts,
+            image_token_id=self.config.image_token_id,
+            pad_token_id=self.config.text.pad_token_id,
+        )
+        labels = torch.full_like(inputs.tokens, IGNORED)
+        for row, one in enumerate(group):
+            labels[row, : len(one.labels)] = torch.tensor(one.labels)
+        if patches:
+            targets = Targets(torch.cat(patches, dim=1), torch.stack(counts))
+        else:
+            targets = Targets(torch.zeros(len(PATCH_HEADS), 0, 0, dtype=torch.int64), torch.zeros(0, 1).long())
+        return MicroBatch(inputs, labels, targets)
+
+
+def batches(dataset: WorldSteps, first_step: int, workers: int) -> Iterator[list[MicroBatch]]:
+    """Steps from `first_step` on, rendered ahead by worker processes."""
+    loader: DataLoader[list[MicroBatch]] = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(first_step, len(dataset)),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=lambda _: torch.set_num_threads(1),
+    )
+    yield from loader
