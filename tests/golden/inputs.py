@@ -1,4 +1,4 @@
-"""Inputs that the golden files were made from. numpy only: the script that makes the files and the tests both import it.
+"""Inputs that the golden files were made from, by numpy alone: the script that makes them and the tests import it.
 
 Every image is a formula in integers, so that a golden file holds a size and a seed rather than pixels.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 IMAGE = -1
-"""Stands for ``<|image|>`` in a token list of a case; a case's own id for it is its model's ``vocab_size`` (see `tokens`)."""
+"""Stands for ``<|image|>`` in a token list of a case; `tokens` replaces it by the model's own id."""
 
 
 def image(width: int, height: int, seed: int) -> np.ndarray:
@@ -100,7 +100,7 @@ def cases(vocab: int, tile: int) -> dict[str, dict]:
 
 
 def transform_sizes() -> list[tuple[int, int]]:
-    """The 500 (width, height) pairs of the preprocessing golden file: log-uniform in 1…1500, so extreme ratios occur."""
+    """The 500 (width, height) pairs of the preprocessing file: log-uniform in 1…1500, so extreme ratios occur."""
     rng = np.random.default_rng(20240925)
     size = np.exp(rng.uniform(0, np.log(1500.999), (500, 2))).astype(int)
     size[:12] = [
@@ -114,4 +114,4 @@ LARGE_SIZES = [
     (2240, 560), (2241, 560), (3000, 2000), (2000, 3000), (4000, 30), (30, 4000), (5000, 3),
     (1, 4000), (2, 3000), (3999, 1333), (3333, 3332), (4096, 1024), (1024, 4096), (1680, 561),
 ]  # fmt: skip
-"""Beyond 1500: sizes that must shrink. Where a side would shrink to nothing the reference raises, and so says the file."""
+"""Sizes beyond 1500, which must shrink. Where a side would shrink to nothing, the file has the reference's error."""

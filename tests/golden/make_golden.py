@@ -8,8 +8,8 @@ The tests read the files and need none of this. It runs on the CPU in about a mi
 * ``mllama/`` and ``mllama_mp2/``: a small random checkpoint in Meta's own layout (one shard in bfloat16; two
   model-parallel shards in float32), every gate non-zero and every norm, bias and embedding random, so that no term of
   the model can be left out unseen. ``logits.npz``: float32 logits ``"<case>.<row>"`` [T, vocab] of the cases in
-  `inputs.cases`. ``vision.npz``: features of real tiles.  ``facts.json``: how it was made, and for each known fault how far
-  it moves the logits, so that a test which stays within 1e-4 is known to exclude it.
+  `inputs.cases`. ``vision.npz``: features of real tiles. ``facts.json``: how it was made, and for each known fault how
+  far it moves the logits, so that a test which stays within 1e-4 is known to exclude it.
 * ``image_transform.json``: hashes of preprocessed tiles; ``image_tiles.npz``: a few in full, for debugging.
 * ``chat_format.json``: token ids of dialogs, with the text pieces that were tokenised.
 
@@ -67,7 +67,7 @@ MODELS = {
 
 
 def small_encoder(spec: dict):
-    """Patch the reference so that its vision encoder has the sizes of `spec` (it fixes width, depth, heads and taps)."""
+    """Patch the reference so that its vision encoder has the sizes of `spec`; it fixes width, depth, heads, taps."""
     import llama_models.llama3.multimodal.model as meta
 
     original = meta.VisionEncoder
@@ -163,7 +163,7 @@ def run(model, spec: dict, case: dict, text_only: bool | None = None) -> list[np
 
 
 def _faulty_taps(pick):
-    """A vision transformer whose taps are `pick(states, taps)`; states[i] is the input of block i, states[-1] the output."""
+    """A vision transformer whose taps are `pick(states, taps)`; states[i] enters block i, states[-1] comes out."""
     from llama_models.llama3.multimodal import model as meta
 
     def forward(self, x, return_intermediate=None, mask=None):
@@ -213,14 +213,29 @@ def _faulty_encoder_mask(real_sees_padding: bool):
     return mock.patch.object(meta, "build_encoder_attention_mask", build_mask)
 
 
-def _faulty_text_mask(kind: str):
+def _faulty_zero_tokens():
+    """The tokens that fill a tile up to a multiple of 8 do not get the tile's embedding before the global blocks."""
+    from llama_models.llama3.multimodal import model as meta
+
+    original = meta.TilePositionEmbedding.forward
+
+    def forward(self, x, ar, num_tiles=None):
+        out = original(self, x, ar, num_tiles)
+        if x.shape[2] == 24:  # 16 patches, a class token, 7 zero tokens; before the encoder there are 16
+            out[:, :, 17:] = x[:, :, 17:]
+        return out
+
+    return mock.patch.object(meta.TilePositionEmbedding, "forward", forward)
+
+
+def _faulty_text_mask():
+    """Text sees padding tiles too."""
     from llama_models.llama3.multimodal import model as meta
 
     original = meta._pad_masks
 
     def pad_masks(masks, num_chunks, total_len, max_num_chunks):
-        if kind == "padding tiles":
-            num_chunks = [[max_num_chunks for _ in row] for row in num_chunks]
+        num_chunks = [[max_num_chunks for _ in row] for row in num_chunks]
         return original(masks, num_chunks, total_len, max_num_chunks)
 
     return mock.patch.object(meta, "_pad_masks", pad_masks)
@@ -268,8 +283,9 @@ FAULTS = {  # name: (context manager, a case that shows it)
     "2 masked rows: nothing zeroed": (lambda m, s: _faulty_block_rows(), "text_before_image"),
     "3 encoder: no mask": (lambda m, s: _faulty_encoder_mask(True), "tiles_1x3"),
     "3 encoder: padding hidden from all": (lambda m, s: _faulty_encoder_mask(False), "tiles_1x3"),
+    "3 encoder: zero tokens without the post-tile embedding": (lambda m, s: _faulty_zero_tokens(), "one_tile"),
     "4 cross-attention: causal": (lambda m, s: _faulty_causal(), "tiles_2x1"),
-    "4 cross-attention: sees padding tiles": (lambda m, s: _faulty_text_mask("padding tiles"), "tiles_1x2"),
+    "4 cross-attention: sees padding tiles": (lambda m, s: _faulty_text_mask(), "tiles_1x2"),
     "5 adjacent images: not merged": (lambda m, s: _faulty_ranges(), "adjacent_images"),
     "rope: not scaled": (_unscaled_rope, "long"),
 }
@@ -280,37 +296,45 @@ FAULTS = {  # name: (context manager, a case that shows it)
 
 def vision_goldens(model, spec: dict, cases: dict) -> dict[str, np.ndarray]:
     """Projected features of the real tiles of each layout, and all states of the 2×1 case."""
-    transform, vision = model.image_transform, model.vision_model
     out = {}
     for name, case in cases.items():
         if name != "one_tile" and not name.startswith("tiles_"):
             continue
-        tiles, (rows, columns) = transform(Image.fromarray(inputs.image(*case["images"][0][0])))
+        tiles, (rows, columns) = model.image_transform(Image.fromarray(inputs.image(*case["images"][0][0])))
         n = rows * columns
         pixels = torch.zeros(1, 1, model.max_num_chunks, *tiles.shape[1:])
         pixels[0, 0, :n] = tiles
         ratio = torch.tensor([[[rows, columns]]])
         out[f"{name}.aspect_ratio"] = np.array([rows, columns])
-        out[f"{name}.projected"] = vision(pixels, ratio)[0, 0, :n].numpy()
+        out[f"{name}.projected"] = model.vision_model(pixels, ratio)[0, 0, :n].numpy()
         if name == "tiles_2x1":
-            encoder, states = vision.vision_encoder, []
-            width = encoder.class_embedding.shape[0]
-            hooks = [b.register_forward_pre_hook(lambda _, a: states.append(a[0])) for b in encoder.transformer.resblocks]
-            hooks.append(encoder.transformer.resblocks[-1].register_forward_hook(lambda _, a, r: states.append(r)))
-            features = encoder(pixels, ratio)[0, 0, :n]
-            for hook in hooks:
-                hook.remove()
-            tokens = features.shape[1]
-            out[f"{name}.pixels"] = tiles.numpy()
-            out[f"{name}.encoder"] = features.numpy()  # [n, tokens, width · (1 + taps)]: final | dimension-major, tap-minor
-            out[f"{name}.final"] = features[..., :width].numpy()
-            taps = features[..., width:].reshape(n, tokens, width, -1)
-            out[f"{name}.taps"] = taps.permute(3, 0, 1, 2).numpy()  # [taps, n, tokens, width]
-            all_states = torch.stack([s.view(model.max_num_chunks, -1, width)[:n, :tokens] for s in states])
-            out[f"{name}.states"] = all_states.numpy()  # [layers + 1, n, tokens, width]: inputs of each block, then the output
-            chosen = all_states[spec["params"]["vision_model"]["intermediate_layers_indices"]]
-            assert torch.equal(chosen, taps.permute(3, 0, 1, 2)), "taps are the inputs of their blocks"
+            states = encoder_states(model.vision_model.vision_encoder, pixels, ratio, n)
+            chosen = states["states"][spec["params"]["vision_model"]["intermediate_layers_indices"]]
+            assert np.array_equal(chosen, states["taps"]), "taps are the inputs of their blocks"
+            out |= {f"{name}.pixels": tiles.numpy()} | {f"{name}.{key}": value for key, value in states.items()}
     return out
+
+
+def encoder_states(encoder, pixels: torch.Tensor, ratio: torch.Tensor, n: int) -> dict[str, np.ndarray]:
+    """What the encoder makes of `n` real tiles, without the projection.
+
+    encoder: [n, tokens, width · (1 + taps)], the final state, then the taps dimension-major and tap-minor
+    final: [n, tokens, width]; taps: [taps, n, tokens, width]
+    states: [layers + 1, n, tokens, width], what enters each block, and what leaves the last
+    """
+    blocks, states = encoder.transformer.resblocks, []
+    hooks = [block.register_forward_pre_hook(lambda _, given: states.append(given[0])) for block in blocks]
+    hooks.append(blocks[-1].register_forward_hook(lambda _, given, made: states.append(made)))
+    features = encoder(pixels, ratio)[0, 0, :n]
+    for hook in hooks:
+        hook.remove()
+    tokens, width = features.shape[1], encoder.class_embedding.shape[0]
+    return {
+        "encoder": features.numpy(),
+        "final": features[..., :width].numpy(),
+        "taps": features[..., width:].unflatten(-1, (width, -1)).permute(3, 0, 1, 2).numpy(),
+        "states": torch.stack([s.view(pixels.shape[2], -1, width)[:n, :tokens] for s in states]).numpy(),
+    }
 
 
 def work(rank: int, world: int, name: str, init: str, exchange: str) -> None:
@@ -341,9 +365,7 @@ def work(rank: int, world: int, name: str, init: str, exchange: str) -> None:
     cases = inputs.cases(spec["params"]["vocab_size"], spec["params"]["vision_chunk_size"])
     cases = {k: v for k, v in cases.items() if k in spec.get("cases", cases)}
     with torch.inference_mode():
-        logits = {
-            f"{case}.{i}": row for case, body in cases.items() for i, row in enumerate(run(model, spec, body))
-        }
+        logits = {f"{case}.{i}": row for case, body in cases.items() for i, row in enumerate(run(model, spec, body))}
         if rank == 0 and world == 1:
             facts = one_rank_facts(model, spec, cases, logits)
             write_model_files(folder, spec, cases, logits, facts, vision_goldens(model, spec, cases))
@@ -390,7 +412,7 @@ def one_rank_facts(model, spec: dict, cases: dict, logits: dict) -> dict:
             change = max(float(np.abs(w - logits[f"{case}.{i}"]).max()) for i, w in enumerate(wrong))
             assert change > 1e-2, (fault, change)
             facts["faults: max abs change of the logits"][fault] = {"case": case, "change": round(change, 4)}
-            print(f"  {fault:45s} {case:18s} {change:.3f}")
+            print(f"  {fault:56s} {case:18s} {change:.3f}")
     return facts
 
 
@@ -434,8 +456,9 @@ def make_transform() -> None:
         return out
 
     file = {
-        "legend": "[width, height, seed, at tile 560, at tile 448], each [rows, columns, first 32 hex digits of the "
-        "sha256 of the float32 little-endian tiles [n, 3, tile, tile]], or [the reference's error]; images: inputs.image",
+        "legend": "[width, height, seed, at tile 560, at tile 448], each [rows, columns, first 32 hex digits of "
+        "the sha256 of the float32 little-endian tiles [n, 3, tile, tile]], or [the reference's error]; images: "
+        "inputs.image",
         "made with": {p: version(p) for p in ("llama-models", "torch", "torchvision", "pillow")},
         "sizes": [entry(i, *size) for i, size in enumerate(inputs.transform_sizes())],
         "large": [entry(1000 + i, *size) for i, size in enumerate(inputs.LARGE_SIZES)],
@@ -448,7 +471,7 @@ def make_transform() -> None:
 
 # ---------------------------------------------------------------- chat format
 
-I = {"type": "image"}  # noqa: E741
+I = {"type": "image"}
 
 
 def T(text: str) -> dict:
@@ -475,7 +498,10 @@ DIALOGS = {
         ("assistant", "Dog"),
         ("user", "Thanks!"),
     ],
-    "whitespace is kept": [("system", "  lead and trail \n"), ("user", [T("\n\n  two  spaces\t tab "), I, T(" end \n")])],
+    "whitespace is kept": [
+        ("system", "  lead and trail \n"),
+        ("user", [T("\n\n  two  spaces\t tab "), I, T(" end \n")]),
+    ],
     "special tokens in text stay text": [("user", "a<|eot_id|>b<|image|>c<|begin_of_text|>")],
     "unicode": [("user", [I, T("Schöne Grüße 你好 مرحبا 🦙🏽 — naïve “quotes” ½ ﬁ e\u0301")])],
     "numbers and code": [("user", "1234567 3.14159 0x1F\ndef f(x):\n\treturn x**2  # ok\n\n\n\nIt's I'LL we've")],
@@ -513,8 +539,9 @@ def make_chat() -> None:
         return {"ids": made.tokens, "mask": [list(m) for m in made.vision.mask] if made.vision else []}
 
     file = {
-        "legend": "ids: what the reference feeds the model (<|image|> as 128256). mask: [first, end) of the text positions "
-        "that see each image; -1 is the end of the text. pieces: every text it tokenised, special tokens off.",
+        "legend": "ids: what the reference feeds the model (<|image|> as 128256). mask: [first, end) of the text "
+        "positions that see each image; -1 is the end of the text. pieces: every text it tokenised, special tokens "
+        "off.",
         "made with": {p: version(p) for p in ("llama-models", "tiktoken")},
         "special": {k: v for k, v in tokenizer.special_tokens.items() if "reserved" not in k},
         "dialogs": {

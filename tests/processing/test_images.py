@@ -285,6 +285,7 @@ def test_limits() -> None:
     assert side * side == images.MAX_PIXELS
     assert "make it smaller" in message(np.broadcast_to(np.uint8(0), (side, side + 1)))
     assert "make it smaller" in message(png(side, side + 1, 1, 0))
+    assert side * side > images.MAX_WEBP_PIXELS
     assert "damaged" in message(png(side, side, 1, 0))  # allowed, and then found to be cut short
 
 

@@ -22,6 +22,7 @@ from ..errors import ImageError
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray
 
 MAX_PIXELS = 64 * 2**20  # of one picture; the most that decoding then takes is below 1 GB
+MAX_WEBP_PIXELS = MAX_PIXELS // 2  # Pillow holds four copies of a WebP while it decodes it
 MAX_FILE_BYTES = 512 * 2**20
 MAX_SCANNED_PIXELS = 2**30  # a JPEG may be sent in scans, each over every pixel: a small file can ask for a lot of work
 
@@ -116,7 +117,7 @@ def _read(file: IO[bytes], num_bytes: int, name: str) -> Image.Image:
     try:
         head = file.read(64)
         file.seek(0)
-        _refuse_bomb(*_webp_size(head), name)  # Pillow makes room for a WebP's pixels as it opens it
+        _refuse_bomb(*_webp_size(head), name, MAX_WEBP_PIXELS)  # Pillow makes room for its pixels as it opens one
         with Image.open(file, formats=_formats()) as image:
             _refuse_bomb(*image.size, name)
             if image.format in ("JPEG", "MPO"):  # MPO: a JPEG that more pictures follow
@@ -137,11 +138,9 @@ def _damaged(name: str, error: Exception) -> ImageError:
     return ImageError(f"{name} is damaged and cannot be decoded ({reason[:200]}); save or download it again")
 
 
-def _refuse_bomb(width: int, height: int, name: str) -> None:
-    if width * height > MAX_PIXELS:
-        raise ImageError(
-            f"{name} is {width} x {height} pixels; at most {MAX_PIXELS:,} pixels are decoded, make it smaller"
-        )
+def _refuse_bomb(width: int, height: int, name: str, most: int = MAX_PIXELS) -> None:
+    if width * height > most:
+        raise ImageError(f"{name} is {width} x {height} pixels; at most {most:,} pixels are decoded, make it smaller")
 
 
 def _webp_size(head: bytes) -> tuple[int, int]:
@@ -178,12 +177,12 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     _refuse_bomb(*image.size, name)
     try:
         image.load()
-        turn = _UPRIGHT.get(_orientation(image))
-        if type(image) is Image.Image and image.mode == "RGB" and turn is None and "transparency" not in image.info:
-            return image
         rgb = _to_rgb(image)
+        turn = _UPRIGHT.get(_orientation(image))
         if turn is not None:
             rgb = rgb.transpose(turn)
+        elif rgb is image:
+            rgb = image.copy()
     except ImageError:
         raise
     except Exception as error:
@@ -200,6 +199,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """The image itself if it is RGB already."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _from_wide(image)
     if image.has_transparency_data:
@@ -210,7 +210,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return rgb
     if image.mode == "LAB":
         raise ImageError("the image is in the LAB colour space; save it as RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Image.Image]]:

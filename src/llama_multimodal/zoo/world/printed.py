@@ -101,7 +101,8 @@ def printed(rng: np.random.Generator) -> tuple[Image.Image, tuple[Mark, ...], st
     width, height = canvas_size(rng)
     text = random_text(rng, 5 if width < height / 1.6 else 8)
     draws = plain(rng)
-    image, ground = background(draws, width, height, calm=True)
+    behind = background(draws, width, height, "paper" if draws.random() < 0.35 else "calm")
+    image, ground = behind.paint(), list(behind.colors)
     image = image.convert("RGB")
     angle = math.radians(float(rng.uniform(-5, 5))) if rng.random() < 0.6 else 0.0
     cos, sin = math.cos(angle), math.sin(angle)

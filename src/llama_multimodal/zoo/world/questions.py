@@ -1,230 +1,236 @@
-"""Questions about printed text and charts, questions outside the small world, and talk without a picture."""
+"""Questions about a scene and their answers, drawn so that no answer of a kind is much more common than the others."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import numpy as np
+from .outside import outside_question
+from .phrases import SIDES, article, phrase, thing_words
+from .scenes import Scene
+from .types import COLORS, OUTSIDE_ANSWER, SHAPES, SIZES, Mark, Turn
 
-from llama_multimodal.zoo.world.types import COLORS, OUTSIDE_ANSWER, SHAPES, Turn
-
-NO_PICTURE_ANSWER = "There is no picture. Please give me one."
-
-TEXT_QUESTIONS = (
-    "What does the text say?",
-    "What is written in the picture?",
-    "What is written here?",
-    "Read the text.",
-    "Read the word in the picture.",
-    "What does it say?",
-    "Which word is printed in the picture?",
-    "What text is in the image?",
-    "Please read the text in this picture.",
-    "Can you read what is written?",
-    "Transcribe the text.",
-    "Which letters or digits are shown?",
-)
-_HIGHEST = (
-    "Which bar is the highest?",
-    "Which bar is the tallest?",
-    "What is the highest bar?",
-    "Which bar has the largest value?",
-    "Which bar has the highest value?",
-    "Name the tallest bar.",
-    "Which bar is the biggest?",
-    "Which bar shows the most?",
-    "What is the tallest bar in the chart?",
-    "Which bar has the greatest value?",
-)
-_LOWEST = (
-    "Which bar is the lowest?",
-    "Which bar is the shortest?",
-    "What is the lowest bar?",
-    "Which bar has the smallest value?",
-    "Which bar has the lowest value?",
-    "Name the shortest bar.",
-    "Which bar is the smallest?",
-    "Which bar shows the least?",
-    "What is the shortest bar in the chart?",
-    "Which bar has the least value?",
-)
-# {bar} is "bar A" or "the red bar".
-_VALUE = (
-    "What is the value of {bar}?",
-    "How high is {bar}?",
-    "How tall is {bar}?",
-    "What value does {bar} have?",
-    "What number does {bar} show?",
-    "Which value does {bar} reach?",
-    "Give the value of {bar}.",
-    "Read the value of {bar}.",
-    "What does {bar} show?",
-    "Up to which number does {bar} go?",
-)
-CHART_QUESTIONS = {"chart_highest": _HIGHEST, "chart_lowest": _LOWEST, "chart_value": _VALUE}
-
-_FILL = {
-    "place": ("France", "Italy", "Japan", "Spain", "Germany", "India", "China", "Brazil", "Egypt", "Canada"),
-    "city": ("Paris", "London", "Rome", "Berlin", "Tokyo", "Madrid", "New York"),
-    "animal": ("dog", "cat", "horse", "bird", "fish", "cow", "lion", "bear"),
-    "thing": ("car", "house", "tree", "boat", "chair", "table", "phone", "cup", "book", "flower"),
-    "person": ("man", "woman", "child", "boy", "girl", "person"),
-    "day": ("today", "tomorrow", "now", "this week", "on Monday", "on Sunday"),
-    "topic": ("love", "music", "the sea", "the moon", "football", "history", "science", "food", "money"),
-    "text_kind": ("poem", "story", "song", "letter", "joke", "list"),
-    "code": ("Python", "Java", "HTML"),
-    "wear": ("wearing", "doing", "eating", "holding", "saying", "thinking"),
-    "food": ("bread", "pizza", "soup", "cake", "rice"),
-    "a": tuple(str(i) for i in range(1, 21)),
-    "b": tuple(str(i) for i in range(1, 21)),
-    "op": ("plus", "minus", "times"),
-    "sign": ("+", "-", "*"),
-    "language": ("French", "German", "Spanish", "Chinese"),
-}
-OUTSIDE_QUESTIONS = (
-    "What is the weather {day}?",
-    "How is the weather in {city}?",
-    "Will it rain {day}?",
-    "Is it cold in {city}?",
-    "What is the capital of {place}?",
-    "Where is {place}?",
-    "How many people live in {city}?",
-    "Who is the president of {place}?",
-    "How far is it from {city} to {place}?",
-    "Who is the {person} in the picture?",
-    "What is the {person} {wear}?",
-    "How old is the {person}?",
-    "Is the {person} happy?",
-    "Is there a {person} in the picture?",
-    "What animal is in the picture?",
-    "Is there a {animal} in the picture?",
-    "What is the {animal} doing?",
-    "What is the name of the {animal}?",
-    "How many {animal}s are there?",
-    "Can you see a {thing}?",
-    "Is there a {thing} in the image?",
-    "Where is the {thing}?",
-    "What is {a} {op} {b}?",
-    "What is {a} {sign} {b}?",
-    "Tell me a joke.",
-    "Tell me a {text_kind} about {topic}.",
-    "Write a {text_kind} about {topic}.",
-    "Write some {code} code.",
-    "Write a {code} program.",
-    "Who painted this?",
-    "Who made this picture?",
-    "When was this picture taken?",
-    "Where was this picture taken?",
-    "Which camera took this?",
-    "What time is it?",
-    "What time is it in {city}?",
-    "What day is it {day}?",
-    "How do I make {food}?",
-    "Do you like {food}?",
-    "Do you like {topic}?",
-    "What do you think about {topic}?",
-    "Tell me about {topic}.",
-    "Tell me about {place}.",
-    "What is the meaning of life?",
-    "Who are you?",
-    "What is your name?",
-    "How old are you?",
-    "How are you?",
-    "Say something in {language}.",
-    "How do you say {animal} in {language}?",
-    "Who won the game {day}?",
-    "What should I do {day}?",
-    "Why is the sky blue?",
-    "How much does a {thing} cost?",
-)
-
-# Talk without a picture: these, and questions about shapes, text and charts.
-_GREETINGS = (
-    "Hello!",
-    "Hi!",
-    "Hi there!",
-    "Hello, how are you?",
-    "Hey!",
-    "Good morning!",
-    "Good evening!",
-    "What can you do?",
-    "Can you help me?",
-    "What is this?",
-    "What do you see?",
-    "Describe the picture.",
-    "Describe this image.",
-    "What is in the picture?",
-    "What is in the image?",
-    "How many shapes are there?",
-    "How many shapes are in the picture?",
-)
-_NO_PICTURE_TEMPLATES = (
-    "How many {color} shapes are there?",
-    "How many {shape} shapes are there?",
-    "How many {color} {shape} shapes are there?",
-    "Is there a {color} {shape}?",
-    "Is there a {shape} in the picture?",
-    "What color is the {shape}?",
-    "What shape is the {color} thing?",
-    "Is the {color} {shape} left of the {shape2}?",
-    "Where is the {color} {shape}?",
-)
+_WHERE = ("left", "right", "above", "below")
+_PLURALS = {name: name + ("es" if name == "cross" else "s") for name in SHAPES}
+_OUTSIDE_SHARE = 0.05
 
 
-def _pick(rng: np.random.Generator, items: Sequence[str]) -> str:
-    return items[int(rng.integers(len(items)))]
+@dataclass(frozen=True)
+class _Asked:
+    """A turn, and what it asks whatever its words: no conversation asks the same thing twice."""
+
+    turn: Turn
+    topic: tuple[object, ...]
 
 
-def _dress(rng: np.random.Generator, question: str) -> str:
-    """The question as different people type it."""
+def scene_turns(rng: random.Random, scene: Scene, count: int) -> tuple[Turn, ...]:
+    """At most `count` different questions about the scene."""
+    turns: list[Turn] = []
+    topics = set()
+    for _ in range(count * 8):
+        if len(turns) == count:
+            break
+        if rng.random() < _OUTSIDE_SHARE:
+            turns.append(Turn(outside_question(rng, "scene"), OUTSIDE_ANSWER, "outside"))
+            continue
+        (maker,) = rng.choices(_MAKERS, _WEIGHTS)
+        asked = maker(rng, scene)
+        if asked is not None and asked.topic not in topics:
+            topics.add(asked.topic)
+            turns.append(asked.turn)
+    return tuple(turns)
+
+
+def count_matching(marks: tuple[Mark, ...], shape: int = -1, color: int = -1, size: int = -1) -> int:
+    """How many objects have the given shape, colour and size; -1 stands for any."""
+    return sum(
+        shape in (-1, m.shape) and color in (-1, m.color) and size in (-1, m.size) for m in marks if m.kind == "object"
+    )
+
+
+def names(rng: random.Random, shape: int = -1, color: int = -1, size: int = -1) -> tuple[str, str]:
+    """What such a thing is called, and its plural: "small red circle", "blue objects"."""
+    words = [SIZES[size]] if size >= 0 else []
+    if words and rng.random() < 0.3:
+        words = ["large" if size else "little"]
+    words += [COLORS[color]] if color >= 0 else []
+    one, many = (SHAPES[shape], _PLURALS[SHAPES[shape]]) if shape >= 0 else thing_words(rng)
+    return " ".join([*words, one]), " ".join([*words, many])
+
+
+def _even_pick(rng: random.Random, options: list[tuple[int, int]], marks: tuple[Mark, ...]) -> tuple[int, int]:
+    """One (shape, colour) such that every count that occurs above zero is about equally likely; zero 1 in 7."""
+    by_count: dict[int, list[tuple[int, int]]] = {}
+    for option in options:
+        by_count.setdefault(count_matching(marks, *option), []).append(option)
+    absent = by_count.pop(0, [])
+    if not by_count or (absent and rng.random() < 1 / 7):
+        return rng.choice(absent)
+    weights = [min(count, 4) for count in by_count]  # large counts are rarer in the scenes: evened out here
+    (found,) = rng.choices(list(by_count.values()), weights)
+    return rng.choice(found)
+
+
+def _counting(kind: str) -> Callable[[random.Random, Scene], _Asked | None]:
+    def make(rng: random.Random, scene: Scene) -> _Asked | None:
+        marks = scene.marks
+        shapes = range(len(SHAPES)) if kind in ("count_shape", "count_both") else (-1,)
+        colors = range(len(COLORS)) if kind in ("count_color", "count_both") else (-1,)
+        options = [(s, c) for s in shapes for c in colors]
+        if kind == "count_both":  # a pair that is absent is asked only where both halves are there
+            options = [
+                (s, c) for s, c in options if count_matching(marks, shape=s) and count_matching(marks, color=c)
+            ]
+        shape, color = _even_pick(rng, options, marks)
+        answer = str(count_matching(marks, shape, color))
+        if kind == "count_all":
+            question = phrase(rng, "count_all", "number")
+        elif kind == "count_color" and rng.random() < 0.25:
+            question = phrase(rng, "count_color_only", "number", color=COLORS[color])
+        else:
+            question = phrase(rng, "count", "number", nouns=names(rng, shape, color)[1])
+        return _Asked(Turn(question, answer, kind), ("count", shape, color))
+
+    return make
+
+
+def _attribute(kind: str) -> Callable[[random.Random, Scene], _Asked | None]:
+    """kind "color": a shape is named and its colour asked; kind "shape": the reverse."""
+    words = COLORS if kind == "color" else SHAPES
+
+    def value(mark: Mark) -> int:
+        return mark.color if kind == "color" else mark.shape
+
+    def make(rng: random.Random, scene: Scene) -> _Asked | None:
+        marks = scene.marks
+        # What a referent fixes: (shape, colour, size), one of shape and colour and perhaps the size.
+        keys = [(m.shape, -1, -1) if kind == "color" else (-1, m.color, -1) for m in marks]
+        sized = [(s, c, m.size) for (s, c, _), m in zip(keys, marks, strict=True) if _sizes_clear(scene)]
+        if rng.random() < 0.1:
+            present = {k[0] if kind == "color" else k[1] for k in keys}
+            absent = [i for i in range(len(SHAPES if kind == "color" else COLORS)) if i not in present]
+            if absent:
+                missing = rng.choice(absent)
+                noun, _ = names(rng, *((missing, -1) if kind == "color" else (-1, missing)))
+                return _Asked(Turn(phrase(rng, kind, "none", noun=noun), f"There is no {noun}.", kind), (kind, missing))
+        # Values in turn first, so that rare ones among the unique referents are asked as often as common ones.
+        single = [key for key in keys if count_matching(marks, *key) == 1]
+        single += [key for key in sized if count_matching(marks, *key) == 1 and (*key[:2], -1) not in single]
+        several = []
+        for key in set(keys):
+            values = {value(m) for m in marks if key[:2] in ((m.shape, -1), (-1, m.color))}
+            if count_matching(marks, *key) > 1 and len(values) == 1:
+                several.append(key)
+        if several and (not single or rng.random() < 0.25):
+            key = rng.choice(sorted(several))
+            question = phrase(rng, f"{kind}_plural", "word", nouns=names(rng, *key)[1])
+        elif single:
+            key = rng.choice(single)
+            question = phrase(rng, kind, "word", noun=names(rng, *key)[0])
+        else:
+            return None
+        answer = next(words[value(m)] for m in marks if count_matching((m,), *key))
+        return _Asked(Turn(question, answer, kind), (kind, *key))
+
+    return make
+
+
+def _existence(rng: random.Random, scene: Scene) -> _Asked | None:
+    marks, wanted = scene.marks, rng.random() < 0.5
     draw = rng.random()
-    if draw < 0.3:
-        question = question[0].lower() + question[1:]
-    return question.rstrip("?.!") if 0.2 < draw < 0.45 else question
-
-
-def text_turns(rng: np.random.Generator, text: str, n: int = 2) -> list[Turn]:
-    """`n` different questions for the printed text."""
-    order = rng.permutation(len(TEXT_QUESTIONS))[:n]
-    return [Turn(_dress(rng, TEXT_QUESTIONS[int(i)]), text, "text") for i in order]
-
-
-def chart_turns(rng: np.random.Generator, names: Sequence[str], values: Sequence[int], n: int) -> list[Turn]:
-    """At most `n` distinct questions about a chart: its highest and lowest bar, and the value of each bar."""
-    asks: list[tuple[str, int]] = [("chart_value", i) for i in range(len(names))]
-    asks += [("chart_highest", i) for i, v in enumerate(values) if v == max(values)]
-    asks += [("chart_lowest", i) for i, v in enumerate(values) if v == min(values)]
-    turns = []
-    for at in rng.permutation(len(asks))[:n]:
-        kind, index = asks[int(at)]
-        name = names[index]
-        bar = f"bar {name}" if len(name) == 1 else f"the {name} bar"
-        question = _pick(rng, CHART_QUESTIONS[kind]).format(bar=bar)
-        turns.append(Turn(_dress(rng, question), str(values[index]) if kind == "chart_value" else name, kind))
-    return turns
-
-
-def outside_turn(rng: np.random.Generator) -> Turn:
-    """A question the model does not answer."""
-    fillers = {key: _pick(rng, words) for key, words in _FILL.items()}
-    question = _pick(rng, OUTSIDE_QUESTIONS).format(**fillers)
-    return Turn(_dress(rng, question.replace("fishs", "fish")), OUTSIDE_ANSWER, "outside")
-
-
-def no_picture_turn(rng: np.random.Generator) -> Turn:
-    """A question about a picture, or a greeting, where there is no picture."""
-    kind = rng.random()
-    if kind < 0.35:
-        question = _pick(rng, _GREETINGS)
-    elif kind < 0.55:
-        question = _pick(rng, TEXT_QUESTIONS)
-    elif kind < 0.75:
-        name = _pick(rng, COLORS) if rng.random() < 0.5 else ""
-        bar = f"the {name} bar" if name else f"bar {_pick(rng, 'ABCDEFGH')}"
-        question = _pick(rng, (*_HIGHEST, *_LOWEST, *_VALUE)).format(bar=bar)
+    if draw < 0.25:
+        options = [(s, -1) for s in range(len(SHAPES))]
+    elif draw < 0.5:
+        options = [(-1, c) for c in range(len(COLORS))]
     else:
-        question = _pick(rng, _NO_PICTURE_TEMPLATES).format(
-            color=_pick(rng, COLORS), shape=_pick(rng, SHAPES), shape2=_pick(rng, SHAPES)
-        )
-        question = question.replace("a orange", "an orange")
-    return Turn(_dress(rng, question), NO_PICTURE_ANSWER, "outside")
+        options = [(s, c) for s in range(len(SHAPES)) for c in range(len(COLORS))]
+    options = [o for o in options if bool(count_matching(marks, *o)) == wanted]
+    if draw >= 0.5 and not wanted:  # mostly pairs of which one half or both halves are there
+        hard = [o for o in options if count_matching(marks, shape=o[0]) and count_matching(marks, color=o[1])]
+        half = [o for o in options if count_matching(marks, shape=o[0]) or count_matching(marks, color=o[1])]
+        options = hard if hard and rng.random() < 0.6 else half if half and rng.random() < 0.7 else options
+    if not options:
+        return None
+    shape, color = rng.choice(options)
+    noun, nouns = names(rng, shape, color)
+    question = phrase(rng, "existence", "yes", noun=noun, nouns=nouns, a_noun=article(noun))
+    return _Asked(Turn(question, "yes" if wanted else "no", "existence"), ("existence", shape, color))
+
+
+def _referent(rng: random.Random, scene: Scene, mark: Mark) -> str | None:
+    """A name that fits this thing only: shape and colour, or one of them, or with the size; None if there is none."""
+    full = (mark.shape, mark.color, -1)
+    brief = [k for k in ((mark.shape, -1, -1), (-1, mark.color, -1)) if count_matching(scene.marks, *k) == 1]
+    if brief and rng.random() < 0.35:
+        return names(rng, *rng.choice(brief))[0]
+    if count_matching(scene.marks, *full) == 1:
+        return names(rng, *full)[0]
+    full = (mark.shape, mark.color, mark.size)
+    return names(rng, *full)[0] if _sizes_clear(scene) and count_matching(scene.marks, *full) == 1 else None
+
+
+def _sizes_clear(scene: Scene) -> bool:
+    return all(mark.size >= 0 for mark in scene.marks)
+
+
+def _relation(rng: random.Random, scene: Scene) -> _Asked | None:
+    marks = scene.marks
+    if len(marks) < 2:
+        return None
+    where = rng.random() < 0.4
+    for _ in range(12):
+        i, j = rng.sample(range(len(marks)), 2)
+        dx, dy = marks[i].x - marks[j].x, marks[i].y - marks[j].y
+        axis = rng.randrange(2)
+        if where:
+            axis = int(abs(dy) > abs(dx))
+        along, across = (dy, dx) if axis else (dx, dy)
+        if abs(along) < 0.1 * math.sqrt(scene.width * scene.height):
+            continue
+        if where and abs(along) < 1.7 * abs(across):
+            continue
+        one, other = _referent(rng, scene, marks[i]), _referent(rng, scene, marks[j])
+        if one is None or other is None:
+            continue
+        truth = 2 * axis + int(along > 0)  # index into SIDES and _WHERE
+        if where:
+            turn = Turn(phrase(rng, "relation_where", "word", one=one, other=other), _WHERE[truth], "relation")
+        else:
+            said = rng.choice((truth, truth ^ 1))
+            question = phrase(rng, "relation_yes_no", "yes", one=one, other=other, side=rng.choice(SIDES[said]))
+            turn = Turn(question, "yes" if said == truth else "no", "relation")
+        return _Asked(turn, ("relation", axis, min(i, j), max(i, j)))
+    return None
+
+
+def describe(scene: Scene) -> str | None:
+    """The canonical description: up to six things from left to right, more by the number of each shape.
+
+    None where a person could not tell: a size that is neither small nor big, or two things at about the same x.
+    """
+    marks = sorted(scene.marks, key=lambda mark: mark.x)
+    if len(marks) > 6:
+        counts = [(count_matching(scene.marks, shape=s), name) for s, name in enumerate(SHAPES)]
+        parts = [f"{n} {name if n == 1 else _PLURALS[name]}" for n, name in counts if n]
+        return f"{len(marks)} objects: {', '.join(parts)}"
+    least = 0.03 * math.sqrt(scene.width * scene.height)
+    if not _sizes_clear(scene) or any(b.x - a.x < least for a, b in zip(marks, marks[1:], strict=False)):
+        return None
+    return ", ".join(f"a {SIZES[m.size]} {COLORS[m.color]} {SHAPES[m.shape]}" for m in marks)
+
+
+def _description(rng: random.Random, scene: Scene) -> _Asked | None:
+    answer = describe(scene)
+    if answer is None:
+        return None
+    return _Asked(Turn(phrase(rng, "description"), answer, "description"), ("description",))
+
+
+_Maker = Callable[[random.Random, Scene], _Asked | None]
+_MAKERS: tuple[_Maker, ...] = (
+    _counting("count_all"), _counting("count_color"), _counting("count_shape"), _counting("count_both"),
+    _attribute("color"), _attribute("shape"), _existence, _relation, _description,
+)  # fmt: skip
+_WEIGHTS = (1.0, 1.2, 1.2, 1.5, 1.5, 1.5, 1.5, 2.0, 0.7)

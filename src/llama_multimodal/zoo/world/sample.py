@@ -11,7 +11,7 @@ from llama_multimodal.zoo.world import questions
 from llama_multimodal.zoo.world.charts import chart, chart_data
 from llama_multimodal.zoo.world.printed import printed, random_text
 from llama_multimodal.zoo.world.scene_questions import scene_turns
-from llama_multimodal.zoo.world.scenes import scene
+from llama_multimodal.zoo.world.scenes import paint_scene, plan_scene
 from llama_multimodal.zoo.world.streams import plain
 from llama_multimodal.zoo.world.types import COLORS, SHAPES, SIZES, Mark, Sample, Turn
 
@@ -61,9 +61,10 @@ def sample(seed: int, *, split: str = "train", family: Family | None = None, tur
         return Sample(None, tuple(_no_picture_turns(rng, turns)), (), family)
     if family == "scene":
         draws = plain(rng)
-        image, marks = scene(draws)
-        asked = scene_turns(draws, marks, image.width, image.height, turns)
-        return Sample(image, tuple(_with_outside(rng, asked, turns)), tuple(marks), family)
+        scene = plan_scene(draws)
+        image = paint_scene(draws, scene)
+        asked = scene_turns(draws, scene.marks, scene.width, scene.height, turns)
+        return Sample(image, tuple(_with_outside(rng, asked, turns)), scene.marks, family)
     if family == "text":
         image, marks, text = printed(rng)
         asked = questions.text_turns(rng, text, min(2, turns))

@@ -6,7 +6,6 @@ import math
 import random
 from collections.abc import Callable, Sequence
 
-from llama_multimodal.zoo.world.palette import Rng, plain_random
 from llama_multimodal.zoo.world.types import COLORS, SHAPES, SIZES, Mark, Turn
 
 # {thing} is a full name with its colour ("red circle"), {things} its plural; {one} and {other} start with "the".
@@ -136,9 +135,8 @@ _DIRECTIONS: dict[str, tuple[tuple[str, ...], int, int]] = {
 Pair = tuple[str, str]
 
 
-def scene_turns(rng: Rng, marks: Sequence[Mark], width: int, height: int, n: int) -> list[Turn]:
+def scene_turns(rng: random.Random, marks: Sequence[Mark], width: int, height: int, n: int) -> list[Turn]:
     """At most n turns (n whenever the scene has that many different questions) about a scene."""
-    rng = plain_random(rng)
     makers: dict[str, Callable[[], Pair | None]] = {
         "count_all": lambda: (_form(rng, "count_all"), str(len(marks))),
         "count_color": lambda: _count_color(rng, marks),
@@ -237,7 +235,8 @@ def _absent(rng: random.Random, marks: Sequence[Mark]) -> tuple[int, int]:
 
 
 def _names(mark: Mark) -> tuple[str, str, str]:
-    return COLORS[mark.color], SHAPES[mark.shape], SIZES[mark.size]
+    """Colour, shape and size; the size is empty where it is neither clearly small nor clearly big."""
+    return COLORS[mark.color], SHAPES[mark.shape], SIZES[mark.size] if mark.size >= 0 else ""
 
 
 def _color(rng: random.Random, marks: Sequence[Mark]) -> Pair | None:
@@ -252,7 +251,7 @@ def _color(rng: random.Random, marks: Sequence[Mark]) -> Pair | None:
         same = [m for m in marks if m.shape == mark.shape]
         if len(same) == 1:
             found.append((shape, color))
-        elif sum(m.size == mark.size for m in same) == 1:
+        elif all(m.size >= 0 for m in same) and sum(m.size == mark.size for m in same) == 1:
             found.append((f"{size} {shape}", color))
     if len(marks) == 1:
         found.append((rng.choice(("object", "shape")), COLORS[marks[0].color]))
@@ -275,7 +274,7 @@ def _shape(rng: random.Random, marks: Sequence[Mark]) -> Pair | None:
         same = [m for m in marks if m.color == mark.color]
         if len(same) == 1:
             found.append((f"{color} {noun}", shape))
-        elif sum(m.size == mark.size for m in same) == 1:
+        elif all(m.size >= 0 for m in same) and sum(m.size == mark.size for m in same) == 1:
             found.append((f"{size} {color} {noun}", shape))
     if not found:
         return None
@@ -343,5 +342,6 @@ def _relation(rng: random.Random, marks: Sequence[Mark], width: int, height: int
 def _description(rng: random.Random, marks: Sequence[Mark]) -> Pair | None:
     if len(marks) > 5:
         return None
-    parts = [f"a {size} {color} {shape}" for color, shape, size in map(_names, sorted(marks, key=lambda m: m.x))]
+    # A size is named only where it is clear.
+    parts = [" ".join(f"a {size} {color} {shape}".split()) for color, shape, size in map(_names, sorted(marks, key=lambda m: m.x))]
     return _form(rng, "description"), ", ".join(parts)

@@ -148,11 +148,10 @@ def _rows(rng: random.Random, width: int, height: int, wanted: list[tuple[float,
     largest = max(diameter for diameter, _ in wanted)
     gap = max(4.0, 0.015 * math.sqrt(width * height))
     across, down = int(width // (largest + gap)), int(height // (largest + gap))
-    if across * down < len(wanted):
+    fewest, most = -(-len(wanted) // max(across, 1)), min(down, 3, len(wanted))
+    if across < 1 or fewest > most:
         return []
-    rows = rng.randint(-(-len(wanted) // across), min(down, 3, len(wanted))) if across else 0
-    if rows * across < len(wanted) or rows < 1:
-        return []
+    rows = rng.randint(fewest, most)
     columns = rng.randint(-(-len(wanted) // rows), min(across, len(wanted)))
     cells = rng.sample([(r, c) for r in range(rows) for c in range(columns)], len(wanted))
     cell_w, cell_h = width / columns, height / rows
