@@ -149,10 +149,10 @@ class TiledVisionEncoder(nn.Module):
         num_real = num_tiles * config.num_patches
         x = self.pre_norm(x).flatten(1, 2)
         # Meta appends zero tokens to every tile *after* this norm; they are equal everywhere, so one stands for all.
-        zeros = config.max_num_tiles * (-config.num_patches % _TOKEN_MULTIPLE)
+        zeros = -config.num_patches % _TOKEN_MULTIPLE  # of each tile
         if zeros:
             x = torch.cat((x, x.new_zeros(num_images, 1, config.hidden_size)), dim=1)
-        key_bias = self._key_bias(num_real, distinct, spare, zeros, x.device)
+        key_bias = self._key_bias(num_real, distinct, spare, [zeros * config.max_num_tiles], x.device)
 
         taps = []
         for i, block in enumerate(self.layers):
@@ -162,7 +162,10 @@ class TiledVisionEncoder(nn.Module):
         x = self.post_norm(x)
         grid = self.post_tile_gate.tanh() * self.post_tile_embedding[ids, : num_tiles + distinct]  # [N, tiles, E]
         added = grid[:, :, None].expand(-1, -1, config.num_patches, -1).flatten(1, 2)
-        x = torch.cat((x[:, : added.shape[1]] + added, x[:, added.shape[1] :]), dim=1)
+        # Every token of a tile gets its embedding, the zero tokens too: from here on they differ from tile to tile.
+        x = torch.cat((x[:, : added.shape[1]] + added, x[:, added.shape[1] :] + grid), dim=1) if zeros else x + added
+        copies = [zeros] * num_tiles + [zeros * spare // max(distinct, 1)] * distinct
+        key_bias = self._key_bias(num_real, distinct, spare, copies, x.device)
         for block in self.global_layers:
             x = block(x, num_real, key_bias)
         # Meta stacks the taps on a new last axis and flattens it: feature-major, tap-minor.
@@ -188,10 +191,14 @@ class TiledVisionEncoder(nn.Module):
         x = x + (1 - gate) * self.position_embedding
         return x + gate * self.tile_position_embedding[ids, :used]
 
-    def _key_bias(self, num_real: int, distinct: int, spare: int, zeros: int, device: torch.device) -> Tensor | None:
-        """log of how many tokens each key stands for, fp32 [tokens]; None where every key stands for itself."""
+    def _key_bias(
+        self, num_real: int, distinct: int, spare: int, zeros: Sequence[int], device: torch.device
+    ) -> Tensor | None:
+        """log of how many tokens each key stands for, fp32 [tokens]; None where every key stands for itself.
+
+        zeros: how many zero tokens each of the last keys stands for.
+        """
         per_tile = math.log(spare / distinct) if distinct else 0.0
         bias = [0.0] * num_real + [per_tile] * (distinct * self.config.num_patches)
-        if zeros:
-            bias.append(math.log(zeros))
+        bias += [math.log(count) for count in zeros if count]
         return torch.tensor(bias, device=device) if any(bias) else None
