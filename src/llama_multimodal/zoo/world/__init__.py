@@ -1,6 +1,31 @@
-"""The small world of the embedded model: drawn pictures, questions about them and exact answers."""
+"""The small world that the embedded model is trained and tested on: coloured shapes, printed words, bar charts."""
 
-from llama_multimodal.zoo.world.sample import corpus, sample
-from llama_multimodal.zoo.world.types import CHARS, COLORS, KINDS, SHAPES, Mark, Sample, Turn
+from .sample import FAMILIES, corpus, sample
+from .types import (
+    CHARS,
+    COLORS,
+    KINDS,
+    NO_PICTURE_ANSWER,
+    OUTSIDE_ANSWER,
+    SHAPES,
+    SIZES,
+    Mark,
+    Sample,
+    Turn,
+)
 
-__all__ = ["CHARS", "COLORS", "KINDS", "SHAPES", "Mark", "Sample", "Turn", "corpus", "sample"]
+__all__ = [
+    "CHARS",
+    "COLORS",
+    "FAMILIES",
+    "KINDS",
+    "NO_PICTURE_ANSWER",
+    "OUTSIDE_ANSWER",
+    "SHAPES",
+    "SIZES",
+    "Mark",
+    "Sample",
+    "Turn",
+    "corpus",
+    "sample",
+]

@@ -1,140 +1,168 @@
-"""Pictures of bar charts, and where each bar and each letter below a bar is."""
+"""Bar charts: 3 to 6 bars of whole values 1 to 10, named by letters under them or by their colours."""
 
 from __future__ import annotations
 
-import math
+import random
+from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image, ImageDraw
 
-from llama_multimodal.zoo.world import fonts
-from llama_multimodal.zoo.world.backgrounds import finish
-from llama_multimodal.zoo.world.palette import contrast, object_color
-from llama_multimodal.zoo.world.streams import plain
-from llama_multimodal.zoo.world.types import CHARS, COLORS, Mark
+from . import fonts
+from .backgrounds import Background, background, canvas_size, finish
+from .outside import outside_question
+from .palette import RGB, contrast, from_hsv, mix, tone_on
+from .phrases import MOST, PEAK, phrase
+from .types import CHARS, COLORS, OUTSIDE_ANSWER, Mark, Turn
 
-LETTERS = "ABCDEFGH"
-MAX_VALUE = 10
-_MIN_CONTRAST = 32.0  # CIELab distance of bars and ground
-
-
-def chart_values(rng: np.random.Generator) -> list[int]:
-    """Three to six values from 1 to 10; the largest and the smallest occur once."""
-    n = int(rng.integers(3, 7))
-    while True:
-        values = [int(v) for v in rng.integers(1, MAX_VALUE + 1, n)]
-        if values.count(max(values)) == 1 and values.count(min(values)) == 1:
-            return values
+_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
+_TITLES = (
+    "Results", "Sales", "Scores", "Points", "Units", "Total", "Survey", "Chart 1", "Figure 2", "Group", "Budget",
+    "Visitors", "Year 2024", "Test scores", "Team points", "Rainfall", "Books read", "Votes",
+)  # fmt: skip
 
 
-def chart_data(rng: np.random.Generator) -> tuple[list[int], list[str], list[int] | None]:
-    """Values, names and, where bars are named by colour, the colour of each bar."""
-    values = chart_values(rng)
-    if rng.random() < 0.5:
-        if rng.random() < 0.5:
-            return values, list(LETTERS[: len(values)]), None
-        return values, [LETTERS[int(i)] for i in rng.permutation(len(LETTERS))[: len(values)]], None
-    colors = [int(i) for i in rng.permutation(len(COLORS))[: len(values)]]
-    return values, [COLORS[c] for c in colors], colors
+@dataclass(frozen=True)
+class Chart:
+    """values: whole, 1 to 10, with one highest and one lowest. letters: "" where the bars go by their colours."""
+
+    width: int
+    height: int
+    values: tuple[int, ...]
+    letters: str
+    colors: tuple[int, ...]  # indices into COLORS; -1 where the colour is not the bar's name
+    tones: tuple[RGB, ...]
+    behind: Background
 
 
-def _canvas(rng: np.random.Generator) -> tuple[int, int]:
-    long_side = round(math.exp(rng.uniform(math.log(240), math.log(1100))))
-    short_side = max(200, round(long_side / rng.uniform(1.0, 1.9)))
-    long_side = max(long_side, short_side)
-    return (short_side, long_side) if rng.random() < 0.3 else (long_side, short_side)
+def plan_chart(rng: random.Random) -> Chart:
+    """Canvas 200 to 1200 pixels a side, within 2:1."""
+    width, height = canvas_size(rng, (1, 2), least=200)
+    if rng.random() < 0.3:
+        width, height = height, width
+    behind = background(rng, width, height, "paper" if rng.random() < 0.6 else "calm")
+    count = rng.randint(3, 6)
+    values = [rng.randint(1, 10) for _ in range(count)]
+    while values.count(max(values)) > 1 or values.count(min(values)) > 1:
+        values = [rng.randint(1, 10) for _ in range(count)]
+    if rng.random() < 0.42:
+        tones = [(color, tone_on(rng, color, behind.colors, tries=20)) for color in rng.sample(range(8), 8)]
+        usable = [(color, tone) for color, tone in tones if tone is not None][:count]
+        colors = tuple(color for color, _ in usable)
+        if len(usable) < count:
+            return plan_chart(rng)
+        return Chart(width, height, tuple(values), "", colors, tuple(tone for _, tone in usable), behind)
+    letters = _LETTERS[:count]
+    if rng.random() < 0.35:
+        letters = "".join(sorted(rng.sample(_LETTERS, count)))
+    single = _any_tone(rng, behind)
+    mixed = rng.random() < 0.4
+    bars = tuple(_any_tone(rng, behind) if mixed else single for _ in range(count))
+    return Chart(width, height, tuple(values), letters, (-1,) * count, bars, behind)
 
 
-def _shade(color: tuple[int, int, int], other: tuple[int, int, int], amount: float) -> tuple[int, int, int]:
-    r, g, b = (round(a + (c - a) * amount) for a, c in zip(color, other, strict=True))
-    return r, g, b
+def _any_tone(rng: random.Random, behind: Background) -> RGB:
+    """The colour of a bar that goes by its letter: a named one or any other, but not the background's."""
+    for _ in range(20):
+        tone = from_hsv(rng.uniform(0, 360), rng.uniform(0.0, 0.9), rng.uniform(0.1, 0.95))
+        if rng.random() < 0.6:
+            tone = tone_on(rng, rng.randrange(len(COLORS)), behind.colors) or tone
+        if all(contrast(tone, other) >= 30 for other in behind.colors):
+            return tone
+    return _ink(behind)
 
 
-def _ground(rng: np.random.Generator, bars: list[tuple[int, int, int]]) -> tuple[int, int, int]:
-    """A plain ground against which every bar can be seen."""
-    best, best_score = (255, 255, 255), -1.0
-    for _ in range(5):
-        kind = rng.random()
-        low, high = (255, 256) if kind < 0.35 else (215, 256) if kind < 0.8 else (18, 60)
-        r, g, b = (int(c) for c in rng.integers(low, high, 3))
-        score = min(contrast((r, g, b), bar) for bar in bars)
-        if score > _MIN_CONTRAST:
-            return r, g, b
-        if score > best_score:
-            best, best_score = (r, g, b), score
-    return best
+def _ink(behind: Background) -> RGB:
+    return max(((15, 15, 15), (245, 245, 245)), key=lambda c: min(contrast(c, other) for other in behind.colors))
 
 
-def chart(rng: np.random.Generator) -> tuple[Image.Image, tuple[Mark, ...], tuple[str, ...]]:
-    """A picture of a bar chart, its marks, and the name of each bar: a letter, or a colour word."""
-    values, names, named_colors = chart_data(rng)
-    n = len(values)
-    draws = plain(rng)
-    width, height = _canvas(rng)
-    if named_colors is not None:
-        fills = [object_color(draws, c) for c in named_colors]
-    elif rng.random() < 0.5:
-        fills = [object_color(draws, int(rng.integers(len(COLORS))))] * n
-    else:
-        fills = [object_color(draws, int(c)) for c in rng.integers(len(COLORS), size=n)]
-    ground = _ground(rng, fills)
-    ink = max(((20, 20, 20), (240, 240, 240)), key=lambda c: contrast(c, ground))
-    line = _shade(ink, ground, float(rng.uniform(0.0, 0.35)))
-    faint = _shade(ink, ground, float(rng.uniform(0.7, 0.88)))
-    image = Image.new("RGB", (width, height), ground)
-    draw = ImageDraw.Draw(image)
+def chart_turns(rng: random.Random, chart: Chart, count: int) -> tuple[Turn, ...]:
+    """At most `count` different questions: which bar is highest or lowest, and values."""
+    names = list(chart.letters) or [COLORS[color] for color in chart.colors]
+    topics: list[object] = ["highest", "lowest", *range(len(names))]
+    order = rng.sample(topics[:2], 2) + rng.sample(topics[2:], len(names))
+    # Values are the harder part and come in more kinds: the two extremes are asked in most charts, not in all.
+    order = [topic for topic in order if isinstance(topic, int) or rng.random() < 0.85]
+    rng.shuffle(order)
+    turns = []
+    for topic in order[:count]:
+        if isinstance(topic, int):
+            bar = f"bar {names[topic]}" if chart.letters else f"the {names[topic]} bar"
+            turns.append(Turn(phrase(rng, "chart_value", "number", bar=bar), str(chart.values[topic]), "chart_value"))
+            continue
+        name = str(topic)
+        form = "chart_letter" if chart.letters else "chart_color"
+        question = phrase(rng, form, "none", most=rng.choice(MOST[name]), peak=rng.choice(PEAK[name]))
+        extreme = max(chart.values) if name == "highest" else min(chart.values)
+        turns.append(Turn(question, names[chart.values.index(extreme)], f"chart_{name}"))
+    if rng.random() < 0.05:
+        turns[rng.randrange(len(turns))] = _absent(rng, names, bool(chart.letters))
+    if rng.random() < 0.25:
+        turns[rng.randrange(len(turns))] = Turn(outside_question(rng, "chart"), OUTSIDE_ANSWER, "outside")
+    return tuple(turns)
 
+
+def _absent(rng: random.Random, names: list[str], letters: bool) -> Turn:
+    other = rng.choice([name for name in (_LETTERS if letters else COLORS) if name not in names])
+    bar = f"bar {other}" if letters else f"{other} bar"
+    question = phrase(rng, "chart_value", "number", bar=bar if letters else f"the {bar}")
+    return Turn(question, f"There is no {bar}.", "chart_value")
+
+
+def paint_chart(rng: random.Random, chart: Chart) -> tuple[Image.Image, tuple[Mark, ...]]:
+    """The picture; a mark at the middle of each bar's upper edge, and one at each letter below."""
+    image = chart.behind.paint()
+    pen = ImageDraw.Draw(image)
+    width, height, count = chart.width, chart.height, len(chart.values)
+    ink = mix(_ink(chart.behind), chart.behind.colors[0], rng.uniform(0, 0.25))
+    faint = mix(_ink(chart.behind), chart.behind.colors[0], rng.uniform(0.65, 0.85))
     face = fonts.pick_face(rng)
-    short_side = min(width, height)
-    tick_font = fonts.load(face, max(11, int(short_side * rng.uniform(0.042, 0.062))))
-    name_font = fonts.load(face, max(15, int(short_side * rng.uniform(0.065, 0.095))))
-    value_font = fonts.load(face, max(12, int(short_side * rng.uniform(0.045, 0.065))))
-    thin = max(1, round(short_side / 260))
-    labelled = named_colors is None
-    printed_values = rng.random() < 0.5
+    small = fonts.load(face, max(11, round(min(width, height) * rng.uniform(0.035, 0.055))))
+    label = fonts.load(face, max(13, round(min(width, height) * rng.uniform(0.05, 0.075))))
+    line = max(1, round(min(width, height) * rng.uniform(0.003, 0.007)))
 
-    left = int(tick_font.getlength("10")) + int(width * rng.uniform(0.03, 0.08)) + 6
-    right = width - 1 - int(width * rng.uniform(0.03, 0.09))
-    top = int(height * rng.uniform(0.04, 0.08)) + (value_font.size if printed_values else 4)
-    below = int(name_font.size * 1.45) if labelled else 6
-    base = height - 1 - below - int(height * rng.uniform(0.03, 0.07))
+    title = rng.choice(_TITLES) if rng.random() < 0.35 else ""
+    left = small.getlength("10") + width * rng.uniform(0.03, 0.08)
+    right = width * rng.uniform(0.93, 0.98)
+    bottom = height - (label.size * 1.7 if chart.letters else height * rng.uniform(0.03, 0.07)) - line
+    top = small.size * 1.5 + (label.size * 1.6 if title else 0) + height * rng.uniform(0.0, 0.04)
+    unit = (bottom - top) / 10  # pixels for a value of 1
 
-    if rng.random() < 0.25:
-        draw.rectangle((left, top, right, base), fill=_shade(ground, ink, 0.04))
-    step = int(rng.choice([1, 2, 5]))
-    if (base - top) * step / MAX_VALUE < tick_font.size * 1.05:
-        step = 2 if step == 1 else 5
-    gridlines = rng.random() < 0.5
-    for tick in range(0, MAX_VALUE + 1, step):
-        y = base - (base - top) * tick / MAX_VALUE
-        if gridlines and tick:
-            draw.line((left, y, right, y), fill=faint, width=thin)
-        draw.line((left - 4 * thin, y, left, y), fill=line, width=thin)
-        draw.text((left - 6 * thin - 1, y), str(tick), font=tick_font, fill=ink, anchor="rm")
+    step = rng.choice((1, 2, 5))
+    if unit * step < small.size * 1.15:
+        step = 2 if unit * 2 > small.size * 1.15 else 5
+    grid = rng.random() < 0.5
+    for value in range(0, 11, step):
+        y = bottom - value * unit
+        if grid and value:
+            pen.line((left, y, right, y), fill=faint, width=line)
+        pen.line((left - 4 * line, y, left, y), fill=ink, width=line)
+        pen.text((left - 6 * line, y), str(value), font=small, fill=ink, anchor="rm")
 
-    slot = (right - left) / n
-    bar_width = max(6.0, slot * float(rng.uniform(0.45, 0.85)))
-    outlined = rng.random() < 0.3
+    slot = (right - left) / count
+    bar_width = slot * rng.uniform(0.4, 0.82)
+    edge = rng.choice((None, None, ink, (0, 0, 0)))
     marks = []
-    for index, (value, fill) in enumerate(zip(values, fills, strict=True)):
-        x = left + slot * (index + 0.5)
-        y = base - (base - top) * value / MAX_VALUE
-        box = (round(x - bar_width / 2), round(y), round(x + bar_width / 2), base)
-        draw.rectangle(box, fill=fill, outline=line if outlined else None, width=thin)
-        color = -1 if named_colors is None else named_colors[index]
-        marks.append(Mark("bar", float(x), float(y), color=color, index=index, value=value))
-        if printed_values:
-            draw.text((x, y - 2 * thin), str(value), font=value_font, fill=ink, anchor="mb")
-    draw.line((left, base, right, base), fill=line, width=thin)
-    if rng.random() < 0.8:
-        draw.line((left, top, left, base), fill=line, width=thin)
-    if rng.random() < 0.25:
-        draw.rectangle((left, top, right, base), outline=line, width=thin)
-    if labelled:
-        for index, name in enumerate(names):
-            x, y = left + slot * (index + 0.5), base + 3 * thin + name_font.size * 0.7
-            # The box of the glyph itself is centred: faces differ in the room they leave above capitals.
-            x0, y0, x1, y1 = name_font.getbbox(name)
-            draw.text((x - (x0 + x1) / 2, y - (y0 + y1) / 2), name, font=name_font, fill=ink)
-            marks.append(Mark("char", float(x), float(y), char=CHARS.index(name), index=index))
-    return finish(draws, image), tuple(marks), tuple(names)
+    valued = rng.random() < 0.5
+    for index, value in enumerate(chart.values):
+        x, y = left + (index + 0.5) * slot, bottom - value * unit
+        tone = chart.tones[index]
+        box = (x - bar_width / 2, y, x + bar_width / 2, bottom)
+        pen.rectangle(box, fill=tone, outline=edge, width=line if edge else 0)
+        marks.append(Mark("bar", x, y, color=chart.colors[index], value=value, index=index))
+        if valued:
+            pen.text((x, y - small.size * 0.25), str(value), font=small, fill=ink, anchor="mb")
+    for index, letter in enumerate(chart.letters):
+        box = label.getbbox(letter)
+        x, y = left + (index + 0.5) * slot, bottom + 2 * line + label.size * 0.35
+        corner = (x - (box[0] + box[2]) / 2, y - box[1])
+        pen.text(corner, letter, font=label, fill=ink)
+        marks.append(Mark("char", x, y + (box[3] - box[1]) / 2, char=CHARS.index(letter), index=index))
+    frame = rng.random()
+    pen.line((left, bottom, right, bottom), fill=ink, width=line)
+    if frame < 0.75:
+        pen.line((left, top, left, bottom), fill=ink, width=line)
+    if frame < 0.25:
+        pen.line((left, top, right, top, right, bottom), fill=ink, width=line)
+    if title:
+        pen.text((width / 2, top - small.size * 1.5), title, font=label, fill=ink, anchor="mb")
+    return finish(rng, image), tuple(marks)

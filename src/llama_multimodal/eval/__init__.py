@@ -1,0 +1,1 @@
+"""Measuring models: tasks, metrics and the harness that runs them."""

@@ -1,0 +1,216 @@
+"""Safetensors files: checked headers, tensors mapped from disk, streaming writes.
+
+The header is validated against the file's size before anything is allocated. Tensors are mapped, not read: copying one
+takes a page-cache read and no second buffer, and the pages are given back after each piece.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import mmap
+import os
+import struct
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, ConfigError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_OTHER_SIZES = {"U16": 2, "U32": 4, "U64": 8, "C64": 8, "F8_E8M0": 1}  # valid in the format, never weights of ours
+
+_MAX_HEADER = 16 << 20  # bytes; Llama 3.2 90B needs 0.2 MB
+_MAX_JSON = 16 << 20
+_PIECE = 32 << 20  # bytes copied at a time
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A table from a JSON file.
+
+    Raises:
+        ConfigError: it cannot be read, is not JSON, or is not a table.
+    """
+    try:
+        if not path.is_file():
+            raise ConfigError(f"{path} is not a file")
+        if path.stat().st_size > _MAX_JSON:
+            raise ConfigError(f"{path} is {path.stat().st_size >> 20} MiB, too large for a configuration")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a table, not {type(value).__name__}")
+    return value
+
+
+class SafetensorsFile:
+    """One open file; `entries` by name. Tensors stay valid as long as something refers to them."""
+
+    def __init__(self, path: Path) -> None:
+        """Read and check the header.
+
+        Raises:
+            CheckpointError: not a safetensors file, or damaged, or truncated.
+        """
+        self.path = path
+        self.entries: dict[str, TensorInfo] = {}
+        self._offsets: dict[str, int] = {}
+        try:
+            if not path.is_file():
+                raise CheckpointError(f"{path} is {'not a file' if path.exists() else 'missing'}")
+            with open(path, "rb") as file:
+                self._read_header(file, os.fstat(file.fileno()).st_size)
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+    def _read_header(self, file: IO[bytes], size: int) -> None:
+        start = file.read(8)
+        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            raise CheckpointError(f"{self.path} is a pickle, not a safetensors file, and is not opened; convert it first")
+        if len(start) < 8:
+            raise CheckpointError(f"{self.path} is {size} bytes long, too short for a safetensors file")
+        (length,) = struct.unpack("<Q", start)
+        if length > _MAX_HEADER or 8 + length > size:
+            raise CheckpointError(
+                f"{self.path} is not a safetensors file or is truncated: a header of {length} bytes in a file of {size}"
+            )
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.path} has a damaged header ({error}); download it again") from error
+        if not isinstance(header, dict):
+            raise CheckpointError(f"{self.path} has a damaged header (not a table); download it again")
+        data = 8 + length
+        spans = []
+        for name, entry in header.items():
+            if name != "__metadata__":
+                spans.append((*self._span(name, entry), name))
+        end = 0
+        for first, last, name in sorted(spans):
+            if first != end:
+                raise CheckpointError(f"{self.path} is damaged: {name!r} begins at {first}, not at {end}")
+            end = last
+            self._offsets[name] = data + first
+        if data + end != size:
+            state = "truncated" if data + end > size else "damaged"
+            raise CheckpointError(f"{self.path} is {state}: {data + end} bytes expected, {size} found; download it again")
+
+    def _span(self, name: str, entry: Any) -> tuple[int, int]:
+        """Check one entry; returns its first byte and the byte after its last."""
+        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+            raise CheckpointError(f"{self.path}: the header's entry {name!r} is damaged")
+        kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]
+        if any(type(n) is not int or not 0 <= n < 1 << 62 for n in numbers) or len(offsets) != 2 or len(shape) > 32:
+            raise CheckpointError(f"{self.path}: the header's entry {name!r} is damaged")
+        if not isinstance(kind, str) or (kind not in DTYPES and kind not in _OTHER_SIZES):
+            raise CheckpointError(f"{self.path}: {name!r} has the unknown dtype {str(kind)[:40]!r}")
+        itemsize = DTYPES[kind].itemsize if kind in DTYPES else _OTHER_SIZES[kind]
+        first, last = offsets
+        if last - first != math.prod(shape) * itemsize:
+            raise CheckpointError(f"{self.path} is damaged: {name!r} has {last - first} bytes for {kind} {shape}")
+        self.entries[name] = TensorInfo(tuple(shape), DTYPES.get(kind, torch.bool))
+        return first, last
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor that lies in the file's pages; with a storage of its own."""
+        info = self.entries[name]
+        if info.num_bytes == 0:
+            return torch.empty(info.shape, dtype=info.dtype)
+        raw = torch.frombuffer(self._map, dtype=torch.uint8, count=info.num_bytes, offset=self._offsets[name])
+        if raw.data_ptr() % info.dtype.itemsize:  # the format does not promise alignment
+            raw = raw.clone()
+        return raw.view(info.dtype).view(info.shape)
+
+
+def copy_mapped(source: Tensor, out: Tensor) -> None:
+    """Copy a file-mapped tensor into `out` (any shape of as many elements, strides, dtype, device), piece by piece,
+    so that the file's pages do not add up in memory."""
+    if source.ndim and source.is_contiguous() and source.numel() * source.element_size() > _PIECE:
+        source = source.view(out.shape)
+        step = max(1, _PIECE * source.shape[0] // (source.numel() * source.element_size()))
+        pieces = zip(source.split(step), out.split(step))
+    else:
+        pieces = zip([source.reshape(out.shape)], [out])
+    for a, b in pieces:
+        b.copy_(a)
+        _release(a)
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def _release(mapped: Tensor) -> None:
+    """Let go of the whole pages under a tensor of a private, unwritten file mapping; they come back when read."""
+    page = mmap.PAGESIZE
+    first = -(-mapped.data_ptr() // page) * page
+    last = (mapped.data_ptr() + mapped.numel() * mapped.element_size()) // page * page
+    if _LIBC is not None and first < last:
+        _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_safetensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a file from tensors that come one at a time, in the order of `infos`, and flush it to disk.
+
+    infos: name → shape and dtype, wider dtypes first, so that every tensor is aligned.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, info in infos.items():
+        span = [offset, offset + info.num_bytes]
+        header[name] = {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": span}
+        offset = span[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for (expected, info), (name, tensor) in zip(infos.items(), tensors, strict=True):
+            assert name == expected and tuple(tensor.shape) == info.shape and tensor.dtype == info.dtype
+            file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        flush(file)
+
+
+def flush(file: IO[bytes]) -> None:
+    """Push a file's bytes to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON and flush it to disk."""
+    with open(path, "wb") as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+        flush(file)
