@@ -233,4 +233,4 @@ _MAKERS: tuple[_Maker, ...] = (
     _counting("count_all"), _counting("count_color"), _counting("count_shape"), _counting("count_both"),
     _attribute("color"), _attribute("shape"), _existence, _relation, _description,
 )  # fmt: skip
-_WEIGHTS = (1.0, 1.2, 1.2, 1.5, 1.5, 1.5, 1.5, 2.0, 0.7)
+_WEIGHTS = (1.2, 1.2, 1.2, 1.6, 1.0, 1.0, 1.2, 4.0, 0.5)
