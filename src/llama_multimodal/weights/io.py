@@ -172,10 +172,12 @@ _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 def _release(mapped: Tensor) -> None:
     """Let go of the whole pages under a tensor of a private, unwritten file mapping; they come back when read."""
+    if _LIBC is None or not mapped.is_contiguous():
+        return
     page = mmap.PAGESIZE
     first = -(-mapped.data_ptr() // page) * page
     last = (mapped.data_ptr() + mapped.numel() * mapped.element_size()) // page * page
-    if _LIBC is not None and first < last:
+    if first < last:
         _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 

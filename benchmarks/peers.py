@@ -1,0 +1,152 @@
+"""What the benchmarks share: a synthetic checkpoint, its transformers twin, and fair measurement.
+
+Set OMP_PROC_BIND=true when running any of them. Peers run in the same process, interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Measured = dict[str, dict[str, float]]
+
+
+def random_mllama(folder: Path, *, text_hidden: int, text_layers: int, vision_layers: int, tile: int) -> Path:
+    """A random bf16 checkpoint in Hugging Face's layout, every gate open, written by transformers itself."""
+    from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+    folder = folder / f"mllama-{text_hidden}-{text_layers}-{vision_layers}-{tile}"
+    if (folder / "config.json").exists():
+        return folder
+    cross = list(range(3, text_layers, 5))
+    config = MllamaConfig(
+        vision_config={
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "num_hidden_layers": vision_layers,
+            "num_global_layers": 2,
+            "attention_heads": 8,
+            "image_size": tile,
+            "max_num_tiles": 4,
+            "intermediate_layers_indices": [1, 3, 5],
+            "vision_output_dim": 512 * 4,
+            "supported_aspect_ratios": [[h, w] for h in range(1, 5) for w in range(1, 5) if h * w <= 4],
+        },
+        text_config={
+            "hidden_size": text_hidden,
+            "intermediate_size": text_hidden * 7 // 2,
+            "num_hidden_layers": text_layers,
+            "num_attention_heads": text_hidden // 64,
+            "num_key_value_heads": text_hidden // 256,
+            "cross_attention_layers": cross,
+            "vocab_size": 32000,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        image_token_index=32000,
+    )
+    torch.manual_seed(0)
+    model = MllamaForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate" in name:
+                parameter.fill_(0.5)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+class PeakMemory:
+    """Peak resident memory inside a `with` block above what was resident before it, in MiB (Linux)."""
+
+    def __enter__(self) -> PeakMemory:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        self.before, self.extra = self._read("VmRSS"), 0.0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.extra = self._read("VmHWM") - self.before
+
+    @staticmethod
+    def _read(key: str) -> float:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(key):
+                return int(line.split()[1]) / 1024
+        raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def interleaved(candidates: dict[str, Callable[[], Any]], repeats: int) -> Measured:
+    """Each candidate once to warm up and measure its memory, then in turn; median seconds and peak extra MiB."""
+    memory: dict[str, float] = {}
+    for name, run in candidates.items():
+        run()
+        with PeakMemory() as peak:
+            run()
+        memory[name] = peak.extra
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, run in candidates.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return {
+        name: {
+            "seconds": statistics.median(times),
+            "fastest": min(times),
+            "slowest": max(times),
+            "extra_mib": memory[name],
+        }
+        for name, times in seconds.items()
+    }
+
+
+def show(title: str, measured: Measured, ours: str = "ours") -> None:
+    """Medians, and every peer's ratio to ours."""
+    base = measured[ours]
+    print(f"\n{title}")
+    for name, row in measured.items():
+        print(
+            f"  {name:14s} {row['seconds']:9.3f} s  ({row['fastest']:.3f} to {row['slowest']:.3f})"
+            f"  {row['extra_mib']:8.0f} MiB extra   {row['seconds'] / base['seconds']:5.2f} x our time"
+        )
+
+
+def write(name: str, results: dict[str, Any], folder: Path | None) -> None:
+    """One JSON with what was measured, on what, with which versions and commit."""
+    if folder is None:
+        return
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), "unknown")
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "numpy")}
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        "device": cpu,
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "omp_proc_bind": os.environ.get("OMP_PROC_BIND"),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit,
+    }
+    (folder / f"{name}.json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """Options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--scratch", type=Path, required=True, help="folder for the synthetic checkpoints")
+    parser.add_argument("--output", type=Path, help="folder for the JSON result")
+    return parser

@@ -1,0 +1,280 @@
+"""A checkpoint folder: which layout it has, what it holds, whether that fits a model, and reading it into one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig, config_from_hf
+from ..errors import CheckpointError, ConfigError, DeviceError, UserError
+from ..models import VisionLanguageModel
+from .io import SafetensorsFile, TensorInfo, copy_mapped, read_json
+from .meta_params import config_from_meta
+from .meta_pth import MetaShards, shard_paths
+from .mllama import hf_names, hf_rules, meta_rules
+from .rules import Rule
+
+Layout = Literal["hf", "meta"]
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_MAX_TILES = 64  # an aspect-ratio table grows with its square
+_LISTED = 20  # tensors named in one error
+
+
+class Store(Protocol):
+    """Stored tensors by name."""
+
+    entries: dict[str, TensorInfo]
+
+    def tensor(self, name: str) -> Tensor: ...
+
+    def copy_into(self, name: str, out: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a store: a `rules.Source`."""
+
+    store: Store
+    name: str
+
+    def copy_into(self, out: Tensor) -> None:
+        self.store.copy_into(self.name, out)
+
+    def tensor(self) -> Tensor:
+        return self.store.tensor(self.name)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened folder whose tensors fit its configuration."""
+
+    folder: Path
+    layout: Layout
+    config: ModelConfig
+    rules: tuple[Rule, ...]
+    shapes: Mapping[str, tuple[int, ...]]  # of our parameters
+    store: Store
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that most of the weights have."""
+        sizes: dict[torch.dtype, int] = {}
+        for info in self.store.entries.values():
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    def dtype_of(self, rule: Rule) -> torch.dtype:
+        return self.store.entries[rule.theirs[0]].dtype
+
+    def sources(self, rule: Rule) -> list[Stored]:
+        return [Stored(self.store, name) for name in rule.theirs]
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Find the layout, read configuration and headers, and check every name, shape and dtype. Reads no weights.
+
+    Raises:
+        CheckpointError: no checkpoint, damaged files, or tensors that are missing, unknown or misshaped (one error
+            lists them all).
+        ConfigError: the configuration is damaged or asks for something unknown.
+    """
+    folder = Path(folder)
+    layout = find_layout(folder)
+    if layout is None and find_layout(folder / "original") is not None:
+        folder = folder / "original"  # where Meta's layout lies in the hub's repositories
+        layout = find_layout(folder)
+    if layout is None:
+        raise CheckpointError(_no_checkpoint(folder))
+    store: Store = SafetensorsShards(folder) if layout == "hf" else MetaShards(shard_paths(folder))
+    config = _read_config(folder, layout, store)
+    if layout == "hf":
+        rules = hf_rules(config, hf_names(store.entries))
+    else:
+        rules = meta_rules(config)
+    shapes = parameter_shapes(config)
+    _check_tensors(folder, store.entries, rules, shapes)
+    return Checkpoint(folder, layout, config, tuple(rules), shapes, store)
+
+
+def find_layout(folder: Path) -> Layout | None:
+    """The layout of a folder that has both a configuration and weights."""
+    if (folder / "config.json").exists() and ((folder / INDEX).exists() or (folder / SINGLE).exists()):
+        return "hf"
+    return "meta" if (folder / "params.json").exists() and shard_paths(folder) else None
+
+
+def _no_checkpoint(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    wanted = f"config.json with {SINGLE} or {INDEX}, or params.json with consolidated.*.pth"
+    if any(folder.glob("pytorch_model*.bin")):
+        return f"{folder} has its weights in pytorch_model*.bin, which is not read; save it as safetensors first"
+    present = sorted(path.name for path in folder.iterdir())[:8]
+    return f"{folder} holds no checkpoint; wanted {wanted}; it has {', '.join(present) or 'nothing'}"
+
+
+class SafetensorsShards:
+    """`model.safetensors`, or the shards that `model.safetensors.index.json` names, as one set of tensors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.entries: dict[str, TensorInfo] = {}
+        self._files: dict[str, SafetensorsFile] = {}
+        for path in self._paths(folder):
+            file = SafetensorsFile(path)
+            for name, info in file.entries.items():
+                if name in self._files:
+                    raise CheckpointError(f"{name!r} is in both {self._files[name].path.name} and {path.name}")
+                if not name.endswith("rotary_emb.inv_freq"):
+                    self.entries[name], self._files[name] = info, file
+
+    @staticmethod
+    def _paths(folder: Path) -> list[Path]:
+        index = folder / INDEX
+        if not index.exists():
+            return [folder / SINGLE]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map; download it again")
+        names = set()
+        for name in weight_map.values():
+            plain = isinstance(name, str) and name.endswith(".safetensors") and name == Path(name).name
+            if not plain or "\\" in name or "\0" in name or len(name) > 200:
+                raise CheckpointError(f"{index} names {str(name)[:80]!r}, which is not a file of its own folder; refused")
+            names.add(name)
+        missing = sorted(name for name in names if not (folder / name).exists())
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise CheckpointError(f"{folder} lacks the shard {', '.join(missing[:3])}{more}; download it again")
+        return [folder / name for name in sorted(names)]
+
+    def tensor(self, name: str) -> Tensor:
+        return self._files[name].tensor(name)
+
+    def copy_into(self, name: str, out: Tensor) -> None:
+        copy_mapped(self.tensor(name), out)
+
+
+def _read_config(folder: Path, layout: Layout, store: Store) -> ModelConfig:
+    path = folder / ("config.json" if layout == "hf" else "params.json")
+    raw = read_json(path)
+    try:
+        if layout == "meta":
+            config = config_from_meta(raw, {name: info.shape for name, info in store.entries.items()})
+        else:
+            vision = raw.get("vision_config")
+            tiles = vision.get("max_num_tiles") if isinstance(vision, dict) else None
+            if isinstance(tiles, int) and not 1 <= tiles <= _MAX_TILES:
+                raise ConfigError(f"vision_config: max_num_tiles must lie between 1 and {_MAX_TILES}, not {tiles}")
+            generation = folder / "generation_config.json"
+            config = config_from_hf(raw, read_json(generation) if generation.exists() else None)
+    except UserError as error:
+        raise type(error)(f"{path}: {error}") from error
+    except Exception as error:  # a value of an unforeseen type
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+    layers = config.text.num_hidden_layers + config.vision.num_hidden_layers + config.vision.num_global_layers
+    if layers > len(store.entries):
+        raise CheckpointError(f"{path} asks for {layers} layers, but the checkpoint has only {len(store.entries)} tensors")
+    return config
+
+
+def build_on_meta(config: ModelConfig) -> VisionLanguageModel:
+    """The model without memory for its weights.
+
+    Raises:
+        ConfigError: sizes that no tensor can have.
+    """
+    try:
+        with torch.device("meta"):
+            return VisionLanguageModel(config)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ConfigError(f"a model of these sizes cannot be built: {str(error).splitlines()[0]}") from error
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every parameter of our model."""
+    return {name: tuple(value.shape) for name, value in build_on_meta(config).named_parameters()}
+
+
+def _check_tensors(
+    folder: Path, found: Mapping[str, TensorInfo], rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    wanted = {
+        name: shape for rule in rules for name, shape in zip(rule.theirs, rule.shapes(shapes[rule.ours]), strict=True)
+    }
+    problems = [f"missing {name}: {list(shape)} expected" for name, shape in wanted.items() if name not in found]
+    problems += [f"unknown {name}: {list(info.shape)}" for name, info in found.items() if name not in wanted]
+    for name, shape in wanted.items():
+        info = found.get(name)
+        if info is None:
+            continue
+        if info.shape != shape and not (info.num_bytes == info.dtype.itemsize and shape == (1,)):
+            problems.append(f"misshaped {name}: {list(info.shape)} found, {list(shape)} expected")
+        elif not info.dtype.is_floating_point or info.dtype.itemsize == 1:
+            problems.append(f"quantized {name}: {info.dtype} found; only floating-point checkpoints are read")
+    if problems:
+        rest = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+        lines = "\n  ".join([*problems[:_LISTED], *rest])
+        raise CheckpointError(f"{folder} does not fit its configuration ({len(problems)} tensors):\n  {lines}")
+
+
+# --- reading weights -------------------------------------------------------------------------------------------------
+
+
+def read_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+) -> VisionLanguageModel:
+    """Build the model without memory, then give it one parameter at a time, straight in its dtype and on its device.
+
+    Raises:
+        DeviceError: the device has not enough memory.
+    """
+    model = build_on_meta(checkpoint.config)
+    total = sum(dtype.itemsize * _numel(shape) for shape in checkpoint.shapes.values())
+    done = 0
+    for rule in checkpoint.rules:
+        shape = checkpoint.shapes[rule.ours]
+        try:
+            value = torch.empty(shape, dtype=dtype, device=device)
+        except RuntimeError as error:
+            raise DeviceError(
+                f"{device} has not enough memory for this model's {total / 2**30:.1f} GiB in {dtype}; use a smaller"
+                " dtype, another device or a smaller model"
+            ) from error
+        if device.type != "meta":
+            rule.read(checkpoint.sources(rule), value)
+        set_parameter(model, rule.ours, value)
+        done += dtype.itemsize * _numel(shape)
+        if progress is not None:
+            progress(done, total)
+    return model
+
+
+def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter by its dotted name, keeping whether it is trained."""
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    trained = module.get_parameter(leaf).requires_grad
+    setattr(module, leaf, nn.Parameter(value, requires_grad=trained))
+
+
+def _numel(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def with_tokens(config: ModelConfig, bos: int, eos: tuple[int, ...], pad: int) -> ModelConfig:
+    """The configuration with another tokenizer's ids."""
+    return replace(config, text=replace(config.text, bos_token_id=bos, eos_token_ids=eos, pad_token_id=pad))
