@@ -296,6 +296,14 @@ def test_a_jpeg_of_too_many_scans() -> None:
     assert "scans" in message(data[:-2] + scan * 100 + data[-2:])
 
 
+def test_slow_decoders() -> None:
+    assert "written as text" in message(b"P3 2 1 255\n" + b"#c\n1 " * 6)
+    assert "decodes slowly" in message(b"P6 9000 1000 65535\n")
+    values = np.arange(12, dtype=">u2").reshape(2, 2, 3) * 90
+    result = np.asarray(open_image(b"P6 2 2 1000\n" + values.tobytes()), int)
+    np.testing.assert_allclose(result, values * (255 / 1000), atol=1)
+
+
 def test_big_files_are_not_read(tmp_path: Path) -> None:
     with (tmp_path / "big.png").open("wb") as file:
         file.truncate(images.MAX_FILE_BYTES + 1)  # sparse

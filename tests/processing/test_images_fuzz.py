@@ -51,8 +51,8 @@ def sources() -> list[bytes]:
             options = {**options, "append_images": [frame.copy() for frame in options["append_images"]]}
         image.copy().save(file, format, **options)
         out.append(file.getvalue())
-    plain = " ".join(str(value) for value in np.asarray(noise).flatten())
-    return [*out, f"P3\n# a comment\n52 40\n255\n{plain}\n".encode(), b"P1\n4 2\n0 1 0 1 1 0 1 0\n", _bmp_rle()]
+    deep = b"P6\n# a comment\n52 40\n1000\n" + (np.asarray(wide) // 66).astype(">u2").repeat(3, axis=1).tobytes()
+    return [*out, deep, _bmp_rle()]
 
 
 def _bmp_rle() -> bytes:

@@ -40,9 +40,14 @@ def _torch(
     if key_bias is not None or widens(q):
         # A bias of log n needs more digits than bf16 has; a CPU without bf16 arithmetic is faster in fp32 anyway.
         q, k, v = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v))
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
     if key_bias is not None:
         bias = key_bias.to(q.dtype).expand(q.shape[0], 1, q.shape[2], k.shape[2])
-        mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+        if mask is None:
+            mask = bias
+        else:
+            mask = bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
     if q.shape[2] == 1 and heads != kv_heads and not causal:
         # One query a head: let the group's queries share a key head, which spares torch a slow path.
         grouped = q.view(q.shape[0], kv_heads, heads // kv_heads, q.shape[3])

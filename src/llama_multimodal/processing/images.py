@@ -15,7 +15,7 @@ from typing import IO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from ..errors import ImageError
 
@@ -23,6 +23,7 @@ ImageSource = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray
 
 MAX_PIXELS = 64 * 2**20  # of one picture; the most that decoding then takes is below 1 GB
 MAX_WEBP_PIXELS = MAX_PIXELS // 2  # Pillow holds four copies of a WebP while it decodes it
+MAX_SLOW_PIXELS = 2**20  # where Pillow's decoder is a loop in Python: about 2 seconds
 MAX_FILE_BYTES = 512 * 2**20
 MAX_SCANNED_PIXELS = 2**30  # a JPEG may be sent in scans, each over every pixel: a small file can ask for a lot of work
 
@@ -122,6 +123,7 @@ def _read(file: IO[bytes], num_bytes: int, name: str) -> Image.Image:
             _refuse_bomb(*image.size, name)
             if image.format in ("JPEG", "MPO"):  # MPO: a JPEG that more pictures follow
                 _refuse_scans(file, *image.size, name)
+            _refuse_slow(image, name)
             return _decode(image, name)
     except ImageError:
         raise
@@ -165,6 +167,18 @@ def _refuse_scans(file: IO[bytes], width: int, height: int, name: str) -> None:
     file.seek(place)
     if scans > 16 and scans * width * height > MAX_SCANNED_PIXELS:
         raise ImageError(f"{name} is a JPEG of {scans} scans of {width} x {height} pixels; save it as an ordinary JPEG")
+
+
+def _refuse_slow(image: ImageFile.ImageFile, name: str) -> None:
+    """Refuse what a small file could keep Pillow's decoders in Python busy with for minutes."""
+    codecs = {tile[0] for tile in image.tile} & set(Image.DECODERS)
+    if "ppm_plain" in codecs:  # its time grows with the square of the number of comments
+        raise ImageError(f"{name} is a PPM written as text; save it as PNG")
+    if codecs and image.width * image.height > MAX_SLOW_PIXELS:
+        raise ImageError(
+            f"{name} is {image.width} x {image.height} pixels of a rare kind of {image.format} that decodes slowly;"
+            " save it as PNG"
+        )
 
 
 # --- pixels ----------------------------------------------------------------------------------------------------------

@@ -98,10 +98,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         raise CheckpointError(_no_checkpoint(folder))
     store: Store = SafetensorsShards(folder) if layout == "hf" else MetaShards(shard_paths(folder))
     config = _read_config(folder, layout, store)
-    if layout == "hf":
-        rules = hf_rules(config, hf_names(store.entries))
-    else:
-        rules = meta_rules(config)
+    rules = hf_rules(config, hf_names(store.entries)) if layout == "hf" else meta_rules(config)
     shapes = parameter_shapes(config)
     _check_tensors(folder, store.entries, rules, shapes)
     return Checkpoint(folder, layout, config, tuple(rules), shapes, store)
@@ -150,7 +147,7 @@ class SafetensorsShards:
         for name in weight_map.values():
             plain = isinstance(name, str) and name.endswith(".safetensors") and name == Path(name).name
             if not plain or "\\" in name or "\0" in name or len(name) > 200:
-                raise CheckpointError(f"{index} names {str(name)[:80]!r}, which is not a file of its own folder; refused")
+                raise CheckpointError(f"{index} names {str(name)[:80]!r}, no file of its own folder; refused")
             names.add(name)
         missing = sorted(name for name in names if not (folder / name).exists())
         if missing:
@@ -178,13 +175,15 @@ def _read_config(folder: Path, layout: Layout, store: Store) -> ModelConfig:
                 raise ConfigError(f"vision_config: max_num_tiles must lie between 1 and {_MAX_TILES}, not {tiles}")
             generation = folder / "generation_config.json"
             config = config_from_hf(raw, read_json(generation) if generation.exists() else None)
+            if config.text.pad_token_id >= config.text.vocab_size:  # never read, but it must have an embedding
+                config = replace(config, text=replace(config.text, pad_token_id=0))
     except UserError as error:
         raise type(error)(f"{path}: {error}") from error
     except Exception as error:  # a value of an unforeseen type
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
     layers = config.text.num_hidden_layers + config.vision.num_hidden_layers + config.vision.num_global_layers
     if layers > len(store.entries):
-        raise CheckpointError(f"{path} asks for {layers} layers, but the checkpoint has only {len(store.entries)} tensors")
+        raise CheckpointError(f"{path} asks for {layers} layers, but there are only {len(store.entries)} tensors")
     return config
 
 
@@ -273,8 +272,3 @@ def _numel(shape: Sequence[int]) -> int:
     for size in shape:
         count *= size
     return count
-
-
-def with_tokens(config: ModelConfig, bos: int, eos: tuple[int, ...], pad: int) -> ModelConfig:
-    """The configuration with another tokenizer's ids."""
-    return replace(config, text=replace(config.text, bos_token_id=bos, eos_token_ids=eos, pad_token_id=pad))

@@ -96,7 +96,7 @@ class SafetensorsFile:
     def _read_header(self, file: IO[bytes], size: int) -> None:
         start = file.read(8)
         if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-            raise CheckpointError(f"{self.path} is a pickle, not a safetensors file, and is not opened; convert it first")
+            raise CheckpointError(f"{self.path} is a pickle and not a safetensors file; not opened; convert it first")
         if len(start) < 8:
             raise CheckpointError(f"{self.path} is {size} bytes long, too short for a safetensors file")
         (length,) = struct.unpack("<Q", start)
@@ -123,7 +123,7 @@ class SafetensorsFile:
             self._offsets[name] = data + first
         if data + end != size:
             state = "truncated" if data + end > size else "damaged"
-            raise CheckpointError(f"{self.path} is {state}: {data + end} bytes expected, {size} found; download it again")
+            raise CheckpointError(f"{self.path} is {state}: {data + end} bytes expected, {size} found; get it again")
 
     def _span(self, name: str, entry: Any) -> tuple[int, int]:
         """Check one entry; returns its first byte and the byte after its last."""
@@ -201,7 +201,7 @@ def write_safetensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iter
         file.write(struct.pack("<Q", len(text)) + text)
         for (expected, info), (name, tensor) in zip(infos.items(), tensors, strict=True):
             assert name == expected and tuple(tensor.shape) == info.shape and tensor.dtype == info.dtype
-            file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         flush(file)
 
 

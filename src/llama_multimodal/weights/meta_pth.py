@@ -94,7 +94,7 @@ class MetaShards:
 def _load(path: Path) -> dict[str, Tensor]:
     _check_zip(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged pickles raise almost anything
         reason = str(error).strip().split("\n")[0][:200]
         raise CheckpointError(f"{path} cannot be loaded safely: {reason}; download it again") from error

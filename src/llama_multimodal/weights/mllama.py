@@ -169,8 +169,8 @@ def meta_rules(config: ModelConfig) -> list[Rule]:
     fixed = meta_cross_attention_layers(len(selves), len(crosses))
     if crosses != fixed:
         raise CheckpointError(
-            f"cross-attention layers {list(crosses)} cannot be stored in Meta's layout, which fixes them at {list(fixed)};"
-            " keep this model in the Hugging Face layout"
+            f"cross-attention layers {list(crosses)} cannot be stored in Meta's layout, which fixes them at"
+            f" {list(fixed)}; keep this model in the Hugging Face layout"
         )
 
     def rules() -> Iterator[Rule]:

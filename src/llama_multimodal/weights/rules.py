@@ -32,8 +32,11 @@ class Source(Protocol):
 class Rule(Protocol):
     """How one parameter of ours is stored elsewhere."""
 
-    ours: str
-    theirs: tuple[str, ...]
+    @property
+    def ours(self) -> str: ...
+
+    @property
+    def theirs(self) -> tuple[str, ...]: ...
 
     def shapes(self, ours: Shape) -> list[Shape]:
         """The shapes of their tensors for our parameter's shape."""
@@ -96,8 +99,8 @@ def interleave(num_heads: int) -> Callable[[Tensor], list[Tensor]]:
 class TileGrid:
     """A table by aspect-ratio id and tile (ours) against a grid by tile row and column (theirs).
 
-    Ours repeats a grid cell for every ratio that uses it; row 0 (no image) and the tiles a ratio leaves unused are zero.
-    Cells that no ratio uses have no place in ours: `unused_cells`.
+    Ours repeats a grid cell for every ratio that uses it; row 0 (no image) and the tiles a ratio leaves unused are
+    zero. Cells that no ratio uses have no place in ours: `unused_cells`.
 
     ours: [ratios + 1, tiles, …]; theirs: [tiles, tiles, …], or [tiles, tiles, 1, …] with `middle_axis`
     """

@@ -45,8 +45,8 @@ _INSTRUCT, _BASE = "Answers questions and follows instructions", "Continues text
 _GATED_MODELS = (
     ("meta-llama/Llama-3.2-11B-Vision-Instruct", 10_670_220_835, _INSTRUCT),
     ("meta-llama/Llama-3.2-11B-Vision", 10_670_220_835, _BASE),
-    ("meta-llama/Llama-3.2-90B-Vision-Instruct", 88_592_814_115, _INSTRUCT),
-    ("meta-llama/Llama-3.2-90B-Vision", 88_592_814_115, _BASE),
+    ("meta-llama/Llama-3.2-90B-Vision-Instruct", 88_593_355_323, _INSTRUCT),
+    ("meta-llama/Llama-3.2-90B-Vision", 88_593_355_323, _BASE),
 )
 
 

@@ -121,9 +121,9 @@ def paint_chart(rng: random.Random, chart: Chart) -> tuple[Image.Image, tuple[Ma
     line = max(1, round(min(width, height) * rng.uniform(0.003, 0.007)))
 
     title = rng.choice(_TITLES) if rng.random() < 0.35 else ""
-    left = small.getlength("10") + width * rng.uniform(0.03, 0.08)
+    left = small.getlength("10") + 6 * line + max(4, width * rng.uniform(0.015, 0.06))
     right = width * rng.uniform(0.93, 0.98)
-    bottom = height - (label.size * 1.7 if chart.letters else height * rng.uniform(0.03, 0.07)) - line
+    bottom = height - (label.size * 1.6 if chart.letters else height * rng.uniform(0.03, 0.07)) - line
     top = small.size * 1.5 + (label.size * 1.6 if title else 0) + height * rng.uniform(0.0, 0.04)
     unit = (bottom - top) / 10  # pixels for a value of 1
 

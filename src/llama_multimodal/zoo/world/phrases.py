@@ -277,8 +277,8 @@ def vary(rng: random.Random, question: str, answer: str = "none") -> str:
     draw = rng.random()
     if draw < 0.05 and "lease" not in question:
         question = question[:-1] + ", please" + question[-1]
-    elif draw < 0.09 and "lease" not in question:
-        question = "Please " + question[0].lower() + question[1:] if question[-1] == "." else "Please: " + question
+    elif draw < 0.09 and "lease" not in question and question[-1] == ".":
+        question = "Please " + question[0].lower() + question[1:]
     if rng.random() < 0.07 and _SUFFIXES[answer]:
         return question + " " + rng.choice(_SUFFIXES[answer])
     if rng.random() < 0.14:

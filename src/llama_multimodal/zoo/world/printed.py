@@ -16,9 +16,11 @@ from .phrases import PHRASES, phrase
 from .types import CHARS, COLORS, OUTSIDE_ANSWER, Mark, Turn
 from .words import WORDS
 
-_ONSETS = "b c d f g h j k l m n p r s t v w z bl br ch cl cr dr fl fr gl gr pl pr sk sl sn sp st th tr".split()
-_VOWELS = "a e i o u a e i o ai ea ee oa oo ou y".split()
-_CODAS = ["", "", "", *"b d g k l m n p r s t x nd rd rk st mp".split()]
+_ONSETS = tuple(
+    "b c d f g h j k l m n p r s t v w z bl br ch cl cr dr fl fr gl gr pl pr sk sl sn sp st th tr".split()  # noqa: SIM905
+)
+_VOWELS = tuple("a e i o u a e i o ai ea ee oa oo ou y".split())  # noqa: SIM905
+_CODAS = ("", "", "", *"b d g k l m n p r s t x nd rd rk st mp".split())  # noqa: SIM905
 _CODE = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # without the look-alikes O, 0, I and 1
 _SINGLE = "ABCDEFGHJKLMNPQRSTUVWXYZabdefghijmnqrty23456789"  # case can be told without a neighbour
 _CASELESS = set("cosuvwxzpk")  # small and capital look the same but for their height
@@ -116,9 +118,10 @@ def paint_printed(rng: random.Random, plan: Printed) -> tuple[Image.Image, tuple
     mask = row.draw()
     if angle:
         mask = mask.rotate(math.degrees(angle), resample=Image.Resampling.BICUBIC, expand=True)
-    slack_x, slack_y = max(0, width - mask.width), max(0, height - mask.height)
-    left = round(rng.random() * slack_x) if slack_x else (width - mask.width) // 2
-    top = round(rng.random() * slack_y) if slack_y else (height - mask.height) // 2
+    # Anywhere, but with a margin where there is room for one.
+    slack_x, slack_y = max(0.0, 0.97 * width - mask.width), max(0.0, 0.95 * height - mask.height)
+    left = round((width - mask.width) / 2 + rng.uniform(-0.5, 0.5) * slack_x)
+    top = round((height - mask.height) / 2 + rng.uniform(-0.5, 0.5) * slack_y)
     image = behind.paint()
     image.paste(ink, (left, top), mask)
     middle = (left + mask.width / 2, top + mask.height / 2)

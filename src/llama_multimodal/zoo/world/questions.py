@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -80,9 +81,7 @@ def _counting(kind: str) -> Callable[[random.Random, Scene], _Asked | None]:
         colors = range(len(COLORS)) if kind in ("count_color", "count_both") else (-1,)
         options = [(s, c) for s in shapes for c in colors]
         if kind == "count_both":  # a pair that is absent is asked only where both halves are there
-            options = [
-                (s, c) for s, c in options if count_matching(marks, shape=s) and count_matching(marks, color=c)
-            ]
+            options = [(s, c) for s, c in options if count_matching(marks, shape=s) and count_matching(marks, color=c)]
         shape, color = _even_pick(rng, options, marks)
         answer = str(count_matching(marks, shape, color))
         if kind == "count_all":
@@ -216,7 +215,7 @@ def describe(scene: Scene) -> str | None:
         parts = [f"{n} {name if n == 1 else _PLURALS[name]}" for n, name in counts if n]
         return f"{len(marks)} objects: {', '.join(parts)}"
     least = 0.03 * math.sqrt(scene.width * scene.height)
-    if not _sizes_clear(scene) or any(b.x - a.x < least for a, b in zip(marks, marks[1:], strict=False)):
+    if not _sizes_clear(scene) or any(b.x - a.x < least for a, b in itertools.pairwise(marks)):
         return None
     return ", ".join(f"a {SIZES[m.size]} {COLORS[m.color]} {SHAPES[m.shape]}" for m in marks)
 

@@ -69,7 +69,9 @@ def corpus(n: int, seed: int) -> Iterator[str]:
                 yield turn.answer
 
 
-def _start(seed: int, stream: Literal["train", "heldout", "corpus"], family: str | None) -> tuple[random.Random, Family]:
+def _start(
+    seed: int, stream: Literal["train", "heldout", "corpus"], family: str | None
+) -> tuple[random.Random, Family]:
     """The random stream of a seed and the family it draws."""
     if stream not in _STREAMS:
         raise ValueError(f"unknown split {stream!r}: train or heldout")

@@ -62,9 +62,7 @@ def paint_scene(rng: random.Random, scene: Scene) -> Image.Image:
     image = scene.behind.paint()
     upright = rng.choice((0.0, 0.3, 1.0))
     for mark, diameter, tone in zip(scene.marks, scene.diameters, scene.tones, strict=True):
-        draw_shape(
-            rng, image, mark.x, mark.y, diameter, mark.shape, mark.color, tone, upright=upright, flat=scene.flat
-        )
+        draw_shape(rng, image, mark.x, mark.y, diameter, mark.shape, mark.color, tone, upright=upright, flat=scene.flat)
     return finish(rng, image)
 
 

@@ -47,7 +47,8 @@ def draw_shape(
     edge, share = None, 0.0
     draw = rng.random()
     if draw < (0.2 if flat else 0.3):
-        share = rng.uniform(0.04, 0.12)
+        # Of the radius; thin arms would vanish under an edge that a disc wears well.
+        share = rng.uniform(0.04, 0.07 if SHAPES[shape] in ("cross", "star") else 0.12)
         if flat or draw < 0.12:
             edge = (0, 0, 0)
         else:

@@ -1,0 +1,129 @@
+"""`llama-mm describe`: one question about one or several pictures."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from .. import __version__
+from ..errors import PromptError
+from . import common
+
+
+def describe(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture: PNG, JPEG, WebP, GIF, …")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION")] = "Describe the picture.",
+    more: Annotated[
+        list[str] | None, typer.Option("--image", "-i", help="One more picture, after the first. May be repeated.")
+    ] = None,
+    model: common.Model = "tiny",
+    dtype: common.DType = "auto",
+    device: common.Device = "auto",
+    max_new_tokens: common.MaxNewTokens = 256,
+    temperature: common.Temperature = 0.0,
+    top_p: common.TopP = 1.0,
+    top_k: common.TopK = 0,
+    min_p: common.MinP = 0.0,
+    repetition_penalty: common.RepetitionPenalty = 1.0,
+    stop: common.Stop = None,
+    seed: common.Seed = None,
+    system: common.System = None,
+    as_json: common.AsJson = False,
+) -> None:
+    """Answer a question about a picture.
+
+    With several pictures the question comes after all of them: llama-mm describe a.png "What changed?" --image b.png
+    """
+    if not question.strip():
+        raise PromptError('the question is empty; leave it out for "Describe the picture."')
+    common.bind_threads()
+    from ..processing.images import open_image
+
+    # Before the model is loaded, which may take minutes: a wrong path or a wrong option shows at once.
+    pictures = [open_image(common.expand(path)) for path in (image, *(more or ()))]
+    params = common.sampling_params(
+        max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, seed
+    )  # fmt: skip
+    started = time.perf_counter()
+    loaded, processor = common.load_model(model, dtype, device)
+    load_seconds = time.perf_counter() - started
+
+    content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
+    conversation: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if system is not None:
+        conversation.insert(0, {"role": "system", "content": system})
+    try:
+        result = _answer(loaded, processor, conversation, params, None if as_json else _show)
+    except BaseException:
+        if not as_json:
+            print()  # what was shown of the answer ends its line
+        raise
+    result["timings"]["load_seconds"] = round(load_seconds, 4)
+    if as_json:
+        import torch
+
+        result |= {
+            "question": question,
+            "images": [image, *(more or ())],
+            "model": model,
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "device": str(loaded.device),
+            "versions": {
+                "llama_multimodal": __version__,
+                "torch": str(torch.__version__),
+                "python": platform.python_version(),
+            },
+        }
+        print(json.dumps(result, ensure_ascii=False, indent=2))
+        return
+    print()
+    if result["finish_reason"] == "length":
+        common.say(f"(cut after {len(result['token_ids'])} tokens; --max-new-tokens allows more)")
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(common.printable(text))
+    sys.stdout.flush()
+
+
+def _answer(
+    model: Any, processor: Any, conversation: list[dict[str, Any]], params: Any, show: Callable[[str], None] | None
+) -> dict[str, Any]:
+    """The answer, its tokens and how long it took; `show` gets the text as it comes."""
+    from ..generate import generate
+
+    started = time.perf_counter()
+    inputs = processor(conversation)
+    prepared = time.perf_counter()
+    pieces: list[str] = []
+    tokens: list[int] = []
+    reason, first = "length", prepared
+    for event in generate(model, inputs, params, stream=True):
+        if not tokens:
+            first = time.perf_counter()
+        tokens.append(event.token_id)
+        pieces.append(event.text)
+        reason = event.finish_reason or reason
+        if show:
+            show(event.text)
+    ended = time.perf_counter()
+    later = len(tokens) - 1
+    return {
+        "answer": "".join(pieces),
+        "token_ids": tokens,
+        "finish_reason": reason,
+        "prompt_tokens": inputs.lengths[0],
+        "tiles": [[layout.rows, layout.columns] for layout in inputs.images],
+        "timings": {
+            "prepare_seconds": round(prepared - started, 4),
+            "first_token_seconds": round(first - prepared, 4),
+            "total_seconds": round(ended - started, 4),
+            "tokens_per_second": round(later / (ended - first), 2) if later > 0 and ended > first else None,
+        },
+    }

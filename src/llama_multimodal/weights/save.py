@@ -1,0 +1,203 @@
+"""Writing checkpoints: aside, flushed, then renamed, so that a crash leaves the old files or none, never a mixture."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig, config_to_hf
+from ..errors import CheckpointError
+from ..models import VisionLanguageModel
+from .checkpoint import INDEX, SINGLE, Layout, find_layout
+from .io import TensorInfo, flush, write_json, write_safetensors
+from .meta_params import config_to_meta
+from .mllama import hf_rules, meta_rules
+from .rules import Rule, TileGrid
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
+    "tokenizer.model", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+"""What is copied along with the weights."""
+
+LEFTOVERS = "meta/unused_tiles.safetensors"
+"""Beside a model that came from Meta's layout: the cells of its tile grids that no aspect ratio uses. Nothing reads
+them but the way back."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What to write: our parameters, one at a time, and the unused cells of Meta's tile grids by Meta's names."""
+
+    infos: Mapping[str, TensorInfo]
+    get: Callable[[str], Tensor]
+    leftovers: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    model: VisionLanguageModel,
+    folder: str | Path,
+    layout: Layout = "hf",
+    *,
+    tokenizer_from: str | Path | None = None,
+    max_shard_size: int = 5_000_000_000,
+) -> None:
+    """Write a model so that it, transformers (`hf`) or Meta's reference (`meta`) can load it.
+
+    A checkpoint of the same layout that lies in the folder is replaced; other files there are left alone.
+
+    tokenizer_from: a folder whose tokenizer and processor files are copied along
+    max_shard_size: bytes; a larger model becomes several safetensors files and an index
+
+    Raises:
+        CheckpointError: the layout cannot hold this model, or the folder cannot be written.
+    """
+    rules = hf_rules(model.config) if layout == "hf" else meta_rules(model.config)
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    if any(value.is_meta for value in parameters.values()):
+        raise CheckpointError("this model was built without weights, so there is nothing to save")
+    infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in parameters.items()}
+    weights = Weights(infos, parameters.__getitem__)
+    with writing(folder, layout) as aside:
+        write_weights(aside, layout, model.config, rules, weights, max_shard_size)
+        copy_tokenizer(tokenizer_from, aside)
+
+
+@contextmanager
+def writing(folder: str | Path, layout: Layout) -> Iterator[Path]:
+    """A scratch folder whose files move into `folder` when the block ends well.
+
+    Raises:
+        CheckpointError: the disk is full, the folder cannot be written, or holds a checkpoint of the other layout.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if find_layout(folder) not in (None, layout):
+            raise CheckpointError(f"{folder} already holds a checkpoint in another layout; choose another folder")
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
+            yield Path(scratch)
+            _replace(Path(scratch), folder, layout)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise CheckpointError(f"the disk of {folder} is full; free some space and try again") from error
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+_KEY_FILES = {"hf": ("config.json", INDEX), "meta": ("params.json",)}  # without these a folder is no checkpoint
+_STALE = {"hf": ("model*.safetensors", LEFTOVERS), "meta": ("consolidated*.pth",)}
+
+
+def _replace(aside: Path, folder: Path, layout: Layout) -> None:
+    """Move finished files into place. What makes the old files a checkpoint goes first and what makes the new ones a
+    checkpoint comes last, so that a folder half done is none."""
+    keys = _KEY_FILES[layout]
+    for key in keys:
+        (folder / key).unlink(missing_ok=True)
+    for path in [path for pattern in _STALE[layout] for path in folder.glob(pattern)]:
+        path.unlink()
+    new = sorted(path.relative_to(aside) for path in aside.rglob("*") if path.is_file())
+    for path in sorted(new, key=lambda path: path.name in keys):
+        (folder / path.parent).mkdir(exist_ok=True)
+        os.replace(aside / path, folder / path)
+    if hasattr(os, "O_DIRECTORY"):
+        directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def write_weights(
+    folder: Path, layout: Layout, config: ModelConfig, rules: Sequence[Rule], weights: Weights, max_shard_size: int
+) -> None:
+    """Configuration and tensors into an empty folder."""
+    if layout == "hf":
+        _write_hf(folder, config, rules, weights, max_shard_size)
+    else:
+        _write_meta(folder, config, rules, weights)
+
+
+def _write_hf(folder: Path, config: ModelConfig, rules: Sequence[Rule], weights: Weights, max_shard_size: int) -> None:
+    placed = {}  # their name → rule and info: in this layout every parameter is one tensor
+    for rule in rules:
+        info = weights.infos[rule.ours]
+        placed[rule.theirs[0]] = rule, TensorInfo(rule.shapes(info.shape)[0], info.dtype)
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name in sorted(placed, key=lambda name: -placed[name][1].dtype.itemsize):  # stable: model order within a width
+        num_bytes = placed[name][1].num_bytes
+        if shards[-1] and size + num_bytes > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += num_bytes
+        total += num_bytes
+    many = len(shards)
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards, start=1):
+        file = SINGLE if many == 1 else f"model-{i:05d}-of-{many:05d}.safetensors"
+        tensors = (
+            (name, value) for name in names for value in placed[name][0].write(weights.get(placed[name][0].ours))
+        )
+        write_safetensors(folder / file, {name: placed[name][1] for name in names}, tensors)
+        weight_map |= dict.fromkeys(names, file)
+    if many > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if any(value.any() for value in weights.leftovers.values()):
+        (folder / LEFTOVERS).parent.mkdir()
+        infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in weights.leftovers.items()}
+        write_safetensors(folder / LEFTOVERS, infos, weights.leftovers.items())
+    raw: dict[str, Any] = config_to_hf(config)
+    dtypes = {info.dtype for _, info in placed.values()}
+    if len(dtypes) == 1:
+        raw["torch_dtype"] = str(dtypes.pop()).removeprefix("torch.")
+    write_json(folder / "config.json", raw)
+    write_json(folder / "generation_config.json", _generation(config))
+
+
+def _generation(config: ModelConfig) -> dict[str, Any]:
+    text = config.text
+    return {
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": list(text.eos_token_ids),
+        "pad_token_id": text.pad_token_id,
+    }
+
+
+def _write_meta(folder: Path, config: ModelConfig, rules: Sequence[Rule], weights: Weights) -> None:
+    params = config_to_meta(config)
+    state: dict[str, Tensor] = {}
+    for rule in rules:
+        for name, value in zip(rule.theirs, rule.write(weights.get(rule.ours)), strict=True):
+            if isinstance(rule, TileGrid) and name in weights.leftovers:
+                value[rule.unused_cells()] = weights.leftovers[name]
+            state[name] = own_storage(value.cpu())
+    with open(folder / "consolidated.00.pth", "wb") as file:
+        torch.save(state, file)
+        flush(file)
+    write_json(folder / "params.json", params)
+
+
+def own_storage(value: Tensor) -> Tensor:
+    """The tensor, copied if it is only a part of a storage or not in order: `torch.save` writes whole storages."""
+    whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    return value if whole else value.clone(memory_format=torch.contiguous_format)
+
+
+def copy_tokenizer(source: str | Path | None, folder: Path) -> None:
+    """Copy tokenizer and processor files, where there are any."""
+    for name in TOKENIZER_FILES if source is not None else ():
+        path = Path(source or "") / name
+        if path.is_file():
+            shutil.copyfile(path, folder / name)

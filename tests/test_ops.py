@@ -1,0 +1,371 @@
+"""Each op against a plain fp64 computation written here, its gradients, and the dispatch."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_multimodal import ops
+from llama_multimodal.config import RopeScaling
+from llama_multimodal.errors import DeviceError
+from llama_multimodal.ops import Span, _dispatch
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """Values that `dtype` holds exactly."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64).to(dtype)
+
+
+def close(ours: Tensor, reference: Tensor, dtype: torch.dtype) -> None:
+    """Every element, within the dtype's tolerance; the reference is fp64 from the same rounded inputs."""
+    assert ours.dtype == dtype and reference.dtype == torch.float64
+    torch.testing.assert_close(ours.double(), reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def gradients(function, *inputs: Tensor) -> None:
+    leaves = tuple(x.detach().clone().requires_grad_() for x in inputs)
+    assert torch.autograd.gradcheck(function, leaves, eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+# --- rms_norm --------------------------------------------------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (2, 1, 33), (2, 3, 4, 129)])
+def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, weight = 3 * randn(*shape, dtype=dtype), randn(shape[-1], dtype=dtype, seed=1)
+    wide = x.double()
+    expected = wide / (wide.pow(2).sum(-1, keepdim=True) / shape[-1] + 1e-5).sqrt() * weight.double()
+    close(ops.rms_norm(x, weight, 1e-5), expected, dtype)
+
+
+def test_rms_norm_of_large_half_values_does_not_overflow() -> None:
+    x = torch.full((1, 8), 1000.0, dtype=torch.float16)  # the square is past fp16
+    assert torch.equal(ops.rms_norm(x, torch.ones(8, dtype=torch.float16), 1e-5), torch.ones_like(x))
+
+
+def test_rms_norm_rounds_before_the_weight() -> None:
+    x, weight = randn(4, 64, dtype=torch.bfloat16), randn(64, dtype=torch.bfloat16, seed=1)
+    wide = x.float()
+    rounded = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(torch.bfloat16)
+    assert torch.equal(ops.rms_norm(x, weight, 1e-5), rounded * weight)
+
+
+def test_rms_norm_eps_counts() -> None:
+    x = torch.full((4,), 1e-3, dtype=torch.float64)
+    torch.testing.assert_close(ops.rms_norm(x, torch.ones(4).double(), 3e-6), torch.full_like(x, 0.5))
+
+
+def test_rms_norm_gradients() -> None:
+    gradients(lambda x, w: ops.rms_norm(x, w, 1e-5), randn(2, 3, 5), randn(5, seed=1))
+
+
+# --- rope ------------------------------------------------------------------------------------------------------------
+
+
+def plain_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> list[float]:
+    """Llama 3.1's rule, one frequency at a time."""
+    out = []
+    for i in range(head_dim // 2):
+        frequency = theta ** (-2 * i / head_dim)
+        if scaling is not None:
+            turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)  # in the original context
+            if turns < scaling.low_freq_factor:
+                frequency /= scaling.factor
+            elif turns <= scaling.high_freq_factor:
+                span = scaling.high_freq_factor - scaling.low_freq_factor
+                share = (turns - scaling.low_freq_factor) / span
+                frequency *= (1 - share) / scaling.factor + share
+        out.append(frequency)
+    return out
+
+
+@pytest.mark.parametrize("scaling", [None, RopeScaling(), RopeScaling(factor=32.0, low_freq_factor=2.0)])
+@pytest.mark.parametrize("head_dim", [2, 10, 128])
+def test_rope_frequencies(head_dim: int, scaling: RopeScaling | None) -> None:
+    ours = ops.rope_frequencies(head_dim, 500000.0, scaling)
+    expected = torch.tensor(plain_frequencies(head_dim, 500000.0, scaling), dtype=torch.float64)
+    torch.testing.assert_close(ours.double(), expected, rtol=2e-5, atol=0)
+
+
+def test_rope_scaling_has_all_three_ranges() -> None:
+    """At the released sizes the rule keeps, blends and divides some frequencies each."""
+    plain, scaled = (ops.rope_frequencies(128, 500000.0, s) for s in (None, RopeScaling()))
+    ratio = plain / scaled
+    assert (ratio == 1).any() and (ratio == 8).any() and ((ratio > 1.01) & (ratio < 7.99)).any()
+
+
+@each_dtype
+@pytest.mark.parametrize("heads, kv_heads, tokens, dim", [(1, 1, 1, 2), (3, 1, 5, 6), (4, 2, 7, 34)])
+def test_apply_rope(dtype: torch.dtype, heads: int, kv_heads: int, tokens: int, dim: int) -> None:
+    q, k = randn(2, heads, tokens, dim, dtype=dtype), randn(2, kv_heads, tokens, dim, dtype=dtype, seed=1)
+    positions = torch.randint(0, 100, (2, tokens), generator=torch.Generator().manual_seed(2))
+    frequencies = ops.rope_frequencies(dim, 10000.0, RopeScaling(original_max_position_embeddings=64))
+    ours = ops.apply_rope(q, k, *ops.rope_angles(positions, frequencies))
+    turn = torch.polar(torch.ones(()).double(), (positions[..., None].float() * frequencies).double())[:, None]
+    tolerance = max(TOLERANCE[dtype], 1e-6)  # the angles' cosines are fp32
+    for got, x in zip(ours, (q, k)):
+        pairs = torch.complex(*x.double().chunk(2, dim=-1)) * turn
+        expected = torch.cat((pairs.real, pairs.imag), dim=-1)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_rope_depends_on_distance_only() -> None:
+    q, k = randn(1, 1, 1, 16), randn(1, 1, 1, 16, seed=1)
+    frequencies = ops.rope_frequencies(16, 10000.0, None)
+
+    def score(at_q: int, at_k: int) -> float:
+        turned, _ = ops.apply_rope(q, q, *ops.rope_angles(torch.tensor([[at_q]]), frequencies))
+        _, other = ops.apply_rope(k, k, *ops.rope_angles(torch.tensor([[at_k]]), frequencies))
+        return float((turned * other).sum())
+
+    assert score(9, 4) == pytest.approx(score(25, 20), abs=1e-5)
+    assert score(9, 4) != pytest.approx(score(4, 9), abs=1e-2)
+
+
+def test_rope_gradients() -> None:
+    cos, sin = ops.rope_angles(torch.tensor([[3, 8]]), ops.rope_frequencies(6, 100.0, None))
+    gradients(lambda q, k: ops.apply_rope(q, k, cos.double(), sin.double()), randn(1, 2, 2, 6), randn(1, 1, 2, 6))
+
+
+# --- swiglu ----------------------------------------------------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 5, 33)])
+def test_swiglu(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    gate, up = 3 * randn(*shape, dtype=dtype), randn(*shape, dtype=dtype, seed=1)
+    close(ops.swiglu(gate, up), gate.double() / (1 + (-gate.double()).exp()) * up.double(), dtype)
+
+
+def test_swiglu_gradients() -> None:
+    gradients(ops.swiglu, randn(2, 5), randn(2, 5, seed=1))
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """One head at a time, in fp64; bias: [B, T, S]."""
+    q, k, v = q.double(), k.double(), v.double()
+    heads, group = q.shape[1], q.shape[1] // k.shape[1]
+    out = []
+    for h in range(heads):
+        scores = torch.einsum("btd,bsd->bts", q[:, h], k[:, h // group]) / math.sqrt(q.shape[-1])
+        if bias is not None:
+            scores = scores + bias
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        out.append(torch.einsum("bts,bsd->btd", weights / weights.sum(-1, keepdim=True), v[:, h // group]))
+    return torch.stack(out, dim=1)
+
+
+def heads_of(b: int, h: int, t: int, d: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """[B, H, T, D] with the strides of a model's: a transposed [B, T, H, D]."""
+    return randn(b, t, h, d, dtype=dtype, seed=seed).transpose(1, 2)
+
+
+def hidden(mask: Tensor) -> Tensor:
+    return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -math.inf)
+
+
+SHAPES = [(1, 1, 1, 1, 1, 4), (2, 3, 3, 5, 7, 6), (2, 6, 2, 1, 9, 8), (3, 4, 1, 5, 5, 16), (1, 8, 2, 17, 33, 10)]
+"""batch, query heads, key heads, queries, keys, head dim"""
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    b, h, kv, t, s, d = shape
+    q, k, v = heads_of(b, h, t, d, dtype, 0), heads_of(b, kv, s, d, dtype, 1), heads_of(b, kv, s, d, dtype, 2)
+    close(ops.attention(q, k, v), plain_attention(q, k, v), dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("h, kv, t", [(1, 1, 1), (4, 2, 1), (4, 2, 9), (3, 1, 17)])
+def test_attention_causal(dtype: torch.dtype, h: int, kv: int, t: int) -> None:
+    q, k, v = heads_of(2, h, t, 6, dtype, 0), heads_of(2, kv, t, 6, dtype, 1), heads_of(2, kv, t, 6, dtype, 2)
+    bias = hidden(torch.ones(t, t, dtype=torch.bool).tril())
+    close(ops.attention(q, k, v, causal=True), plain_attention(q, k, v, bias), dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES[1:])
+@pytest.mark.parametrize("rows", ["one", "each"])
+def test_attention_mask(dtype: torch.dtype, shape: tuple[int, ...], rows: str) -> None:
+    """Boolean and additive, for the whole batch or for each row."""
+    b, h, kv, t, s, d = shape
+    q, k, v = heads_of(b, h, t, d, dtype, 0), heads_of(b, kv, s, d, dtype, 1), heads_of(b, kv, s, d, dtype, 2)
+    mask = randn(b if rows == "each" else 1, 1, t, s, seed=3) > 0
+    mask[..., 0] = True
+    close(ops.attention(q, k, v, mask=mask), plain_attention(q, k, v, hidden(mask[:, 0])), dtype)
+    added = randn(b if rows == "each" else 1, 1, t, s, dtype=dtype, seed=4)
+    close(ops.attention(q, k, v, mask=added), plain_attention(q, k, v, added[:, 0].double()), dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES[1:])
+@pytest.mark.parametrize("with_mask", ["none", "bool", "additive"])
+def test_attention_key_bias(dtype: torch.dtype, shape: tuple[int, ...], with_mask: str) -> None:
+    b, h, kv, t, s, d = shape
+    q, k, v = heads_of(b, h, t, d, dtype, 0), heads_of(b, kv, s, d, dtype, 1), heads_of(b, kv, s, d, dtype, 2)
+    key_bias = torch.randint(1, 5000, (s,), generator=torch.Generator().manual_seed(5)).log()
+    key_bias[s // 2] = -math.inf
+    bias, mask = key_bias.double().expand(1, t, s), None
+    if with_mask == "bool":
+        mask = randn(b, 1, t, s, seed=3) > 0
+        mask[..., 0] = True
+        bias = bias + hidden(mask[:, 0])
+    elif with_mask == "additive":
+        mask = randn(b, 1, t, s, dtype=dtype, seed=4)
+        bias = bias + mask[:, 0].double()
+    close(ops.attention(q, k, v, mask=mask, key_bias=key_bias), plain_attention(q, k, v, bias), dtype)
+
+
+def test_a_key_with_log_n_counts_n_times() -> None:
+    q, k, v = heads_of(1, 2, 3, 4, torch.float64, 0), randn(1, 2, 5, 4, seed=1), randn(1, 2, 5, 4, seed=2)
+    counts = torch.tensor([1, 3, 1, 7, 2])
+    repeated = ops.attention(q, k.repeat_interleave(counts, dim=2), v.repeat_interleave(counts, dim=2))
+    torch.testing.assert_close(ops.attention(q, k, v, key_bias=counts.double().log()), repeated, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("t, kwargs", [(3, {"causal": True}), (3, {}), (1, {}), (3, {"key_bias": torch.ones(3).cumsum(0)})])
+def test_attention_gradients(t: int, kwargs: dict) -> None:
+    q, k, v = randn(1, 4, t, 4), randn(1, 2, 3, 4, seed=1), randn(1, 2, 3, 4, seed=2)
+    gradients(lambda q, k, v: ops.attention(q, k, v, **kwargs), q, k, v)
+
+
+# --- cross_attention -------------------------------------------------------------------------------------------------
+
+SPANS = [Span(0, 1, 3, 0, 5), Span(0, 3, 4, 2, 9), Span(2, 0, 1, 9, 10), Span(2, 4, 6, 5, 13)]
+"""Row 0 sees nothing at tokens 0, 4 and 5; row 1 nothing at all; row 2 nothing between its spans."""
+
+
+@each_dtype
+@pytest.mark.parametrize("h, kv", [(1, 1), (4, 2), (6, 2)])
+def test_cross_attention(dtype: torch.dtype, h: int, kv: int) -> None:
+    q, k, v = heads_of(3, h, 6, 8, dtype, 0), randn(kv, 13, 8, dtype=dtype, seed=1), randn(kv, 13, 8, dtype=dtype, seed=2)
+    expected = torch.zeros(q.shape, dtype=torch.float64)
+    for span in SPANS:
+        keys, tokens = slice(span.key_first, span.key_end), slice(span.first, span.end)
+        part = plain_attention(q[span.row, :, tokens][None], k[None, :, keys], v[None, :, keys])
+        expected[span.row, :, tokens] = part[0]
+    ours = ops.cross_attention(q, k, v, SPANS)
+    close(ours, expected, dtype)
+    seen = torch.zeros(3, 6, dtype=torch.bool)
+    for span in SPANS:
+        seen[span.row, span.first : span.end] = True
+    assert (ours.transpose(1, 2)[~seen] == 0).all()  # exactly, whatever the keys hold
+    assert (ours.transpose(1, 2)[seen] != 0).any(-1).any(-1).all()
+
+
+def test_cross_attention_without_spans_is_zero() -> None:
+    q, k = randn(2, 2, 3, 4), randn(1, 5, 4)
+    assert torch.equal(ops.cross_attention(q, k, k, []), torch.zeros_like(q))
+
+
+def test_cross_attention_gradients() -> None:
+    spans = [Span(0, 1, 3, 0, 4), Span(1, 2, 3, 2, 5)]
+    gradients(lambda q, k, v: ops.cross_attention(q, k, v, spans), randn(2, 2, 3, 4), randn(1, 5, 4), randn(1, 5, 4, seed=1))
+
+
+# --- linear ----------------------------------------------------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize("shape, out", [((1,), 1), ((7,), 5), ((3, 33), 2), ((2, 9, 17), 31), ((4, 4, 2, 8), 3)])
+@pytest.mark.parametrize("native", [True, False], ids=["native", "widened"])
+def test_linear(
+    dtype: torch.dtype, shape: tuple[int, ...], out: int, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("llama_multimodal.ops.linear"), "cpu_multiplies", lambda dtype: native)
+    x, weight, bias = randn(*shape, dtype=dtype), randn(out, shape[-1], dtype=dtype, seed=1), randn(out, dtype=dtype)
+    expected = torch.einsum("...k,nk->...n", x.double(), weight.double())
+    scale = math.sqrt(shape[-1])  # what is rounded is a sum of K products
+    for got, want in ((ops.linear(x, weight), expected), (ops.linear(x, weight, bias), expected + bias.double())):
+        close(got / scale, want / scale, dtype)
+
+
+def test_linear_widens_long_half_inputs_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU without bf16 arithmetic a product of many rows is taken in fp32 and rounded once."""
+    module = importlib.import_module("llama_multimodal.ops.linear")
+    monkeypatch.setattr(module, "cpu_multiplies", lambda dtype: False)
+    x, weight = randn(40, 96, dtype=torch.bfloat16), randn(24, 96, dtype=torch.bfloat16, seed=1)
+    assert torch.equal(ops.linear(x, weight), (x.float() @ weight.float().T).to(torch.bfloat16))
+    assert [module.widens(x[:n]) for n in (1, 15, 16)] == [False, False, True]
+    assert not module.widens(x.float())
+    monkeypatch.setattr(module, "cpu_multiplies", lambda dtype: True)
+    assert not module.widens(x)
+
+
+def test_linear_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients(ops.linear, randn(2, 3, 5), randn(4, 5, seed=1), randn(4, seed=2))
+    # Through the widened path the gradients come back in the dtype of what was given.
+    monkeypatch.setattr(importlib.import_module("llama_multimodal.ops.linear"), "cpu_multiplies", lambda dtype: False)
+    x = randn(20, 8, dtype=torch.bfloat16).requires_grad_()
+    weight = randn(6, 8, dtype=torch.bfloat16, seed=1).requires_grad_()
+    ops.linear(x, weight).sum().backward()
+    assert x.grad is not None and weight.grad is not None
+    close(x.grad, weight.detach().double().sum(0).expand(20, 8), torch.bfloat16)
+    close(weight.grad / 5, x.detach().double().sum(0).expand(6, 8) / 5, torch.bfloat16)
+
+
+# --- dispatch --------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DeviceError, match=r'unknown backend "tritom"; did you mean "triton"'), ops.use_backend("tritom"):
+        pass
+    monkeypatch.setenv("LLAMA_MM_BACKEND", "gpu")
+    with pytest.raises(DeviceError, match="unknown backend"):
+        ops.swiglu(randn(2), randn(2))
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_kernels", {})
+    monkeypatch.delenv("LLAMA_MM_BACKEND", raising=False)
+
+
+@pytest.mark.usefixtures("no_kernels")
+def test_a_missing_kernel_is_an_error_and_not_a_fallback() -> None:
+    x = randn(1, 1, 2, 2)
+    calls = {
+        "swiglu": lambda: ops.swiglu(x, x),
+        "rms_norm": lambda: ops.rms_norm(x, x[0, 0, 0], 1e-5),
+        "linear": lambda: ops.linear(x, x[0, 0]),
+        "attention": lambda: ops.attention(x, x, x),
+        "cross_attention": lambda: ops.cross_attention(x, x[0], x[0], []),
+        "apply_rope": lambda: ops.apply_rope(x, x, x[:, 0, :, :1], x[:, 0, :, :1]),
+    }
+    for name, call in calls.items():
+        with pytest.raises(DeviceError, match=f'"triton" has no kernel for {name};'), ops.use_backend("triton"):
+            call()
+        with ops.use_backend("torch"):
+            call()
+
+
+@pytest.mark.usefixtures("no_kernels")
+def test_a_forced_backend_runs_and_the_choice_ends_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    @_dispatch.register("swiglu", "cpu")
+    def kernel(gate: Tensor, up: Tensor) -> Tensor:
+        return torch.full_like(gate, 7)
+
+    gate, up = randn(3), randn(3)
+    with ops.use_backend("cpu"):
+        assert (ops.swiglu(gate, up) == 7).all()
+        with ops.use_backend("torch"):
+            assert (ops.swiglu(gate, up) != 7).all()
+        assert (ops.swiglu(gate, up) == 7).all()
+    assert (ops.swiglu(gate, up) != 7).all()
+    monkeypatch.setenv("LLAMA_MM_BACKEND", "cpu")
+    assert (ops.swiglu(gate, up) == 7).all()
+    assert ops.available() == {"swiglu": ["cpu"]}
