@@ -73,9 +73,9 @@ def random_model(seed: int = 0, dtype: torch.dtype = torch.float32, config: Mode
         elif value.ndim == 2 and "embedding" not in name:
             value.copy_(normal(value.shape) * value.shape[1] ** -0.5)
         else:
-            value.copy_(0.5 * normal(value.shape))
-    model.vision.patch_embedding.weight.copy_(normal(model.vision.patch_embedding.weight.shape) * 588**-0.5)
-    model.decoder.embedding.weight.copy_(normal(model.decoder.embedding.weight.shape))
+            value.copy_(0.3 * normal(value.shape))
+    model.vision.patch_embedding.weight.mul_(4)  # pictures differ by more than the embeddings that they share
+    model.decoder.embedding.weight.copy_(3 * normal(model.decoder.embedding.weight.shape))
     model.decoder.lm_head.weight.mul_(2)
     for table in tile_tables(model):
         for view in unused_rows(table, config.vision):

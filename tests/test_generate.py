@@ -88,7 +88,7 @@ def test_a_row_answers_alike_alone_and_in_any_batch(model, batch, params: Sampli
 
 
 def test_a_row_that_ends_early_leaves_the_others_as_they_were(model, batch, hot) -> None:
-    end = next(t for t in hot.token_ids[0][:4] if t not in hot.token_ids[1] + hot.token_ids[2])
+    end = next(token for token in hot.token_ids[0][:-1] if token not in hot.token_ids[1] + hot.token_ids[2])
     out = generate(ending_with(model, end), batch, HOT)
     assert out.token_ids[0] == hot.token_ids[0][: hot.token_ids[0].index(end) + 1]
     assert out.token_ids[1:] == hot.token_ids[1:]
@@ -221,12 +221,23 @@ def test_a_stream_gives_what_the_whole_gives(model, batch, hot, which: int) -> N
 
 
 def test_text_is_held_back_only_while_a_stop_string_may_begin(model, batch, hot) -> None:
-    row, full = one_row(batch, 0), hot.texts[0]
-    plain = [event.text for event in generate(model, row, HOT, stream=True)]
-    assert plain == [TABLE[token] for token in hot.token_ids[0]]  # nothing is held without stop strings
-    held = [event.text for event in generate(model, row, replace(HOT, stop=(full[3:6] + "0",)), stream=True)]
-    assert held[1] == full[2:3] and held[2] == ""  # "d" of "cd", and "ef" after it, may begin the string
-    assert held[3] == full[3:8]  # until they cannot
+    row, tokens = one_row(batch, 0), hot.token_ids[0][:4]
+    assert len(set(tokens)) == 4
+    table = ["zz"] * 64
+    for token, text in zip(tokens, ("ab", "cd", "ef", "gh")):
+        table[token] = text
+    row = replace(row, decoder=lambda: Letters(table))
+
+    def shown(*stop: str) -> list[str]:
+        params = replace(HOT, max_new_tokens=4, stop=stop)
+        return [event.text for event in generate(model, row, params, stream=True)]
+
+    assert shown() == ["ab", "cd", "ef", "gh"]
+    assert shown("xyz") == ["ab", "cd", "ef", "gh"]
+    assert shown("defx") == ["ab", "c", "", "defgh"]  # "def" may begin the string until "g" comes
+    assert shown("defx", "fgx", "h0") == ["ab", "c", "", "defgh"]  # the end of the answer shows all
+    assert shown("defx", "fg") == ["ab", "c", "", "de"]  # the longer one fails as the shorter is found
+    assert shown("b0", "bcde0") == ["a", "", "bcdef", "gh"]
 
 
 def test_a_stream_can_be_left(model, batch, hot) -> None:

@@ -61,7 +61,7 @@ def adjusted_logits(logits: Tensor, params: SamplingParams, seen: Collection[int
         logits = logits.index_copy(0, index, scaled)
     if params.temperature == 0:
         return logits
-    logits = logits / params.temperature
+    logits = logits / max(params.temperature, 1e-6)  # a smaller one would divide past fp32, and is greedy already
     if 0 < params.top_k < logits.shape[0]:
         kept = logits.topk(params.top_k)
         logits = torch.full_like(logits, float("-inf")).index_copy(0, kept.indices, kept.values)

@@ -86,6 +86,8 @@ def test_tokens_without_a_tokenizer() -> None:
         ([[1, SIZE]], [[ONE, ONE]], "but 2 images"),
         ([[1]], [[ONE]], "row 0 has 0 image placeholders"),
         ([[1, SIZE], [1]], [[ONE]], "2 rows of tokens but 1 lists of images"),
+        ([[1, SIZE]], [ONE], "images of row 0 must be a list"),
+        ([[1, SIZE]], ["a.png"], "images of row 0 must be a list"),
         ([[1, SIZE + 1]], None, f"token id {SIZE + 1} is outside the vocabulary"),
         ([[1, -1]], None, "token id -1 is outside"),
         ([[1, 10**30]], None, "outside"),

@@ -94,7 +94,9 @@ def _what_the_user_can_mend(error: Exception) -> str | None:
     # torch's own classes, told by name: torch may not even be imported. On the CPU it raises a plain RuntimeError.
     no_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if no_memory or "can't allocate memory" in str(error):
-        return "out of memory; use --dtype bf16, a smaller model (llama-mm zoo lists what each needs), or smaller images"
+        return (
+            "out of memory; use --dtype bf16, a smaller model (llama-mm zoo lists what each needs), or smaller images"
+        )
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -71,7 +72,8 @@ def chat(
         except UserError as error:
             common.say(f"error: {error}")
         except KeyboardInterrupt:
-            common.say("\n(stopped)")
+            print(flush=True)  # ends the line of the answer
+            common.say("(stopped)")
 
 
 @dataclass
@@ -127,10 +129,8 @@ def _read_line() -> str:
         if not line:
             raise EOFError
         return line
-    try:
+    with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (arrow keys and history)
-    except ImportError:
-        pass
     return input("> ")
 
 
@@ -166,7 +166,8 @@ def _add_picture(conversation: Conversation, given: str) -> None:
     path = _path(given)
     picture = open_image(path)
     conversation.waiting.append(picture)
-    common.say(f"({path.name}, {picture.width} x {picture.height}: {_pictures(len(conversation.waiting))} with your next message)")
+    waiting = _pictures(len(conversation.waiting))
+    common.say(f"({path.name}, {picture.width} x {picture.height}: {waiting} with your next message)")
 
 
 def _path(given: str) -> Path:

@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import nearest
 from ..errors import DeviceError, PromptError
+from ..zoo.registry import find
 
 if TYPE_CHECKING:
-    import torch
-
     from ..models import VisionLanguageModel
     from ..processing import Processor
     from ..sampling import SamplingParams
@@ -24,9 +22,12 @@ if TYPE_CHECKING:
 # --- options ---------------------------------------------------------------------------------------------------------
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="tiny, a folder with a checkpoint, or a repository of the Hugging Face hub.")
+    str,
+    typer.Option("--model", "-m", help="tiny, a folder with a checkpoint, or a repository of the Hugging Face hub."),
 ]
-DType = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16. auto: fp32 for tiny, bf16 for others.")]
+DType = Annotated[
+    str, typer.Option(help="auto, fp32, bf16 or fp16. auto: the checkpoint's own; fp32 for a small one on a CPU.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps. auto: a GPU where there is one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 System = Annotated[str | None, typer.Option(help="A system message, before the first question.")]
@@ -39,11 +40,7 @@ RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: tokens that wer
 Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text. May be repeated.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
 
-_DTYPES = {
-    "fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16",
-    "fp16": "float16", "float16": "float16", "half": "float16",
-}  # fmt: skip
-_SMALL_MODELS = ("tiny",)
+_SMALL = 2 * 2**30  # bytes of weights
 
 
 def sampling_params(
@@ -75,53 +72,40 @@ def sampling_params(
     )
 
 
-def choose_device(name: str) -> torch.device:
-    """Raises:
-    DeviceError: no such device, here or at all.
+def choose_device(name: str) -> str:
+    """`auto` as a device's name; whether any other is there, `load` finds out.
+
+    Raises:
+        DeviceError: a device that holds no numbers.
     """
     import torch
 
     name = name.strip().lower()
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        kind = name.partition(":")[0]
-        raise DeviceError(f'unknown device "{name}"{nearest(kind, _KINDS)}; known: auto, {", ".join(_KINDS)}') from None
-    if device.type not in _KINDS:
-        raise DeviceError(f'device "{name}" is not supported; known: auto, {", ".join(_KINDS)}')
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if count == 0:
-            why = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no GPU"
-            raise DeviceError(f"device {name} is not there: {why}; use --device cpu, or see llama-mm doctor")
-        if device.index is not None and device.index >= count:
-            raise DeviceError(f"device {name} is not there: the last one is cuda:{count - 1}")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError("device mps is not there: it needs a Mac with Apple's GPU; use --device cpu")
-    return device
+    if name.partition(":")[0] == "meta":
+        raise DeviceError("the device meta holds no weights and cannot answer; use auto, cpu or cuda")
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-_KINDS = ("cpu", "cuda", "mps")
+def choose_dtype(name: str, model: str, device: str) -> str | None:
+    """A dtype's name, or None for the checkpoint's own."""
+    name = name.strip().lower()
+    if name != "auto":
+        return name
+    # Few CPUs compute in bf16; a small model is faster in fp32 there, while a large one would not fit in memory.
+    return "fp32" if device == "cpu" and _is_small(model) else None
 
 
-def choose_dtype(name: str, model: str) -> torch.dtype:
-    """Raises:
-    DeviceError: no such dtype.
-    """
-    import torch
-
-    key = name.strip().lower().removeprefix("torch.")
-    if key == "auto":
-        # A small model is faster in fp32 on a CPU; a large one would not fit in memory.
-        return torch.float32 if model in _SMALL_MODELS else torch.bfloat16
-    if key not in _DTYPES:
-        known = ("fp32", "bf16", "fp16")
-        raise DeviceError(f'unknown dtype "{name}"{nearest(key, _DTYPES)}; known: auto, {", ".join(known)}')
-    return getattr(torch, _DTYPES[key])
+def _is_small(model: str) -> bool:
+    """Whether the weights are here and fit in memory twice over."""
+    known = find(model)
+    if known is not None and known.embedded:
+        return True
+    files = [file for end in ("safetensors", "pth") for file in expand(model).glob(f"*.{end}")]
+    return bool(files) and sum(file.stat().st_size for file in files) < _SMALL
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -163,13 +147,11 @@ def load_model(model: str, dtype: str, device: str) -> tuple[VisionLanguageModel
     """
     if not model.strip():
         raise PromptError("the model's name is empty; use tiny, a folder or a repository, see llama-mm zoo")
-    chosen_device = choose_device(device)
-    chosen_dtype = choose_dtype(dtype, model)
     from .. import loading
 
+    device = choose_device(device)
     with progress_bar(f"loading {model}", bytes_=True) as progress:
-        loaded, processor = loading.load(model, dtype=chosen_dtype, device=chosen_device, progress=progress)
-    return loaded, processor
+        return loading.load(model, dtype=choose_dtype(dtype, model, device), device=device, progress=progress)
 
 
 @contextlib.contextmanager

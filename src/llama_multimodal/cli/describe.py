@@ -58,12 +58,7 @@ def describe(
     conversation: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if system is not None:
         conversation.insert(0, {"role": "system", "content": system})
-    try:
-        result = _answer(loaded, processor, conversation, params, None if as_json else _show)
-    except BaseException:
-        if not as_json:
-            print()  # what was shown of the answer ends its line
-        raise
+    result = _answer(loaded, processor, conversation, params, None if as_json else _show)
     result["timings"]["load_seconds"] = round(load_seconds, 4)
     if as_json:
         import torch
@@ -82,7 +77,6 @@ def describe(
         }
         print(json.dumps(result, ensure_ascii=False, indent=2))
         return
-    print()
     if result["finish_reason"] == "length":
         common.say(f"(cut after {len(result['token_ids'])} tokens; --max-new-tokens allows more)")
 
@@ -104,14 +98,18 @@ def _answer(
     pieces: list[str] = []
     tokens: list[int] = []
     reason, first = "length", prepared
-    for event in generate(model, inputs, params, stream=True):
-        if not tokens:
-            first = time.perf_counter()
-        tokens.append(event.token_id)
-        pieces.append(event.text)
-        reason = event.finish_reason or reason
-        if show:
-            show(event.text)
+    try:
+        for event in generate(model, inputs, params, stream=True):
+            if not tokens:
+                first = time.perf_counter()
+            tokens.append(event.token_id)
+            pieces.append(event.text)
+            reason = event.finish_reason or reason
+            if show:
+                show(event.text)
+    finally:
+        if show and tokens:
+            show("\n")  # also where Ctrl-C cuts the answer off
     ended = time.perf_counter()
     later = len(tokens) - 1
     return {

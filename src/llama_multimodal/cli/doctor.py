@@ -75,7 +75,9 @@ def examine(threads_bound: bool | None) -> dict[str, Any]:
         report["backends"] = _backends()
         if not any(device["name"].startswith(("cuda", "mps")) for device in report["devices"]):
             cpu_only = torch.version.cuda is None and torch.version.hip is None
-            why = "this torch was built for CPUs only" if cpu_only else "torch finds none (driver, or CUDA_VISIBLE_DEVICES)"
+            why = (
+                "this torch was built for CPUs only" if cpu_only else "torch finds none (driver, CUDA_VISIBLE_DEVICES)"
+            )
             problem(f"no GPU: {why}", "fine for tiny; for the large models use a machine with a GPU, or be patient")
         for device in report["devices"]:
             if device["name"] == "cpu" and device["memory_bytes"] and device["memory_bytes"] < _BIG_DOWNLOAD:
@@ -159,7 +161,7 @@ def _backends() -> dict[str, Any]:
         requested = f"{os.environ.get('LLAMA_MM_BACKEND')} ({error})"
     kernels = ops.available()
     names = sorted({*OPS, *kernels})
-    table = {op: {backend: backend == "torch" or backend in kernels.get(op, ()) for backend in ops.BACKENDS} for op in names}
+    table = {op: {name: name in ("torch", *kernels.get(op, ())) for name in ops.BACKENDS} for op in names}
     return {"requested": requested, "ops": table}
 
 
@@ -217,7 +219,7 @@ def _print(report: dict[str, Any]) -> None:
     )
     section(
         "Devices",
-        [(d["name"], f"{d['what']}, {size(d['memory_bytes'])}" if d["memory_bytes"] else d["what"]) for d in report["devices"]],
+        [(d["name"], f"{d['what']}, {size(d['memory_bytes'] or 0)}") for d in report["devices"]],
     )
     if report["backends"]:
         ops = report["backends"]["ops"]

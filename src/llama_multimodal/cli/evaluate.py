@@ -44,7 +44,7 @@ def _print(report: Report) -> None:
     from rich.table import Table
 
     def table(title: str) -> Table:
-        made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+        made = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="dim")
         made.add_column("questions", min_width=16)
         for name in ("right", "of", "%", "95 % interval"):
             made.add_column(name, justify="right")

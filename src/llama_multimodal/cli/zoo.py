@@ -9,6 +9,14 @@ from typing import Any
 from ..zoo.registry import Checkpoint, checkpoints
 from . import common
 
+_NOTES = (
+    "",
+    "bf16 and fp32: the size of the weights, on disk and in memory. Keys and values come on top; in bf16 a picture of",
+    "four tiles takes 0.2 GiB and 1,000 tokens 0.1 GiB with the 11B models, 0.5 and 0.3 GiB with the 90B models.",
+    "Any other Llama 3.2 Vision checkpoint, a folder or a repository, works with --model too.",
+    "Gated models: accept the licence on the model's page at huggingface.co, then run: hf auth login",
+)
+
 
 def zoo(as_json: common.AsJson = False) -> None:
     """List known checkpoints: their size, the memory they need, their licence."""
@@ -19,33 +27,27 @@ def zoo(as_json: common.AsJson = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title, justify in (
-        ("model", "left"), ("parameters", "right"), ("bf16 weights", "right"), ("fp32 weights", "right"),
-        ("tiles", "right"), ("where", "left"), ("licence", "left"),
-    ):  # fmt: skip
-        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for c in known:
-        table.add_row(
-            c.name,
-            _count(c.parameters),
-            size(c.num_bytes(2)) if c.parameters else "",
-            size(c.num_bytes(4)) if c.parameters else "",
-            f"{c.max_tiles} x {c.tile_size} px",
-            _where(c),
-            f"{c.license} (gated)" if c.gated else c.license,
-        )
     console = Console()
+    wide = console.width >= 120  # a name is 40 characters long, and is no use when it is broken
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("model", no_wrap=True)
+    for title in ("parameters", "bf16", *(("fp32", "tiles") if wide else ())):
+        table.add_column(title, justify="right", no_wrap=True)
+    for title in ("where", *(("licence",) if wide else ())):
+        table.add_column(title, no_wrap=True)
+    for c in known:
+        weights = [size(c.num_bytes(width)) if c.parameters else "" for width in (2, 4)]
+        row = [c.name, _count(c.parameters), weights[0], _where(c)]
+        if wide:
+            row[3:3] = [weights[1], f"{c.max_tiles} x {c.tile_size} px"]
+            row.append(_license(c))
+        table.add_row(*row)
     console.print(table)
     console.print()
     for c in known:
-        console.print(f"{c.name}: {c.summary}", markup=False, highlight=False, soft_wrap=True)
-    console.print(
-        "\nWeights are held in memory once; an answer needs about 10 % more. Any other Llama 3.2 Vision checkpoint, a"
-        " folder or a repository, works with --model too.\nGated models: accept the licence on the model's page at"
-        " huggingface.co, then run: hf auth login",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        console.print(f"{c.name}: {c.summary}. {_license(c)}.", markup=False, highlight=False, soft_wrap=True)
+    for line in _NOTES:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for url in sorted({c.license_url for c in known if c.license_url}):
         console.print(f"Licence: {url}", markup=False, highlight=False, soft_wrap=True)
 
@@ -60,9 +62,13 @@ def _as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def _license(checkpoint: Checkpoint) -> str:
+    return f"{checkpoint.license}, gated" if checkpoint.gated else checkpoint.license
+
+
 def _where(checkpoint: Checkpoint) -> str:
     if checkpoint.embedded:
-        return "embedded" if checkpoint.available else "not built into this copy"
+        return "embedded" if checkpoint.available else "not built in"
     return "downloaded" if in_cache(checkpoint) else "hub"
 
 
@@ -86,10 +92,8 @@ def _count(parameters: int) -> str:
 
 def size(num_bytes: float) -> str:
     """Bytes for people: 19.9 GiB."""
-    for name in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            break
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while num_bytes >= 1024 and len(units) > 1:
         num_bytes /= 1024
-    else:
-        name = "TiB"
-    return f"{num_bytes:.0f} {name}" if num_bytes >= 100 or name == "B" else f"{num_bytes:.1f} {name}"
+        units.pop(0)
+    return f"{num_bytes:.0f} {units[0]}" if num_bytes >= 100 or units[0] == "B" else f"{num_bytes:.1f} {units[0]}"

@@ -152,7 +152,7 @@ class TiledVisionEncoder(nn.Module):
         zeros = -config.num_patches % _TOKEN_MULTIPLE  # of each tile
         if zeros:
             x = torch.cat((x, x.new_zeros(num_images, 1, config.hidden_size)), dim=1)
-        key_bias = self._key_bias(num_real, distinct, spare, [zeros * config.max_num_tiles], x.device)
+        key_bias = self._key_bias(num_real, distinct, spare, [zeros * config.max_num_tiles], x)
 
         taps = []
         for i, block in enumerate(self.layers):
@@ -165,7 +165,7 @@ class TiledVisionEncoder(nn.Module):
         # Every token of a tile gets its embedding, the zero tokens too: from here on they differ from tile to tile.
         x = torch.cat((x[:, : added.shape[1]] + added, x[:, added.shape[1] :] + grid), dim=1) if zeros else x + added
         copies = [zeros] * num_tiles + [zeros * spare // max(distinct, 1)] * distinct
-        key_bias = self._key_bias(num_real, distinct, spare, copies, x.device)
+        key_bias = self._key_bias(num_real, distinct, spare, copies, x)
         for block in self.global_layers:
             x = block(x, num_real, key_bias)
         # Meta stacks the taps on a new last axis and flattens it: feature-major, tap-minor.
@@ -192,13 +192,14 @@ class TiledVisionEncoder(nn.Module):
         return x + gate * self.tile_position_embedding[ids, :used]
 
     def _key_bias(
-        self, num_real: int, distinct: int, spare: int, zeros: Sequence[int], device: torch.device
+        self, num_real: int, distinct: int, spare: int, zeros: Sequence[int], x: Tensor
     ) -> Tensor | None:
-        """log of how many tokens each key stands for, fp32 [tokens]; None where every key stands for itself.
+        """log of how many tokens each key stands for, [tokens], at least fp32; None where every key stands for itself.
 
-        zeros: how many zero tokens each of the last keys stands for.
+        zeros: how many zero tokens each of the last keys stands for. x: whose device and dtype to go by.
         """
         per_tile = math.log(spare / distinct) if distinct else 0.0
         bias = [0.0] * num_real + [per_tile] * (distinct * self.config.num_patches)
         bias += [math.log(count) for count in zeros if count]
-        return torch.tensor(bias, device=device) if any(bias) else None
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return torch.tensor(bias, dtype=dtype, device=x.device) if any(bias) else None

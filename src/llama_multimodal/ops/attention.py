@@ -28,7 +28,7 @@ def attention(
 
     causal: query t sees keys up to t (T = S).
     mask: bool [B or 1, 1, T, S], True where a query may look; or additive in q's dtype.
-    key_bias: fp32 [S], added to every query's logits; -inf hides a key, log n counts it n times.
+    key_bias: [S], fp32 or wider, added to every query's logits; -inf hides a key, log n counts it n times.
     """
     return _dispatch.choose("attention", _torch)(q, k, v, causal=causal, mask=mask, key_bias=key_bias)
 

@@ -237,10 +237,11 @@ def _strips(image: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Ima
 
 def _from_wide(image: Image.Image) -> Image.Image:
     """16-bit, 32-bit and float greyscale: the range of the values says what white is (1, 255 or 65535)."""
-    low, high = (float(value) for value in image.getextrema())  # type: ignore[arg-type]
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        low, high = 0.0, 65535.0  # 16 bits by format, however dark the picture is
-    white = _white(low, high, whole=image.mode != "F")
+        white = 65535.0  # 16 bits by format, however dark the picture is
+    else:
+        low, high = (float(value) for value in image.getextrema())  # type: ignore[arg-type]
+        white = _white(low, high, whole=image.mode != "F")
     grey = Image.new("L", image.size)
     for box, strip in _strips(image):
         grey.paste(Image.fromarray(_to_bytes(np.asarray(strip), white)), box)

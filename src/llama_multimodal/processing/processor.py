@@ -59,6 +59,9 @@ class Processor:
             raise PromptError("there are no rows of tokens; give at least one")
         if len(images) != len(rows):
             raise PromptError(f"{len(rows)} rows of tokens but {len(images)} lists of images; give one list a row")
+        for b, row_images in enumerate(images):
+            if isinstance(row_images, str | bytes) or not isinstance(row_images, Sequence):
+                raise PromptError(f"the images of row {b} must be a list, one for each of its image tokens")
         checked = [self._check(row, b) for b, row in enumerate(rows)]
         opened = [(b, open_image(source)) for b, row in enumerate(images) for source in row]
         vision = self.config.vision

@@ -40,6 +40,12 @@ def canvas_size(
     return min(max(round(long), least), most), min(max(round(short), least), most)
 
 
+def thumbnail_size(rng: random.Random) -> tuple[int, int]:
+    """(long, short) side of a picture that fits a tile of 128 pixels, or two side by side: rare among all sizes."""
+    short = rng.randint(120, 128)
+    return (rng.randint(short, 128) if rng.random() < 0.35 else rng.randint(129, 256)), short
+
+
 def background(rng: random.Random, width: int, height: int, style: Style) -> Background:
     """A background of that size. paper: plain and light; calm: nothing busier than a gradient or faint grain."""
     if style == "paper":

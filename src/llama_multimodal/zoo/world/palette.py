@@ -72,6 +72,11 @@ def contrast(a: RGB, b: RGB) -> float:
     return sum((p - q) ** 2 for p, q in zip(_lab(a), _lab(b), strict=True)) ** 0.5
 
 
+def lightness(color: RGB) -> float:
+    """CIELab lightness, 0 for black to 100 for white."""
+    return _lab(color)[0]
+
+
 _LINEAR = tuple(v / 255 / 12.92 if v <= 10 else ((v / 255 + 0.055) / 1.055) ** 2.4 for v in range(256))
 
 

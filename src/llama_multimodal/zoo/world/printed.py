@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 from . import fonts
-from .backgrounds import Background, background, canvas_size, finish
+from .backgrounds import Background, background, canvas_size, finish, thumbnail_size
 from .outside import outside_question
-from .palette import RGB, contrast, from_hsv, object_color
+from .palette import RGB, from_hsv, lightness, object_color
 from .phrases import PHRASES, phrase
 from .types import CHARS, COLORS, OUTSIDE_ANSWER, Mark, Turn
 from .words import WORDS
@@ -25,7 +25,7 @@ _CODE = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # without the look-alikes O, 0, I an
 _SINGLE = "ABCDEFGHJKLMNPQRSTUVWXYZabdefghijmnqrty23456789"  # case can be told without a neighbour
 _CASELESS = set("cosuvwxzpk")  # small and capital look the same but for their height
 _LENGTHS = (0.03, 0.05, 0.15, 0.18, 0.18, 0.16, 0.13, 0.12)  # of one to eight characters
-_LEAST_CONTRAST = 38.0
+_LEAST_CONTRAST = 28.0  # of lightness: thin strokes are not read by their hue
 _BY_LENGTH = {n: tuple(word for word in WORDS if len(word) == n) for n in range(2, 9)}
 # A capitalised word that begins a question is one token; printed ones must be spelt letter by letter.
 _OPENINGS = {
@@ -46,6 +46,8 @@ def plan_printed(rng: random.Random) -> Printed:
     """Canvas 120 to 1200 pixels a side, mostly wider than high; the text has 1 to 8 characters."""
     draw = rng.random()
     width, height = canvas_size(rng, (1, 2.2) if draw < 0.65 else (2.2, 6) if draw < 0.85 else (1, 3))
+    if rng.random() < 0.08:
+        width, height = thumbnail_size(rng)
     if draw >= 0.85:
         width, height = height, width
     return Printed(width, height, random_text(rng, 5 if width < height / 1.6 else 8))
@@ -178,7 +180,7 @@ def _ink(rng: random.Random, behind: Background) -> RGB:
             color = from_hsv(rng.uniform(0, 360), rng.uniform(0, 0.6), rng.uniform(0, 0.4))
         else:
             color = from_hsv(rng.uniform(0, 360), rng.uniform(0, 0.3), rng.uniform(0.85, 1.0))
-        score = min(contrast(color, other) for other in behind.colors)
+        score = min(abs(lightness(color) - lightness(other)) for other in behind.colors)
         if score >= _LEAST_CONTRAST:
             return color
         best = max(best, (score, color))

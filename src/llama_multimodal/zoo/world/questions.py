@@ -30,25 +30,27 @@ def scene_turns(rng: random.Random, scene: Scene, count: int) -> tuple[Turn, ...
     """At most `count` different questions about the scene."""
     turns: list[Turn] = []
     topics = set()
-    for _ in range(count * 8):
-        if len(turns) == count:
-            break
+    for _ in range(count):
         if rng.random() < _OUTSIDE_SHARE:
             turns.append(Turn(outside_question(rng, "scene"), OUTSIDE_ANSWER, "outside"))
             continue
-        (maker,) = rng.choices(_MAKERS, _WEIGHTS)
-        asked = maker(rng, scene)
-        if asked is not None and asked.topic not in topics:
-            topics.add(asked.topic)
-            turns.append(asked.turn)
+        for _ in range(10):  # a kind may not fit the scene, or have been asked
+            (maker,) = rng.choices(_MAKERS, _WEIGHTS)
+            asked = maker(rng, scene)
+            if asked is not None and asked.topic not in topics:
+                topics.add(asked.topic)
+                turns.append(asked.turn)
+                break
     return tuple(turns)
 
 
 def count_matching(marks: tuple[Mark, ...], shape: int = -1, color: int = -1, size: int = -1) -> int:
-    """How many objects have the given shape, colour and size; -1 stands for any."""
-    return sum(
-        shape in (-1, m.shape) and color in (-1, m.color) and size in (-1, m.size) for m in marks if m.kind == "object"
-    )
+    """How many marks of a scene have the given shape, colour and size; -1 stands for any."""
+    total = 0
+    for m in marks:
+        if shape in (-1, m.shape) and color in (-1, m.color) and size in (-1, m.size):
+            total += 1
+    return total
 
 
 def names(rng: random.Random, shape: int = -1, color: int = -1, size: int = -1) -> tuple[str, str]:

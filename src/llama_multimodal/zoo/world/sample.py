@@ -30,6 +30,8 @@ def sample(seed: int, *, split: Split = "train", family: str | None = None, turn
         MissingExtraError: text is to be drawn and the fonts are not installed.
         ValueError: no such family or split.
     """
+    if split not in ("train", "heldout"):
+        raise ValueError(f"unknown split {split!r}: train or heldout")
     rng, kind = _start(seed, split, family)
     if kind == "scene":
         scene = plan_scene(rng)
@@ -73,8 +75,6 @@ def _start(
     seed: int, stream: Literal["train", "heldout", "corpus"], family: str | None
 ) -> tuple[random.Random, Family]:
     """The random stream of a seed and the family it draws."""
-    if stream not in _STREAMS:
-        raise ValueError(f"unknown split {stream!r}: train or heldout")
     # NumPy mixes the two numbers well; Python's generator is several times faster for the many scalars drawn here.
     rng = random.Random(int.from_bytes(np.random.default_rng([_STREAMS[stream], seed]).bytes(32), "little"))
     (drawn,) = rng.choices(FAMILIES, _SHARES)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .backgrounds import Background, background, canvas_size, finish
+from .backgrounds import Background, background, canvas_size, finish, thumbnail_size
 from .palette import RGB, tone_on
 from .shapes import draw_shape
 from .types import COLORS, SHAPES, Mark
@@ -31,7 +31,8 @@ class Scene:
 
 def plan_scene(rng: random.Random) -> Scene:
     """Canvas 120 to 1200 pixels a side, half of them within 2:1 and the others up to 10:1."""
-    width, height = canvas_size(rng, (1, 2) if rng.random() < 0.5 else (2, 10))
+    draw = rng.random()
+    width, height = thumbnail_size(rng) if draw < 0.12 else canvas_size(rng, (1, 2) if draw < 0.53 else (2, 10))
     if rng.random() < 0.5:
         width, height = height, width
     flat = rng.random() < 0.38

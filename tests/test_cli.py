@@ -1,0 +1,471 @@
+"""The command line, driven in-process through `main`, with a small random model where one is needed."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from llama_multimodal import cli
+from llama_multimodal.cli import common, doctor
+from llama_multimodal.errors import CheckpointError, PromptError
+from llama_multimodal.zoo import registry
+
+QUESTION = "How many red circles are there?"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A random model of a few thousand parameters, in Hugging Face's layout, with a tokenizer."""
+    import torch
+
+    from llama_multimodal.config import ModelConfig, TextConfig, TiledVisionConfig
+    from llama_multimodal.models import VisionLanguageModel
+    from llama_multimodal.processing.tokenizer import Tokenizer
+    from llama_multimodal.weights.save import save_checkpoint
+    from llama_multimodal.zoo.tokenizer import build_tokenizer
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    build_tokenizer([QUESTION, "There are 3 red circles."], 20).save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_json(folder / "tokenizer.json")
+    config = ModelConfig(
+        vision=TiledVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_global_layers=1, num_attention_heads=2,
+            image_size=32, patch_size=8, max_num_tiles=4, intermediate_layers_indices=(1,),
+        ),
+        text=TextConfig(
+            vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, cross_attention_layers=(0,), max_position_embeddings=256,
+            rope_scaling=None, bos_token_id=tokenizer.special("<|begin_of_text|>"),
+            eos_token_ids=(tokenizer.special("<|eot_id|>"),),
+            pad_token_id=tokenizer.special("<|finetune_right_pad_id|>"),
+        ),
+        image_token_id=tokenizer.special("<|image|>"),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = VisionLanguageModel(config)
+    for name, parameter in model.named_parameters():
+        if "tile_" not in name:  # Meta's layout cannot store any values there; zeros it can
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_checkpoint(model, folder / "model", tokenizer_from=folder)
+    return folder / "model"
+
+
+@pytest.fixture
+def photo(tmp_path) -> str:
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (80, 40), "red").save(path)
+    return str(path)
+
+
+@pytest.fixture
+def llama_mm(monkeypatch, capsys, tmp_path):
+    """Run a command; gives exit code, stdout, stderr. `lines` is what is typed."""
+    monkeypatch.setattr(common, "bind_threads", lambda: False)  # it would outlive the test
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str, lines: str = "") -> SimpleNamespace:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        with pytest.raises(SystemExit) as exit:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return SimpleNamespace(code=exit.value.code or 0, out=captured.out, err=captured.err)
+
+    return run
+
+
+# --- the entry point -------------------------------------------------------------------------------------------------
+
+
+def test_help_does_not_wait_for_torch():
+    script = (
+        "import sys\nfrom llama_multimodal import cli\n"
+        "try: cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'tokenizers', 'huggingface_hub', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for command in ("describe", "chat", "doctor", "zoo", "train", "eval", "convert"):
+        assert command in done.stdout
+
+
+def test_version(llama_mm):
+    done = llama_mm("--version")
+    assert (done.code, done.out) == (0, "llama-mm 0.1.0\n")
+
+
+BAD = {
+    "missing file": (["describe", "nope.png", "What?"], "nope.png does not exist"),
+    "a folder": (["describe", "{folder}", "What?"], "is a folder"),
+    "not an image": (["describe", "{text}", "What?"], "is not an image"),
+    "empty file": (["describe", "{empty}", "What?"], "is empty"),
+    "second image": (["describe", "{photo}", "What?", "--image", "nope.png"], "nope.png does not exist"),
+    "address": (["describe", "https://example.com/a.png"], "is an address, not a file"),
+    "empty question": (["describe", "{photo}", "  "], "the question is empty"),
+    "empty model": (["describe", "{photo}", "--model", ""], "the model's name is empty"),
+    "unknown dtype": (["describe", "{photo}", "--dtype", "bf61"], 'not in "bf61"'),
+    "unknown device": (["describe", "{photo}", "--device", "cdua"], 'the device "cdua" is not there'),
+    "unsupported device": (["describe", "{photo}", "--device", "xla"], 'the device "xla" is not there'),
+    "absent device": (["describe", "{photo}", "--device", "cuda:97"], 'the device "cuda:97" is not there'),
+    "device without numbers": (["describe", "{photo}", "--device", "meta"], "holds no weights"),
+    "temperature": (["describe", "{photo}", "--temperature", "-1"], "temperature must be 0 or more"),
+    "not a number": (["describe", "{photo}", "--temperature", "nan"], "temperature must be"),
+    "no tokens": (["describe", "{photo}", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
+    "empty stop": (["describe", "{photo}", "--stop", ""], "stop must be made of strings that are not empty"),
+    "seed": (["describe", "{photo}", "--seed", "99999999999999999999"], "seed must fit 64 bits"),
+    "unknown model": (["describe", "{photo}", "--model", "nobody/nothing-at-all"], "nobody/nothing-at-all"),
+    "empty model folder": (["describe", "{photo}", "--model", "{folder}"], "{folder}"),
+    "long prompt": (["describe", "{photo}", "word " * 400, "--model", "{checkpoint}"], "context"),
+    "chat image": (["chat", "--image", "nope.png"], "nope.png does not exist"),
+    "no recipe": (["train", "nope.yaml"], "cannot read the recipe nope.yaml"),
+    "not a recipe": (["train", "{text}"], "must be a table of settings"),
+    "nothing to convert": (["convert", "nope", "{folder}/new", "--layout", "hf"], "nope"),
+    "onto itself": (["convert", "{checkpoint}", "{checkpoint}", "--layout", "meta"], "is the source itself"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(case, llama_mm, tmp_path, photo, checkpoint):
+    (tmp_path / "text.png").write_text("hello\n")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "folder").mkdir()
+    places = {
+        "photo": photo, "checkpoint": checkpoint, "folder": tmp_path / "folder", "text": tmp_path / "text.png",
+        "empty": tmp_path / "empty.png",
+    }  # fmt: skip
+    arguments, message = BAD[case]
+    done = llama_mm(*(argument.format(**places) for argument in arguments))
+    assert done.code == 2
+    assert done.out == ""
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
+    assert message.format(**places) in done.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["describe"], ["describe", "a.png", "--bogus"], ["nothing"], ["convert", "a", "b"]]
+)
+def test_wrong_usage(arguments, llama_mm):
+    done = llama_mm(*arguments)
+    assert done.code == 2 and done.out == "" and "Usage" in done.err
+
+
+def test_debug_shows_where(llama_mm):
+    assert "Traceback" not in llama_mm("describe", "nope.png").err
+    for arguments in (["--debug", "describe", "nope.png"], ["describe", "nope.png", "--debug"]):
+        done = llama_mm(*arguments)
+        assert done.code == 2 and "Traceback" in done.err and done.err.endswith("check the path\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (PromptError("too long"), 2, "error: too long\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2, "error: the disk is full (/x/y)"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "error: no permission to write or read (/x)"),
+        (MemoryError(), 2, "error: out of memory; use --dtype bf16"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …"), 2, "error: out of memory"),
+        (KeyError("a\nb"), 1, "error: unexpected KeyError: 'a\\nb'; run the same command with --debug"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_exit_codes(error, code, message, llama_mm, monkeypatch):
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("llama_multimodal.cli.zoo.checkpoints", fail)
+    done = llama_mm("zoo")
+    assert done.code == code and done.out == ""
+    assert done.err.startswith(message) and done.err.count("\n") <= 1
+    assert message or not done.err
+
+
+def test_threads_are_bound_where_each_has_a_core(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(common, "num_cores", lambda: 4)
+    for threads, bound in ((None, True), ("4", True), ("8", False)):
+        monkeypatch.delenv("OMP_PROC_BIND", raising=False)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if threads:
+            monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        assert common.bind_threads() is bound
+        assert os.environ.get("OMP_PROC_BIND") == ("true" if bound else None)
+    monkeypatch.setenv("OMP_PROC_BIND", "close")
+    assert common.bind_threads() is None and os.environ["OMP_PROC_BIND"] == "close"
+
+
+# --- describe --------------------------------------------------------------------------------------------------------
+
+
+def test_describe_json(llama_mm, photo, checkpoint):
+    arguments = ["describe", photo, QUESTION, "--image", photo, "--model", checkpoint, "--max-new-tokens", 5, "--json"]
+    done = llama_mm(*arguments)
+    assert done.code == 0, done.err
+    result = json.loads(done.out)  # nothing else on stdout
+    assert set(result) == {
+        "answer", "token_ids", "finish_reason", "prompt_tokens", "tiles", "timings", "question", "images", "model",
+        "dtype", "device", "versions",
+    }  # fmt: skip
+    assert 1 <= len(result["token_ids"]) <= 5
+    assert result["finish_reason"] in ("stop", "length")
+    assert result["question"] == QUESTION and result["images"] == [photo, photo]
+    assert len(result["tiles"]) == 2 and result["device"] == "cpu"
+    assert set(result["versions"]) == {"llama_multimodal", "torch", "python"}
+    assert {"load_seconds", "prepare_seconds", "first_token_seconds", "total_seconds", "tokens_per_second"} == set(
+        result["timings"]
+    )
+    assert json.loads(llama_mm(*arguments).out)["token_ids"] == result["token_ids"]
+
+
+def test_describe_streams_the_answer(llama_mm, photo, checkpoint):
+    options = ["--model", checkpoint, "--max-new-tokens", "6", "--dtype", "fp32", "--temperature", "1", "--seed", "3"]
+    plain = llama_mm("describe", photo, QUESTION, *options)
+    answer = json.loads(llama_mm("describe", photo, QUESTION, *options, "--json").out)
+    assert plain.code == 0 and plain.out == common.printable(answer["answer"]) + "\n"
+    assert ("(cut after 6 tokens" in plain.err) == (answer["finish_reason"] == "length")
+
+
+def test_answers_cannot_steer_the_terminal():
+    assert common.printable("a\x1b[2Jb\x9bc\r\x07d\ne\tü") == "a[2Jbcd\ne\tü"
+
+
+# --- chat ------------------------------------------------------------------------------------------------------------
+
+
+class Script:
+    """Stands in for `generate`: says what it is told to, and keeps what it was asked."""
+
+    def __init__(self, *answers: object) -> None:
+        self.answers, self.prompts, self.images = list(answers), [], []
+
+    def __call__(self, model, inputs, params, *, stream):
+        assert stream
+        row = inputs.tokens[0, : inputs.lengths[0]].tolist()
+        self.prompts.append(self.tokenizer.decode(row))
+        self.images.append(len(inputs.images))
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        for piece in answer:
+            if piece is signal.SIGINT:
+                signal.raise_signal(signal.SIGINT)
+                continue
+            yield SimpleNamespace(text=piece, token_id=0, finish_reason="stop" if piece is answer[-1] else None)
+
+    def install(self, monkeypatch, checkpoint: Path) -> Script:
+        import llama_multimodal.generate  # noqa: F401
+        from llama_multimodal.processing.tokenizer import Tokenizer
+
+        self.tokenizer = Tokenizer.load(checkpoint)
+        monkeypatch.setattr(sys.modules["llama_multimodal.generate"], "generate", self)
+        return self
+
+
+def test_chat_remembers_words_and_pictures(llama_mm, monkeypatch, photo, checkpoint):
+    script = Script(["Red", "."], ["Two."], ["Hello."]).install(monkeypatch, checkpoint)
+    lines = f'What?\n/image "{photo}"\n\nAnd this?\n/clear\nHi\n/quit\nnever read\n'
+    done = llama_mm("chat", "--image", photo, "--model", checkpoint, "--system", "Be brief.", lines=lines)
+    assert done.code == 0, done.err
+    assert done.out == "Red.\nTwo.\nHello.\n"
+    assert script.images == [1, 2, 0]
+    assert script.prompts[1] == (
+        "system\n\nBe brief.user\n\nWhat?assistant\n\nRed.user\n\nAnd this?assistant\n\n"
+    )  # fmt: skip
+    assert script.prompts[2] == "system\n\nBe brief.user\n\nHiassistant\n\n"
+    assert "photo.png, 80 x 40: 1 picture with your next message" in done.err
+
+
+def test_chat_ctrl_c_stops_the_answer_only(llama_mm, monkeypatch, photo, checkpoint):
+    script = Script(["One", signal.SIGINT, "two"], [signal.SIGINT, "x"], ["Yes."]).install(monkeypatch, checkpoint)
+    lines = f"Count\n/image {photo}\nLook\nAgain\n"  # the end of the input is Ctrl-D
+    done = llama_mm("chat", "--model", checkpoint, lines=lines)
+    assert done.code == 0 and done.err.count("(stopped)") == 2
+    assert "Yes." in done.out and "two" not in done.out
+    # What was read stays; a message without an answer is taken back, and its picture waits for the next one.
+    assert script.prompts[2] == "user\n\nCount" + "assistant\n\nOne" + "user\n\nAgain" + "assistant\n\n"
+    assert script.images == [0, 1, 1]
+
+
+def test_chat_goes_on_after_mistakes(llama_mm, monkeypatch, photo, checkpoint):
+    script = Script(CheckpointError("broken"), ["Fine."]).install(monkeypatch, checkpoint)
+    lines = f"/image nope.png\n/image\n/imgae x\n/help\n{'long ' * 400}\nWhat?\nAnd now?\n"
+    done = llama_mm("chat", "--model", checkpoint, lines=lines)
+    assert done.code == 0 and done.out == "Fine.\n\n"
+    for message in (
+        "error: nope.png does not exist", "error: /image needs the path", 'did you mean "/image"?', "/clear", "context",
+        "error: broken",
+    ):  # fmt: skip
+        assert message in done.err
+    assert "Traceback" not in done.err
+    assert script.prompts[-1] == "user\n\nAnd now?assistant\n\n"
+
+
+def test_chat_with_a_real_model(llama_mm, photo, checkpoint):
+    done = llama_mm("chat", "--image", photo, "--model", checkpoint, "--max-new-tokens", "4", lines="What?\nAnd?\n")
+    assert done.code == 0 and "error" not in done.err and done.out.count("\n") >= 2
+
+
+# --- zoo and doctor --------------------------------------------------------------------------------------------------
+
+
+def test_zoo(llama_mm, monkeypatch):
+    table = llama_mm("zoo")
+    assert table.code == 0 and "meta-llama/Llama-3.2-90B-Vision-Instruct" in table.out and "165 GiB" in table.out
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "meta-llama/Llama-3.2-90B-Vision-Instruct" in llama_mm("zoo").out  # whole, also where it is narrow
+    known = {entry["name"]: entry for entry in json.loads(llama_mm("zoo", "--json").out)}
+    assert known["tiny"]["embedded"] and not known["tiny"]["gated"]
+    large = known["meta-llama/Llama-3.2-11B-Vision"]
+    assert large["gated"] and large["bytes_bf16"] == 2 * large["parameters"] and large["tile_size"] == 560
+
+
+def test_registry_counts_what_is_built():
+    import torch
+
+    from llama_multimodal.config import LLAMA_3_2_11B_VISION, LLAMA_3_2_90B_VISION
+    from llama_multimodal.models import VisionLanguageModel
+
+    for size, config in (("11B", LLAMA_3_2_11B_VISION), ("90B", LLAMA_3_2_90B_VISION)):
+        with torch.device("meta"):
+            model = VisionLanguageModel(config)
+        known = registry.find(f"meta-llama/Llama-3.2-{size}-Vision-Instruct")
+        assert known is not None and known.parameters == sum(p.numel() for p in model.parameters())
+        assert (known.tile_size, known.max_tiles) == (config.vision.image_size, config.vision.max_num_tiles)
+        assert known.context == config.text.max_position_embeddings
+
+
+def test_registry_reads_the_embedded_model(monkeypatch, checkpoint):
+    from safetensors import safe_open
+
+    monkeypatch.setattr(registry, "EMBEDDED_FOLDER", checkpoint)
+    tiny = registry.checkpoints()[0]
+    with safe_open(checkpoint / "model.safetensors", "pt") as file:
+        assert tiny.parameters == sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    assert tiny.available and (tiny.tile_size, tiny.context) == (32, 256)
+    monkeypatch.setattr(registry, "EMBEDDED_FOLDER", checkpoint / "nowhere")
+    assert not registry.checkpoints()[0].available
+
+
+def test_registry_guesses_names():
+    assert registry.nearest_name("llama-3.2-11b-vision-instruct") == "meta-llama/Llama-3.2-11B-Vision-Instruct"
+    assert registry.nearest_name("Tinny") == "tiny"
+    assert registry.nearest_name("gpt-17") is None
+
+
+def test_doctor(llama_mm, monkeypatch):
+    from llama_multimodal.ops import _dispatch
+
+    text = llama_mm("doctor")
+    assert text.code == 0
+    for part in ("Versions", "Devices", "Backends", "rms_norm", "What is missing"):
+        assert part in text.out
+    monkeypatch.setitem(_dispatch._kernels, ("linear", "cpu"), lambda: None)
+    monkeypatch.setattr(doctor, "_EXTRAS", {"train": ("a-package-that-is-not-there",)})
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    report = json.loads(llama_mm("doctor", "--json").out)
+    assert report["backends"]["ops"]["linear"] == {"cuda": False, "triton": False, "cpu": True, "torch": True}
+    assert report["devices"][0]["name"] == "cpu"
+    assert report["hub"]["token"] is False
+    wanted = {'pip install -e ".[train]"', "accept the licence, then: hf auth login"}
+    assert wanted <= {problem["mend"] for problem in report["problems"]}
+
+
+def test_doctor_knows_every_op():
+    """Those that dispatch, by the calls in their files."""
+    import re
+
+    from llama_multimodal import ops
+
+    calls = [re.findall(r'choose\("(\w+)"', file.read_text()) for file in Path(ops.__file__).parent.glob("[a-z]*.py")]
+    assert sorted(name for names in calls for name in names) == sorted(doctor.OPS)
+
+
+def test_doctor_without_torch(llama_mm, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it now raises ImportError
+    done = llama_mm("doctor")
+    assert done.code == 1 and "torch cannot be imported" in done.out
+
+
+# --- train, eval, convert --------------------------------------------------------------------------------------------
+
+
+def test_train_exports_and_draws(llama_mm, monkeypatch, tmp_path, checkpoint):
+    pytest.importorskip("matplotlib")
+    from dataclasses import asdict
+
+    from llama_multimodal import loading
+    from llama_multimodal.train import loop
+
+    output = tmp_path / "run"
+    (tmp_path / "recipe.yaml").write_text(
+        f"output: {output}\nsteps: 40\nvision_steps: 10\nsave_every: 20\nvision: {{}}\ntext: {{}}\n"
+    )
+
+    def train(recipe, report):
+        output.mkdir()
+        with open(output / "metrics.jsonl", "w") as log:
+            for step in range(1, recipe.steps + 1):
+                progress = loop.Progress(step, 0.0 if step <= 10 else 3 / step, 1 / step, 0.5, 12.0)
+                log.write(json.dumps(asdict(progress)) + "\n")
+                report(progress)
+        return output
+
+    def averaged_model(recipe):
+        model, _ = loading.load(checkpoint)
+        return model, None, checkpoint / "tokenizer.json"
+
+    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(loop, "averaged_model", averaged_model)
+    done = llama_mm("train", tmp_path / "recipe.yaml")
+    assert done.code == 0, done.err
+    assert "step 40 of 40  loss " in done.err and "12.0 pictures/s" in done.err
+    assert str(output / "model") in done.out
+    with Image.open(output / "loss.png") as curve:
+        assert curve.size == (960, 720)
+    _, processor = loading.load(output / "model")
+    assert processor.tokenizer is not None
+
+    def stopped(recipe, report):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", stopped)
+    done = llama_mm("train", tmp_path / "recipe.yaml")
+    assert done.code == 130 and "to go on from the last saved step: llama-mm train" in done.err
+    assert llama_mm("train", tmp_path / "recipe.yaml", "--export-only").code == 0
+
+
+def test_eval(llama_mm, monkeypatch, checkpoint):
+    from llama_multimodal.eval import harness
+
+    asked = {}
+
+    def evaluate(model, processor, **options):
+        asked.update(options)
+        options["progress"](1, 2)
+        return harness.Report({"count_all": harness.Score(19, 20), "color": harness.Score(0, 20)})
+
+    monkeypatch.setattr(harness, "evaluate", evaluate)
+    done = llama_mm("eval", checkpoint, "--per-kind", "20")
+    assert done.code == 0, done.err
+    assert asked["per_kind"] == 20
+    assert "95.0" in done.out and "reached" in done.out and "missed" in done.out
+    report = json.loads(llama_mm("eval", checkpoint, "--json").out)
+    assert report["kinds"]["count_all"]["right"] == 19 and report["pooled"]["count"]["target"] == 95
+
+
+def test_convert_there_and_back(llama_mm, tmp_path, checkpoint):
+    assert llama_mm("convert", checkpoint, tmp_path / "meta", "--layout", "meta").code == 0
+    done = llama_mm("convert", tmp_path / "meta", tmp_path / "hf", "--layout", "hf")
+    assert done.code == 0, done.err
+    assert (tmp_path / "hf/model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
