@@ -57,7 +57,9 @@ def tile_tables(model: VisionLanguageModel) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def random_model(seed: int = 0, dtype: torch.dtype = torch.float32, config: ModelConfig = CONFIG) -> VisionLanguageModel:
+def random_model(
+    seed: int = 0, dtype: torch.dtype = torch.float32, config: ModelConfig = CONFIG
+) -> VisionLanguageModel:
     """Weights of the size of a trained model's, so that every term shows in the logits."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -72,13 +72,16 @@ def test_greedy_takes_the_largest_logit_of_the_whole_sequence(model, batch) -> N
 
 def test_greedy_reads_the_images(model) -> None:
     first, second = (
-        generate(model, make_inputs(ROWS[:1], GRIDS[:1], seed=seed), SamplingParams(max_new_tokens=8)) for seed in (0, 1)
+        generate(model, make_inputs(ROWS[:1], GRIDS[:1], seed=seed), SamplingParams(max_new_tokens=8))
+        for seed in (0, 1)
     )
     assert first.token_ids != second.token_ids
     assert first.texts is None  # no decoder, no text
 
 
-@pytest.mark.parametrize("params", [SamplingParams(max_new_tokens=8), HOT, replace(HOT, top_k=20, top_p=0.9, min_p=0.01)])
+@pytest.mark.parametrize(
+    "params", [SamplingParams(max_new_tokens=8), HOT, replace(HOT, top_k=20, top_p=0.9, min_p=0.01)]
+)
 def test_a_row_answers_alike_alone_and_in_any_batch(model, batch, params: SamplingParams) -> None:
     together = generate(model, batch, params)
     for b in range(len(ROWS)):
@@ -148,9 +151,7 @@ def test_context_limit(model) -> None:
     out = generate(small, make_inputs(rows), SamplingParams(max_new_tokens=100))
     assert [len(tokens) for tokens in out.token_ids] == [3, 8]  # 10 tokens in all
     assert out.finish_reasons == ["length", "length"]
-    assert out.token_ids == [
-        tokens[:n] for tokens, n in zip(generate(model, make_inputs(rows)).token_ids, (3, 8))
-    ]
+    assert out.token_ids == [tokens[:n] for tokens, n in zip(generate(model, make_inputs(rows)).token_ids, (3, 8))]
     assert len(generate(small, make_inputs([[60] * 9])).token_ids[0]) == 1
     for length in (10, 11):
         with pytest.raises(PromptError, match="context of 10"):
@@ -242,7 +243,9 @@ def test_text_is_held_back_only_while_a_stop_string_may_begin(model, batch, hot)
 
 def test_a_stream_can_be_left(model, batch, hot) -> None:
     events = generate(model, batch, HOT, stream=True)
-    assert [next(events).token_id for _ in range(4)] == [hot.token_ids[b][i] for i, b in ((0, 0), (0, 1), (0, 2), (1, 0))]
+    assert [next(events).token_id for _ in range(4)] == [
+        hot.token_ids[b][i] for i, b in ((0, 0), (0, 1), (0, 2), (1, 0))
+    ]
     events.close()
 
 

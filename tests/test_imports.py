@@ -204,7 +204,9 @@ def test_every_public_name_resolves() -> None:
         llama_multimodal.no_such_name  # noqa: B018
 
 
-@pytest.mark.parametrize("first", ["import llama_multimodal.generate", "from llama_multimodal.sampling import sample", ""])
+@pytest.mark.parametrize(
+    "first", ["import llama_multimodal.generate", "from llama_multimodal.sampling import sample", ""]
+)
 def test_public_names_are_not_hidden_by_modules(first: str) -> None:
     """`lmm.generate` is the function, also after the module of the same name has been imported."""
     code = f"{first}\nimport llama_multimodal as lmm\nassert callable(lmm.generate), lmm.generate\n"

@@ -266,7 +266,9 @@ def parameters(config: ModelConfig) -> int:
     return text + vision + (6 * v.hidden_size + 1) * t.hidden_size
 
 
-@pytest.mark.parametrize("config, layers", [(LLAMA_3_2_11B_VISION, 40), (LLAMA_3_2_90B_VISION, 100)], ids=["11B", "90B"])
+@pytest.mark.parametrize(
+    "config, layers", [(LLAMA_3_2_11B_VISION, 40), (LLAMA_3_2_90B_VISION, 100)], ids=["11B", "90B"]
+)
 def test_released_sizes_on_the_meta_device(config: ModelConfig, layers: int) -> None:
     with torch.device("meta"):
         model = VisionLanguageModel(config)

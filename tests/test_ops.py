@@ -237,7 +237,9 @@ def test_a_key_with_log_n_counts_n_times() -> None:
     torch.testing.assert_close(ops.attention(q, k, v, key_bias=counts.double().log()), repeated, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("t, kwargs", [(3, {"causal": True}), (3, {}), (1, {}), (3, {"key_bias": torch.ones(3).cumsum(0)})])
+@pytest.mark.parametrize(
+    "t, kwargs", [(3, {"causal": True}), (3, {}), (1, {}), (3, {"key_bias": torch.ones(3).cumsum(0)})]
+)
 def test_attention_gradients(t: int, kwargs: dict) -> None:
     q, k, v = randn(1, 4, t, 4), randn(1, 2, 3, 4, seed=1), randn(1, 2, 3, 4, seed=2)
     gradients(lambda q, k, v: ops.attention(q, k, v, **kwargs), q, k, v)
@@ -252,7 +254,11 @@ SPANS = [Span(0, 1, 3, 0, 5), Span(0, 3, 4, 2, 9), Span(2, 0, 1, 9, 10), Span(2,
 @each_dtype
 @pytest.mark.parametrize("h, kv", [(1, 1), (4, 2), (6, 2)])
 def test_cross_attention(dtype: torch.dtype, h: int, kv: int) -> None:
-    q, k, v = heads_of(3, h, 6, 8, dtype, 0), randn(kv, 13, 8, dtype=dtype, seed=1), randn(kv, 13, 8, dtype=dtype, seed=2)
+    q, k, v = (
+        heads_of(3, h, 6, 8, dtype, 0),
+        randn(kv, 13, 8, dtype=dtype, seed=1),
+        randn(kv, 13, 8, dtype=dtype, seed=2),
+    )
     expected = torch.zeros(q.shape, dtype=torch.float64)
     for span in SPANS:
         keys, tokens = slice(span.key_first, span.key_end), slice(span.first, span.end)
@@ -274,7 +280,9 @@ def test_cross_attention_without_spans_is_zero() -> None:
 
 def test_cross_attention_gradients() -> None:
     spans = [Span(0, 1, 3, 0, 4), Span(1, 2, 3, 2, 5)]
-    gradients(lambda q, k, v: ops.cross_attention(q, k, v, spans), randn(2, 2, 3, 4), randn(1, 5, 4), randn(1, 5, 4, seed=1))
+    gradients(
+        lambda q, k, v: ops.cross_attention(q, k, v, spans), randn(2, 2, 3, 4), randn(1, 5, 4), randn(1, 5, 4, seed=1)
+    )
 
 
 # --- linear ----------------------------------------------------------------------------------------------------------
@@ -322,7 +330,10 @@ def test_linear_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DeviceError, match=r'unknown backend "tritom"; did you mean "triton"'), ops.use_backend("tritom"):
+    with (
+        pytest.raises(DeviceError, match=r'unknown backend "tritom"; did you mean "triton"'),
+        ops.use_backend("tritom"),
+    ):
         pass
     monkeypatch.setenv("LLAMA_MM_BACKEND", "gpu")
     with pytest.raises(DeviceError, match="unknown backend"):

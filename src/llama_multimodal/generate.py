@@ -37,7 +37,11 @@ class GenerationEvent:
 
 @overload
 def generate(
-    model: VisionLanguageModel, inputs: ModelInputs, params: SamplingParams | None = None, *, stream: Literal[False] = ...
+    model: VisionLanguageModel,
+    inputs: ModelInputs,
+    params: SamplingParams | None = None,
+    *,
+    stream: Literal[False] = ...,
 ) -> GenerationOutput: ...
 @overload
 def generate(

@@ -150,7 +150,7 @@ def load_model(model: str, dtype: str, device: str) -> tuple[VisionLanguageModel
     from .. import loading
 
     device = choose_device(device)
-    with progress_bar(f"loading {model}", bytes_=True) as progress:
+    with progress_bar(f"loading {Path(model).name[:32]}", bytes_=True) as progress:
         return loading.load(model, dtype=choose_dtype(dtype, model, device), device=device, progress=progress)
 
 

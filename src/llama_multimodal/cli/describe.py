@@ -75,7 +75,7 @@ def describe(
                 "python": platform.python_version(),
             },
         }
-        print(json.dumps(result, ensure_ascii=False, indent=2))
+        print(json.dumps(result, ensure_ascii=False))
         return
     if result["finish_reason"] == "length":
         common.say(f"(cut after {len(result['token_ids'])} tokens; --max-new-tokens allows more)")

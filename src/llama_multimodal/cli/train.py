@@ -69,6 +69,8 @@ def _run(recipe: Recipe, command: str) -> None:
             if not console.is_terminal and progress.step % recipe.save_every == 0:
                 common.say(f"step {progress.step} of {recipe.steps}  {state}")
 
+        if not (Path(recipe.output) / "tokenizer.json").exists():
+            common.say("first the tokenizer is built, from the questions that will be asked; it takes about a minute")
         try:
             loop.train(recipe, report)
         except KeyboardInterrupt:

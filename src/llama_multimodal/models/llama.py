@@ -101,7 +101,6 @@ class SelfAttentionBlock(nn.Module):
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-
     def forward(
         self,
         x: Tensor,

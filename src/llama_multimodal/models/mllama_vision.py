@@ -191,9 +191,7 @@ class TiledVisionEncoder(nn.Module):
         x = x + (1 - gate) * self.position_embedding
         return x + gate * self.tile_position_embedding[ids, :used]
 
-    def _key_bias(
-        self, num_real: int, distinct: int, spare: int, zeros: Sequence[int], x: Tensor
-    ) -> Tensor | None:
+    def _key_bias(self, num_real: int, distinct: int, spare: int, zeros: Sequence[int], x: Tensor) -> Tensor | None:
         """log of how many tokens each key stands for, [tokens], at least fp32; None where every key stands for itself.
 
         zeros: how many zero tokens each of the last keys stands for. x: whose device and dtype to go by.

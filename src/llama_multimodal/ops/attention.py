@@ -33,9 +33,7 @@ def attention(
     return _dispatch.choose("attention", _torch)(q, k, v, causal=causal, mask=mask, key_bias=key_bias)
 
 
-def _torch(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, key_bias: Tensor | None
-) -> Tensor:
+def _torch(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, key_bias: Tensor | None) -> Tensor:
     dtype, heads, kv_heads = q.dtype, q.shape[1], k.shape[1]
     if key_bias is not None or widens(q):
         # A bias of log n needs more digits than bf16 has; a CPU without bf16 arithmetic is faster in fp32 anyway.
@@ -52,6 +50,6 @@ def _torch(
         # One query a head: let the group's queries share a key head, which spares torch a slow path.
         grouped = q.view(q.shape[0], kv_heads, heads // kv_heads, q.shape[3])
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view(q.shape).to(dtype)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=heads != kv_heads
-    ).to(dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=heads != kv_heads).to(
+        dtype
+    )

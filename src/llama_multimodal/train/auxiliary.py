@@ -60,6 +60,8 @@ def picture_targets(
         for head, value in enumerate(values):
             if value >= 0:
                 patches[head, tile, patch] = value + 1
+        if mark.kind == "object" and mark.size < 0:  # neither clearly small nor clearly big
+            patches[list(PATCH_HEADS).index("size"), tile, patch] = _UNKNOWN
         if mark.kind == "object":
             counts[0] += 1
             counts[1 + mark.color] += 1

@@ -51,7 +51,8 @@ class Recipe:
     auxiliary_weight: float = 1.0
     vocabulary_words: int = 740
     seed: int = 0
-    threads: int = 2
+    processes: int = 1  # data-parallel: each takes its share of every step's samples
+    threads: int = 1  # of each process
     save_every: int = 100
 
 

@@ -60,10 +60,13 @@ def encode_sample(item: Sample, tokenizer: Tokenizer, config: ModelConfig) -> tu
 
 
 class WorldSteps(Dataset[list[MicroBatch]]):
-    """Item s is step s: its samples, grouped into micro-batches of similar length."""
+    """Item s is step s: this rank's share of its samples, grouped into micro-batches of similar length."""
 
-    def __init__(self, data: DataConfig, config: ModelConfig, tokenizer: Tokenizer, steps: int) -> None:
+    def __init__(
+        self, data: DataConfig, config: ModelConfig, tokenizer: Tokenizer, steps: int, rank: int = 0, world: int = 1
+    ) -> None:
         self.data, self.config, self.tokenizer, self.steps = data, config, tokenizer, steps
+        self.rank, self.world = rank, world
 
     def __len__(self) -> int:
         return self.steps
@@ -72,7 +75,7 @@ class WorldSteps(Dataset[list[MicroBatch]]):
         count = self.data.samples_per_step
         base = self.data.seed * 1_000_000_000 + step * count
         prepared = []
-        for i in range(count):
+        for i in range(self.rank, count, self.world):
             item = sample(base + i, turns=self.data.turns_per_scene)
             prepared.append(_Prepared(*encode_sample(item, self.tokenizer, self.config), item))
         prepared.sort(key=lambda p: len(p.tokens))
@@ -128,6 +131,10 @@ def batches(dataset: WorldSteps, first_step: int, workers: int) -> Iterator[list
         sampler=range(first_step, len(dataset)),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=lambda _: torch.set_num_threads(1),
+        worker_init_fn=_single_thread,
     )
     yield from loader
+
+
+def _single_thread(_: int) -> None:
+    torch.set_num_threads(1)

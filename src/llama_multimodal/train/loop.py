@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ModelConfig
+from ..config import ModelConfig, TiledVisionConfig
+from ..errors import CheckpointError
 from ..models import VisionLanguageModel
 from ..processing.tokenizer import Tokenizer
 from ..zoo.tokenizer import build_tokenizer
@@ -71,12 +73,29 @@ def initialise(model: VisionLanguageModel) -> None:
     nn.init.normal_(model.decoder.embedding.weight, std=0.5)
     vision = model.vision
     for table in (vision.tile_position_embedding, vision.pre_tile_embedding, vision.post_tile_embedding):
-        used = torch.zeros(table.shape[:2])
-        for ratio_id, (rows, columns) in enumerate(model.config.vision.aspect_ratios, start=1):
-            used[ratio_id, : rows * columns] = 1
-        used = used.reshape(*used.shape, *[1] * (table.ndim - 2))
-        # Unused tiles carry no embedding in Meta's layout; without a gradient they stay at zero.
-        table.register_hook(lambda gradient, used=used: gradient * used)
+        table.register_hook(_shared_between_ratios(model.config.vision))
+
+
+def _shared_between_ratios(vision: TiledVisionConfig) -> Callable[[Tensor], Tensor]:
+    """A gradient hook that keeps the tables by aspect ratio as Meta's layout has them.
+
+    There a tile's embedding depends on its row and column alone and unused tiles have none: entries of one place
+    share their gradients, and entries that start equal stay equal.
+    """
+    most = vision.max_num_tiles
+    places = torch.full((len(vision.aspect_ratios) + 1, most), -1)
+    for ratio_id, (rows, columns) in enumerate(vision.aspect_ratios, start=1):
+        for tile in range(rows * columns):
+            places[ratio_id, tile] = tile // columns * most + tile % columns
+    used = places >= 0
+
+    def share(gradient: Tensor) -> Tensor:
+        summed = gradient.new_zeros(most * most, *gradient.shape[2:]).index_add(0, places[used], gradient[used])
+        shared = torch.zeros_like(gradient)
+        shared[used] = summed[places[used]]
+        return shared
+
+    return share
 
 
 def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
@@ -87,6 +106,40 @@ def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
 
 def train(recipe: Recipe, report: Callable[[Progress], None]) -> Path:
     """Run a recipe to its last step, from its last saved step if there is one; returns the run's folder."""
+    prepare(recipe)  # the tokenizer is made once, before the processes start
+    if recipe.processes == 1:
+        _run(0, recipe, report, None)
+    else:
+        context = torch.multiprocessing.get_context("spawn")
+        progress = context.SimpleQueue()
+        meeting = Path(recipe.output) / "rendezvous"
+        meeting.unlink(missing_ok=True)
+        workers = torch.multiprocessing.spawn(
+            _worker, args=(recipe, progress, str(meeting.resolve())), nprocs=recipe.processes, join=False
+        )
+        try:
+            while not workers.join(timeout=0.2):
+                while not progress.empty():
+                    report(progress.get())
+        finally:
+            for process in workers.processes:
+                process.terminate()
+        while not progress.empty():
+            report(progress.get())
+    return Path(recipe.output)
+
+
+def _worker(rank: int, recipe: Recipe, progress: Any, meeting: str) -> None:
+    """One process of a data-parallel run."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=recipe.processes)
+    try:
+        _run(rank, recipe, progress.put, dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(rank: int, recipe: Recipe, report: Callable[[Progress], None], group: Any) -> None:
+    """The loop of one process; rank 0 logs, reports and saves."""
     torch.manual_seed(recipe.seed)
     torch.set_num_threads(recipe.threads)
     config, tokenizer, _ = prepare(recipe)
@@ -102,45 +155,36 @@ def train(recipe: Recipe, report: Callable[[Progress], None]) -> Path:
         modules.load_state_dict(state["modules"])
         optimizer.load_state_dict(state["optimizer"])
         average, first = state["average"], state["step"]
-    dataset = WorldSteps(recipe.data, config, tokenizer, recipe.steps)
+    dataset = WorldSteps(recipe.data, config, tokenizer, recipe.steps, rank, recipe.processes)
     started = time.perf_counter()
-    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as log:
-        for step, micro in enumerate(batches(dataset, first, recipe.data.workers), start=first):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, recipe.steps, recipe.optim)
-            answer, auxiliary, accuracy = _step(model, heads, micro, step < recipe.vision_steps, recipe)
-            nn.utils.clip_grad_norm_(modules.parameters(), recipe.optim.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            _update_average(average, model, min(recipe.optim.ema_decay, (step + 1) / (step + 10)))
-            now = time.perf_counter()
-            progress = Progress(step + 1, answer, auxiliary, accuracy, recipe.data.samples_per_step / (now - started))
-            started = now
+    for step, micro in enumerate(batches(dataset, first, recipe.data.workers), start=first):
+        for settings in optimizer.param_groups:
+            settings["lr"] = learning_rate(step, recipe.steps, recipe.optim)
+        answer, auxiliary, accuracy = _step(model, heads, micro, step < recipe.vision_steps, recipe, group)
+        nn.utils.clip_grad_norm_(modules.parameters(), recipe.optim.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if rank > 0:
+            continue
+        _update_average(average, model, min(recipe.optim.ema_decay, (step + 1) / (step + 10)))
+        now = time.perf_counter()
+        progress = Progress(step + 1, answer, auxiliary, accuracy, recipe.data.samples_per_step / (now - started))
+        started = now
+        with open(folder / "metrics.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(dataclasses.asdict(progress)) + "\n")
-            report(progress)
-            if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
-                log.flush()
-                save_state(
-                    state_file,
-                    {
-                        "modules": modules.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "average": average,
-                        "step": step + 1,
-                    },
-                )
-    return folder
+        report(progress)
+        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
+            state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+            save_state(state_file, {**state, "step": step + 1})
 
 
 def averaged_model(recipe: Recipe) -> tuple[VisionLanguageModel, Tokenizer, Path]:
     """The averaged weights of a run as a model, its tokenizer, and the tokenizer's file."""
-    config, tokenizer, file = prepare(recipe)
-    model = VisionLanguageModel(config).eval()
     state = load_state(Path(recipe.output) / "state.pt")
     if state is None:
-        from ..errors import CheckpointError
-
         raise CheckpointError(f"{recipe.output} holds no saved run; train it first")
+    config, tokenizer, file = prepare(recipe)
+    model = VisionLanguageModel(config).eval()
     model.load_state_dict(state["average"])
     return model, tokenizer, file
 
@@ -158,11 +202,16 @@ def _optimizer(modules: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
 
 
 def _step(
-    model: VisionLanguageModel, heads: AuxiliaryHeads, micro: list[MicroBatch], vision_only: bool, recipe: Recipe
+    model: VisionLanguageModel,
+    heads: AuxiliaryHeads,
+    micro: list[MicroBatch],
+    vision_only: bool,
+    recipe: Recipe,
+    group: Any = None,
 ) -> tuple[float, float, float]:
-    """Accumulate the gradients of one step; mean answer loss, auxiliary loss and token accuracy."""
-    answers = max(1, sum(int((m.labels != IGNORED).sum()) for m in micro))
-    pictures = max(1, sum(len(m.inputs.images) for m in micro))
+    """Accumulate the gradients of one step over every process; mean answer loss, auxiliary loss and accuracy."""
+    sums = [sum(int((m.labels != IGNORED).sum()) for m in micro), sum(len(m.inputs.images) for m in micro)]
+    answers, pictures = (max(1.0, total) for total in _summed(torch.tensor(sums, dtype=torch.float64), group))
     answer_sum = auxiliary_sum = right = 0.0
     for batch in micro:
         share = len(batch.inputs.images) / pictures
@@ -185,7 +234,24 @@ def _step(
             right += int((chosen.argmax(-1) == labels).sum())
         if losses:
             torch.stack(losses).sum().backward()
+    if group is not None:
+        _sum_gradients([*model.parameters(), *heads.parameters()], group)
+    answer_sum, auxiliary_sum, right = _summed(torch.tensor([answer_sum, auxiliary_sum, right]).double(), group)
     return answer_sum / answers, auxiliary_sum, right / answers
+
+
+def _summed(values: Tensor, group: Any) -> list[float]:
+    if group is not None:
+        dist.all_reduce(values, group=group)
+    return values.tolist()
+
+
+def _sum_gradients(parameters: list[nn.Parameter], group: Any) -> None:
+    """Add every process's gradients in one exchange; a process without a picture adds zeros."""
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    dist.all_reduce(flat, group=group)
+    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters])):
+        parameter.grad = gradient.view_as(parameter)
 
 
 @torch.no_grad()

@@ -101,7 +101,13 @@ def _vision(raw: Mapping[str, Any], shapes: Shapes) -> TiledVisionConfig:
     _agree(raw, "vision_max_num_chunks", tiles)
     table = _table(raw, "vision_model", _VISION_TABLE)
     num_layers = _count(shapes, f"{ENCODER}.transformer.resblocks")
-    config = TiledVisionConfig(
+    taps = _whole_numbers(table, "intermediate_layers_indices", _DEFAULT_TAPS)
+    if width * (1 + len(taps)) != features or max(taps, default=-1) >= num_layers:
+        raise ConfigError(
+            f"the projector reads {features} features of {num_layers} layers, which does not fit the width {width} once"
+            f' and once for each of {list(taps)}; state "vision_model": {{"intermediate_layers_indices": […]}}'
+        )
+    return TiledVisionConfig(
         hidden_size=width,
         intermediate_size=mlp,
         num_hidden_layers=num_layers,
@@ -111,15 +117,8 @@ def _vision(raw: Mapping[str, Any], shapes: Shapes) -> TiledVisionConfig:
         image_size=side * patch,
         patch_size=patch,
         max_num_tiles=tiles,
-        intermediate_layers_indices=_whole_numbers(table, "intermediate_layers_indices", _DEFAULT_TAPS),
+        intermediate_layers_indices=taps,
     )
-    if config.output_size != features:
-        raise ConfigError(
-            f"the projector reads {features} features, but the encoder gives {config.output_size}: its width {width}"
-            f" once and once for each of {list(config.intermediate_layers_indices)}; state"
-            ' "vision_model": {"intermediate_layers_indices": […]}'
-        )
-    return config
 
 
 def default_tokens(vocab_size: int) -> dict[str, Any]:

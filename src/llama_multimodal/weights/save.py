@@ -1,4 +1,4 @@
-"""Writing checkpoints: aside, flushed, then renamed, so that a crash leaves the old files or none, never a mixture."""
+"""Writing checkpoints: aside, flushed to disk, then renamed, so that a crash never leaves a mixture of old and new."""
 
 from __future__ import annotations
 
@@ -86,8 +86,10 @@ def writing(folder: str | Path, layout: Layout) -> Iterator[Path]:
         if find_layout(folder) not in (None, layout):
             raise CheckpointError(f"{folder} already holds a checkpoint in another layout; choose another folder")
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
-            yield Path(scratch)
-            _replace(Path(scratch), folder, layout)
+            new, old = Path(scratch) / "new", Path(scratch) / "old"
+            new.mkdir()
+            yield new
+            _replace(folder, new, old, layout)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise CheckpointError(f"the disk of {folder} is full; free some space and try again") from error
@@ -98,18 +100,28 @@ _KEY_FILES = {"hf": ("config.json", INDEX), "meta": ("params.json",)}  # without
 _STALE = {"hf": ("model*.safetensors", LEFTOVERS), "meta": ("consolidated*.pth",)}
 
 
-def _replace(aside: Path, folder: Path, layout: Layout) -> None:
-    """Move finished files into place. What makes the old files a checkpoint goes first and what makes the new ones a
-    checkpoint comes last, so that a folder half done is none."""
+def _replace(folder: Path, new: Path, old: Path, layout: Layout) -> None:
+    """Move a checkpoint's files to `old` and finished files from `new` into their place.
+
+    What makes a folder a checkpoint leaves first and comes last, so that a folder half done is none. An interruption is
+    undone; after a kill, all files are still in the scratch folder.
+    """
     keys = _KEY_FILES[layout]
-    for key in keys:
-        (folder / key).unlink(missing_ok=True)
-    for path in [path for pattern in _STALE[layout] for path in folder.glob(pattern)]:
-        path.unlink()
-    new = sorted(path.relative_to(aside) for path in aside.rglob("*") if path.is_file())
-    for path in sorted(new, key=lambda path: path.name in keys):
-        (folder / path.parent).mkdir(exist_ok=True)
-        os.replace(aside / path, folder / path)
+    coming = sorted((path.relative_to(new) for path in new.rglob("*") if path.is_file()), key=lambda p: p.name in keys)
+    stale = [path.relative_to(folder) for pattern in _STALE[layout] for path in folder.glob(pattern)]
+    going = sorted({path for path in (*map(Path, keys), *stale, *coming) if (folder / path).exists()})
+    moves = [(folder / path, old / path) for path in sorted(going, key=lambda p: p.name not in keys)]
+    moves += [(new / path, folder / path) for path in coming]
+    done = []
+    try:
+        for source, target in moves:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, target)
+            done.append((source, target))
+    except BaseException:
+        for source, target in reversed(done):
+            os.replace(target, source)
+        raise
     if hasattr(os, "O_DIRECTORY"):
         directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
