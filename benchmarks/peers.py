@@ -127,7 +127,10 @@ def write(name: str, results: dict[str, Any], folder: Path | None) -> None:
     if folder is None:
         return
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), "unknown")
+    cpu = next(
+        (l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")),
+        "unknown",
+    )
     versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "numpy")}
     folder.mkdir(parents=True, exist_ok=True)
     about = {

@@ -181,10 +181,15 @@ def test_stop_strings(model, batch, hot, where: slice) -> None:
     assert out.finish_reasons == ["stop"]
 
 
-def test_the_earliest_of_several_stop_strings_wins(model, batch, hot) -> None:
-    full = hot.texts[0]
-    out = generate(model, one_row(batch, 0), replace(HOT, stop=(full[5:6], full[4:6])))
-    assert out.texts == [full[: min(full.index(full[5:6]), full.index(full[4:6]))]]
+@pytest.mark.parametrize("stop", [("d", "bcd"), ("bcd", "d")])
+def test_the_earliest_of_several_stop_strings_wins(model, batch, hot, stop: tuple[str, str]) -> None:
+    """Both are complete with the same token; the text ends before the one that begins first."""
+    table = ["zz"] * 64
+    for token, text in zip(hot.token_ids[0][:2], ("ab", "cd")):
+        table[token] = text
+    row = replace(one_row(batch, 0), decoder=lambda: Letters(table))
+    out = generate(model, row, replace(HOT, stop=stop))
+    assert (out.texts, out.token_ids) == (["a"], [hot.token_ids[0][:2]])
 
 
 def test_a_stop_string_that_never_comes(model, batch, hot) -> None:

@@ -125,7 +125,7 @@ def locate(source: str | Path) -> Path:
         if path.exists():
             raise CheckpointError(f"{path} is a file; give the folder that it lies in")
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero byte, ~nobody
-        raise CheckpointError(f"{str(source)[:80]!r} is not a folder: {error}") from error
+        raise CheckpointError(f"{str(source)[:80]!r} is not a folder: {str(error)[:80]}") from error
     if isinstance(source, str) and re.fullmatch(r"\w[\w.-]{0,95}/[\w.-]{1,96}", source):
         return _download(source)
     hint = _hint(str(source)) or f"; known: {', '.join(known.name for known in checkpoints())}"

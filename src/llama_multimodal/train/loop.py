@@ -191,7 +191,8 @@ def averaged_model(recipe: Recipe) -> tuple[VisionLanguageModel, Tokenizer, Path
 
 def _optimizer(modules: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     """Matrices decay; norms, biases, gates and embeddings of places do not."""
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for parameter in modules.parameters():
         (decayed if parameter.ndim == 2 else kept).append(parameter)
     groups: list[dict[str, Any]] = [

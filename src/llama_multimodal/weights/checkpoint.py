@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..config import ModelConfig, config_from_hf
 from ..errors import CheckpointError, ConfigError, DeviceError, UserError
@@ -194,10 +195,20 @@ def build_on_meta(config: ModelConfig) -> VisionLanguageModel:
         ConfigError: sizes that no tensor can have.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInitialValues():
             return VisionLanguageModel(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ConfigError(f"a model of these sizes cannot be built: {str(error).splitlines()[0]}") from error
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Leave out the arithmetic of initial values. On the meta device it computes nothing, and yet its first use makes
+    torch import 800 modules: 1.4 s and 70 MB."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "mul", "__mul__", "__rmul__"):
+            return next(value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor))
+        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -33,7 +33,7 @@ _OTHER_SIZES = {"U16": 2, "U32": 4, "U64": 8, "C64": 8, "F8_E8M0": 1}  # valid i
 
 _MAX_HEADER = 16 << 20  # bytes; Llama 3.2 90B needs 0.2 MB
 _MAX_JSON = 16 << 20
-_PIECE = 32 << 20  # bytes copied at a time
+_PIECE = 8 << 20  # bytes copied at a time
 
 
 @dataclass(frozen=True)
