@@ -309,13 +309,14 @@ def _expect(raw: Mapping[str, Any], key: str, value: Any, where: str) -> None:
 
 
 def _build(cls: type[Any], given: Mapping[str, Any], where: str) -> Any:
-    """Construct a config after checking that each value has the type of the field's default."""
+    """Construct a config after checking that numbers are numbers; `field.type` is the annotation as written."""
     for field in dataclasses.fields(cls):
-        value, default = given.get(field.name, field.default), field.default
-        numeric = isinstance(default, int | float) and not isinstance(default, bool)
-        if numeric and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if field.name not in given or field.type not in ("int", "float"):
+            continue
+        value = given[field.name]
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{where}: {field.name} must be a number, not {value!r}")
-        if isinstance(default, int) and (not isinstance(value, int) or value < 0):
+        if field.type == "int" and (not isinstance(value, int) or value < 0):
             raise ConfigError(f"{where}: {field.name} must be a whole number of at least 0, not {value!r}")
     try:
         return cls(**given)

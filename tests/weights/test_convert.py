@@ -14,6 +14,7 @@ from checkpoints_for_tests import CONFIG, GOLDEN, hf_tensors, meta_tensors, rand
 from llama_multimodal import load
 from llama_multimodal.errors import CheckpointError
 from llama_multimodal.models import VisionLanguageModel
+from llama_multimodal.weights import meta_pth
 from llama_multimodal.weights.checkpoint import open_checkpoint
 from llama_multimodal.weights.convert import convert
 from llama_multimodal.weights.rules import same_bits
@@ -56,6 +57,14 @@ def test_model_parallel_shards_merge(tmp_path: Path) -> None:
         parts = [shard[name] for shard in shards]
         joined = [torch.cat(parts, dim=axis) for axis in range(parts[0].ndim)]
         assert any(same_bits(value, whole) for whole in (parts[0], *joined)), name
+
+
+@pytest.mark.parametrize("name", ["mllama", "mllama_mp2"])
+def test_where_the_system_does_not_tell_places_in_the_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then Meta's tensors are copied from the mapped file rather than read from it: the same model."""
+    read = load(GOLDEN / name, dtype=torch.float16)[0]
+    monkeypatch.setattr(meta_pth, "_mapped_at", lambda *_: None)
+    assert same_model(read, load(GOLDEN / name, dtype=torch.float16)[0])
 
 
 def test_rotary_rows_are_interleaved_in_metas_layout(tmp_path: Path) -> None:

@@ -179,6 +179,13 @@ def test_a_model_without_weights(tmp_path: Path) -> None:
         save_checkpoint(build_on_meta(random_model().config), tmp_path)
 
 
+def test_a_model_with_other_layers(tmp_path: Path) -> None:
+    model = random_model()
+    model.projector = torch.nn.Sequential(model.projector)  # type: ignore[assignment]
+    with pytest.raises(CheckpointError, match="layers were changed"):
+        save_checkpoint(model, tmp_path)
+
+
 def test_metas_file_holds_no_more_than_its_tensors(tmp_path: Path) -> None:
     """`torch.save` writes whole storages: a slice of the embedding must not bring the rest along."""
     save_checkpoint(random_model(), tmp_path, "meta")

@@ -28,7 +28,7 @@ PATCH_HEADS = {
     "index": 9,
     "value": 11,
 }
-_NOTHING_WEIGHT = 0.1  # nearly every patch shows nothing
+_NOTHING_WEIGHT = 0.03  # nearly every patch shows nothing
 _MOST = 10  # counts 0 … 9
 _COUNTS = 1 + len(COLORS) + len(SHAPES)
 _UNKNOWN = -100
@@ -40,6 +40,11 @@ class Targets:
 
     patches: Tensor
     counts: Tensor
+
+    def weights(self) -> Tensor:
+        """What each loss term is a mean over: fp64 [heads + 1], weighted patches and counts."""
+        shown = (self.patches > 0).sum((1, 2)) + _NOTHING_WEIGHT * (self.patches == 0).sum((1, 2))
+        return torch.cat((shown.double(), (self.counts != _UNKNOWN).sum().double()[None]))
 
 
 def picture_targets(
@@ -81,18 +86,21 @@ class AuxiliaryHeads(nn.Module):
         self.patch = nn.Linear(self.size, sum(PATCH_HEADS.values()))
         self.count = nn.Linear(self.size, _COUNTS * _MOST)
 
-    def forward(self, features: Tensor, images: Sequence[ImageLayout], targets: Targets) -> Tensor:
-        """Summed loss, scalar; features [M, tokens, output_size] of the encoder."""
+    def forward(
+        self, features: Tensor, images: Sequence[ImageLayout], targets: Targets, totals: Sequence[float]
+    ) -> Tensor:
+        """This micro-batch's part of the step's loss, scalar; features [M, tokens, output_size] of the encoder.
+
+        totals: `Targets.weights` summed over the whole step, so that its parts add up to its mean.
+        """
         state = self.norm(features[..., : self.size])
-        weights = {n: torch.full((n,), 1.0).index_fill(0, torch.tensor(0), _NOTHING_WEIGHT) for n in
-                   set(PATCH_HEADS.values())}  # fmt: skip
         loss = features.new_zeros(())
         logits = self.patch(state[:, 1:]).split(list(PATCH_HEADS.values()), dim=-1)
-        for head, target in zip(logits, targets.patches):
-            loss = loss + F.cross_entropy(head.flatten(0, 1), target.flatten(), weights[head.shape[-1]])
-        known = targets.counts[:, 0] >= 0
-        if known.any():
-            pooled = torch.stack([part[:, 0].mean(0) for part in state.split([i.num_tiles for i in images])])
-            counted = self.count(pooled[known]).unflatten(-1, (_COUNTS, _MOST))
-            loss = loss + 2.0 * F.cross_entropy(counted.flatten(0, 1), targets.counts[known].flatten())
-        return loss
+        for head, target, total in zip(logits, targets.patches, totals):
+            weight = torch.ones(head.shape[-1]).index_fill(0, torch.tensor(0), _NOTHING_WEIGHT)
+            summed = F.cross_entropy(head.flatten(0, 1), target.flatten(), weight, reduction="sum")
+            loss = loss + summed / max(total, 1.0)
+        pooled = torch.stack([part[:, 0].mean(0) for part in state.split([i.num_tiles for i in images])])
+        counted = self.count(pooled).unflatten(-1, (_COUNTS, _MOST))
+        summed = F.cross_entropy(counted.flatten(0, 1), targets.counts.flatten(), reduction="sum")
+        return loss + 2.0 * summed / max(totals[-1], 1.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +49,7 @@ class Recipe:
     vision_steps: int = 0  # first steps that train the vision encoder alone, on its auxiliary targets
     auxiliary_weight: float = 1.0
     vocabulary_words: int = 740
+    vocabulary_samples: int = 60_000  # conversations whose words are counted for the vocabulary
     seed: int = 0
     processes: int = 1  # data-parallel: each takes its share of every step's samples
     threads: int = 1  # of each process
@@ -89,8 +89,4 @@ def recipe_from_dict(raw: Mapping[str, Any], where: str) -> Recipe:
             if isinstance(section.get("rope_scaling"), Mapping):
                 section["rope_scaling"] = from_dict(RopeScaling, section["rope_scaling"], f"{where}: rope_scaling")
             given[key] = from_dict(cls, section, f"{where}: {key}")
-    defaults = {f.name: f.default for f in dataclasses.fields(Recipe)}
-    for key, value in given.items():
-        if isinstance(defaults.get(key), int) and not isinstance(value, int | float):
-            raise ConfigError(f"{where}: {key} must be a number, not {value!r}")
     return from_dict(Recipe, given, where)

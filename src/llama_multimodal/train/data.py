@@ -119,7 +119,9 @@ class WorldSteps(Dataset[list[MicroBatch]]):
         if patches:
             targets = Targets(torch.cat(patches, dim=1), torch.stack(counts))
         else:
-            targets = Targets(torch.zeros(len(PATCH_HEADS), 0, 0, dtype=torch.int64), torch.zeros(0, 1).long())
+            targets = Targets(
+                torch.zeros(len(PATCH_HEADS), 0, 0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.int64)
+            )
         return MicroBatch(inputs, labels, targets)
 
 

@@ -46,7 +46,7 @@ def prepare(recipe: Recipe) -> tuple[ModelConfig, Tokenizer, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "tokenizer.json"
     if not file.exists():
-        build_tokenizer(corpus(60_000, recipe.seed), recipe.vocabulary_words).save(str(file))
+        build_tokenizer(corpus(recipe.vocabulary_samples, recipe.seed), recipe.vocabulary_words).save(str(file))
     tokenizer = Tokenizer.from_json(file)
     image = tokenizer.special("<|image|>")
     text = dataclasses.replace(
@@ -211,18 +211,19 @@ def _step(
     group: Any = None,
 ) -> tuple[float, float, float]:
     """Accumulate the gradients of one step over every process; mean answer loss, auxiliary loss and accuracy."""
-    sums = [sum(int((m.labels != IGNORED).sum()) for m in micro), sum(len(m.inputs.images) for m in micro)]
-    answers, pictures = (max(1.0, total) for total in _summed(torch.tensor(sums, dtype=torch.float64), group))
+    learnable = torch.stack([(m.labels != IGNORED).sum() for m in micro]).sum(0, keepdim=True)
+    weights = torch.stack([m.targets.weights() for m in micro]).sum(0)
+    answers, *totals = _summed(torch.cat((learnable.double(), weights)), group)
+    answers = max(answers, 1.0)
     answer_sum = auxiliary_sum = right = 0.0
     for batch in micro:
-        share = len(batch.inputs.images) / pictures
         losses: list[Tensor] = []
         cross_cache = None
         if batch.inputs.images:
             features = model.vision(batch.inputs.tiles, batch.inputs.images, deduplicate=True)
-            auxiliary = heads(features, batch.inputs.images, batch.targets)
-            losses.append(recipe.auxiliary_weight * share * auxiliary)
-            auxiliary_sum += share * float(auxiliary.detach())
+            auxiliary = heads(features, batch.inputs.images, batch.targets, totals)
+            losses.append(recipe.auxiliary_weight * auxiliary)
+            auxiliary_sum += float(auxiliary.detach())
         if not vision_only:
             if batch.inputs.images:
                 cross_cache = model.cross_attention_cache(batch.inputs, features=features)

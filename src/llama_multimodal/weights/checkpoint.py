@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ..config import ModelConfig, config_from_hf
 from ..errors import CheckpointError, ConfigError, DeviceError, UserError
 from ..models import VisionLanguageModel
-from .io import SafetensorsFile, TensorInfo, copy_mapped, read_json
+from .io import SafetensorsFile, TensorInfo, empty_parameter, read_json
 from .meta_params import config_from_meta
 from .meta_pth import MetaShards, shard_paths
 from .mllama import hf_names, hf_rules, meta_rules
@@ -160,7 +160,7 @@ class SafetensorsShards:
         return self._files[name].tensor(name)
 
     def copy_into(self, name: str, out: Tensor) -> None:
-        copy_mapped(self.tensor(name), out)
+        self._files[name].copy_into(name, out)
 
 
 def _read_config(folder: Path, layout: Layout, store: Store) -> ModelConfig:
@@ -255,7 +255,7 @@ def read_model(
     for rule in checkpoint.rules:
         shape = checkpoint.shapes[rule.ours]
         try:
-            value = torch.empty(shape, dtype=dtype, device=device)
+            value = empty_parameter(shape, dtype, device)
         except RuntimeError as error:
             raise DeviceError(
                 f"{device} has not enough memory for this model's {total / 2**30:.1f} GiB in {dtype}; use a smaller"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .io import TensorInfo, copy_mapped
+from .io import FileReader, TensorInfo
 from .mllama import META_IGNORED, meta_shard_axis
 
 _MAX_PICKLE = 64 << 20  # bytes; Llama 3.2 90B needs 0.3 MB
@@ -49,6 +49,8 @@ class MetaShards:
         """
         self._shards = [_load(path) for path in paths]
         self._paths = paths
+        self._readers = [FileReader(path) for path in paths]
+        self._starts = [_mapped_at(path, shard) for path, shard in zip(paths, self._shards)]
         self.entries: dict[str, TensorInfo] = {}
         for shard, path in zip(self._shards, paths):
             if shard.keys() != self._shards[0].keys():
@@ -87,8 +89,15 @@ class MetaShards:
         if out.shape != self.entries[name].shape and len(parts) > 1:
             out.copy_(torch.cat(parts, dim=axis).view(out.shape))  # a permuted view; never one of the largest tensors
             return
-        for part, view in zip(parts, out.chunk(len(parts), axis) if len(parts) > 1 else [out], strict=True):
-            copy_mapped(part, view)
+        for i, view in enumerate(out.chunk(len(parts), axis) if len(parts) > 1 else [out]):
+            self._copy(i, parts[i], view)
+
+    def _copy(self, shard: int, part: Tensor, out: Tensor) -> None:
+        start, reader = self._starts[shard], self._readers[shard]
+        if start is None or not part.is_contiguous() or not reader.holds(part.data_ptr() - start, part.nbytes):
+            out.copy_(part.reshape(out.shape))
+        else:
+            reader.copy_into(part.data_ptr() - start, part.dtype, out)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -101,6 +110,21 @@ def _load(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a table of tensors")
     return {name: _plain(path, name, value) for name, value in state.items() if name not in META_IGNORED}
+
+
+def _mapped_at(path: Path, shard: dict[str, Tensor]) -> int | None:
+    """The address at which `torch.load` mapped a file, so that tensors can be read by their place in it; None where
+    the system does not tell."""
+    maps, address = Path("/proc/self/maps"), next((t.data_ptr() for t in shard.values() if t.numel()), 0)
+    if not maps.exists():
+        return None
+    inode = str(path.stat().st_ino)
+    for line in maps.read_text(errors="replace").splitlines():
+        span, _, offset, _, of_file, *_ = line.split(maxsplit=5)
+        first, last = (int(end, 16) for end in span.split("-"))
+        if first <= address < last:
+            return first - int(offset, 16) if of_file == inode else None
+    return None
 
 
 def _plain(path: Path, name: Any, value: Any) -> Tensor:

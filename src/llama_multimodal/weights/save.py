@@ -64,6 +64,10 @@ def save_checkpoint(
     """
     rules = hf_rules(model.config) if layout == "hf" else meta_rules(model.config)
     parameters = {name: value.detach() for name, value in model.named_parameters()}
+    if parameters.keys() != {rule.ours for rule in rules}:
+        raise CheckpointError(
+            "this model's layers were changed (adapters, quantization); undo or merge that before saving"
+        )
     if any(value.is_meta for value in parameters.values()):
         raise CheckpointError("this model was built without weights, so there is nothing to save")
     infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in parameters.items()}

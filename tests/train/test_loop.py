@@ -1,0 +1,128 @@
+"""The training loop: data as a function of seed and step, resuming, two processes against one, shared tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_multimodal.config import ModelConfig, TextConfig, TiledVisionConfig
+from llama_multimodal.inputs import ImageLayout
+from llama_multimodal.models import VisionLanguageModel
+from llama_multimodal.train import loop
+from llama_multimodal.train.auxiliary import PATCH_HEADS, picture_targets
+from llama_multimodal.train.config import DataConfig, OptimConfig, Recipe
+from llama_multimodal.train.data import IGNORED, WorldSteps
+from llama_multimodal.zoo.world import Mark
+
+VISION = TiledVisionConfig(32, 48, 2, 1, 2, 3, 64, 16, 4, (1,))
+TEXT = TextConfig(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
+    cross_attention_layers=(0, 2), max_position_embeddings=512, rope_scaling=None,
+)  # fmt: skip
+
+
+def recipe(folder: Path, **changes: object) -> Recipe:
+    base = Recipe(
+        output=str(folder), steps=4, vision=VISION, text=TEXT, vision_steps=1, vocabulary_samples=300, save_every=2,
+        optim=OptimConfig(warmup_steps=1, decay_steps=1),
+        data=DataConfig(samples_per_step=4, turns_per_scene=2, workers=0),
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+def weights(one: Recipe) -> dict[str, torch.Tensor]:
+    model, _, _ = loop.averaged_model(one)
+    return dict(model.named_parameters())
+
+
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
+    whole = recipe(tmp_path / "whole")
+    losses: dict[str, list[float]] = {"whole": [], "parts": []}
+    loop.train(whole, lambda p: losses["whole"].append(p.answer_loss))
+    parts = recipe(tmp_path / "parts")
+
+    class Killed(Exception):
+        pass
+
+    def die_at_three(progress: loop.Progress) -> None:
+        if progress.step == 3:
+            raise Killed
+        losses["parts"].append(progress.answer_loss)
+
+    with pytest.raises(Killed):
+        loop.train(parts, die_at_three)
+    loop.train(parts, lambda p: losses["parts"].append(p.answer_loss))
+    assert losses["parts"] == losses["whole"] and losses["whole"][1] > 0
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(parts)[name]), name
+    assert [p.step for p in loop.lines(tmp_path / "parts")] == [1, 2, 3, 4]
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    one, two = recipe(tmp_path / "one", steps=2, vision_steps=0), recipe(tmp_path / "two", steps=2, vision_steps=0)
+    seen: list[loop.Progress] = []
+    loop.train(one, seen.append)
+    loop.train(dataclasses.replace(two, processes=2), seen.append)
+    for a, b in zip(seen[:2], seen[2:]):
+        assert a.answer_loss == pytest.approx(b.answer_loss, abs=1e-5)
+        assert a.auxiliary_loss == pytest.approx(b.auxiliary_loss, abs=1e-4)
+
+
+def test_steps_are_a_function_of_seed_and_step(tmp_path: Path) -> None:
+    one = recipe(tmp_path)
+    config, tokenizer, _ = loop.prepare(one)
+    first, again = (WorldSteps(one.data, config, tokenizer, 9)[5][0] for _ in range(2))
+    assert torch.equal(first.inputs.tokens, again.inputs.tokens) and torch.equal(first.inputs.tiles, again.inputs.tiles)
+    other = WorldSteps(dataclasses.replace(one.data, seed=1), config, tokenizer, 9)[5][0]
+    assert first.inputs.tokens.shape != other.inputs.tokens.shape or not torch.equal(
+        first.inputs.tokens, other.inputs.tokens
+    )
+
+
+def test_only_answers_are_learnt(tmp_path: Path) -> None:
+    one = recipe(tmp_path)
+    config, tokenizer, _ = loop.prepare(one)
+    eot = tokenizer.special("<|eot_id|>")
+    for batch in WorldSteps(one.data, config, tokenizer, 9)[0]:
+        for row, length in enumerate(batch.inputs.lengths):
+            labels = batch.labels[row]
+            learnt = (labels != IGNORED).nonzero().flatten().tolist()
+            assert learnt and learnt[-1] == length - 2 and labels[length - 2] == eot
+            assert all(labels[t] == batch.inputs.tokens[row, t + 1] for t in learnt)
+            assert config.image_token_id not in labels
+            # The first answer comes after the first user message and the assistant's header.
+            assert (batch.inputs.tokens[row, : learnt[0]] == eot).sum() >= 1
+
+
+def test_picture_targets_find_their_patch() -> None:
+    layout = ImageLayout(1, 2)  # a canvas of 128 x 64, patches of 16
+    marks = [Mark("object", 90, 20, shape=2, color=3, size=1), Mark("object", 5, 5, shape=0, color=0, size=-1)]
+    patches, counts = picture_targets(marks, layout, 1.0, VISION)
+    names = list(PATCH_HEADS)
+    # x = 90 is column 5 of 8: the second tile's column 1; y = 20 is row 1: patch 1 * 4 + 1.
+    assert patches[names.index("shape"), 1, 5] == 3 and patches[names.index("color"), 1, 5] == 4
+    assert patches[names.index("size"), 1, 5] == 2 and patches[names.index("size"), 0, 0] == -100
+    assert (patches[names.index("shape")] != 0).sum() == 2
+    assert counts[0] == 2 and counts[1 + 3] == 1 and counts.sum() == 6
+
+
+def test_tile_embeddings_stay_as_metas_layout_holds_them() -> None:
+    model = VisionLanguageModel(ModelConfig(VISION, dataclasses.replace(TEXT, vocab_size=32), 32))
+    loop.initialise(model)
+    optimizer = torch.optim.AdamW(model.vision.parameters(), lr=0.1)
+    images = [ImageLayout(1, 1), ImageLayout(1, 2), ImageLayout(2, 1), ImageLayout(2, 2)]
+    for _ in range(3):
+        tiles = torch.randn(sum(i.num_tiles for i in images), 3, 64, 64)
+        model.vision(tiles, images, deduplicate=True).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.vision.padding_tiles_are_equal()
+    table = model.vision.pre_tile_embedding
+    assert table[1, 0].abs().max() > 0
+    ids = {pair: 1 + i for i, pair in enumerate(VISION.aspect_ratios)}
+    assert torch.equal(table[ids[1, 1], 0], table[ids[2, 2], 0])  # row 0, column 0
+    assert torch.equal(table[ids[1, 2], 1], table[ids[2, 2], 1])  # row 0, column 1
+    assert torch.equal(table[ids[2, 1], 1], table[ids[2, 2], 2])  # row 1, column 0
