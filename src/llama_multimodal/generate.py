@@ -8,7 +8,7 @@ from typing import Literal, overload
 
 import torch
 
-from .cache import SelfAttentionCache
+from .cache import CrossAttentionCache, SelfAttentionCache
 from .errors import PromptError
 from .inputs import ModelInputs, TextDecoder
 from .models import VisionLanguageModel
@@ -42,19 +42,32 @@ def generate(
     params: SamplingParams | None = None,
     *,
     stream: Literal[False] = ...,
+    cross_cache: CrossAttentionCache | None = ...,
 ) -> GenerationOutput: ...
 @overload
 def generate(
-    model: VisionLanguageModel, inputs: ModelInputs, params: SamplingParams | None = None, *, stream: Literal[True]
+    model: VisionLanguageModel,
+    inputs: ModelInputs,
+    params: SamplingParams | None = None,
+    *,
+    stream: Literal[True],
+    cross_cache: CrossAttentionCache | None = ...,
 ) -> Iterator[GenerationEvent]: ...
 
 
 def generate(
-    model: VisionLanguageModel, inputs: ModelInputs, params: SamplingParams | None = None, *, stream: bool = False
+    model: VisionLanguageModel,
+    inputs: ModelInputs,
+    params: SamplingParams | None = None,
+    *,
+    stream: bool = False,
+    cross_cache: CrossAttentionCache | None = None,
 ) -> GenerationOutput | Iterator[GenerationEvent]:
     """Continue every row of a batch; rows may differ in length and in number of images.
 
     Returns the whole answers, or with `stream` an iterator of events.
+
+    cross_cache: `model.cross_attention_cache(inputs)`, for callers who ask more than once about the same images.
 
     Raises:
         PromptError: a prompt that leaves no room in the context, or stop strings without a tokenizer.
@@ -66,7 +79,7 @@ def generate(
     if params.stop and inputs.decoder is None:
         raise PromptError("stop strings need a tokenizer, and this checkpoint has none; use the end tokens instead")
     rows = [_Row(params, inputs, b, model.config.text.eos_token_ids, context) for b in range(inputs.num_rows)]
-    events = _events(model, inputs, rows, params)
+    events = _events(model, inputs, rows, params, cross_cache)
     if stream:
         return events
     for _ in events:
@@ -77,12 +90,17 @@ def generate(
 
 @torch.inference_mode()
 def _events(
-    model: VisionLanguageModel, inputs: ModelInputs, rows: list[_Row], params: SamplingParams
+    model: VisionLanguageModel,
+    inputs: ModelInputs,
+    rows: list[_Row],
+    params: SamplingParams,
+    cross_cache: CrossAttentionCache | None,
 ) -> Iterator[GenerationEvent]:
     config = model.config.text
     capacity = min(max(inputs.lengths) + params.max_new_tokens, config.max_position_embeddings)
     self_cache = SelfAttentionCache.allocate(config, len(rows), capacity, model.dtype, model.device)
-    cross_cache = model.cross_attention_cache(inputs)
+    if cross_cache is None:
+        cross_cache = model.cross_attention_cache(inputs)
     last = [length - 1 for length in inputs.lengths]
     # What the last prompt token saw is what every new token sees.
     visible = inputs.visible[torch.arange(len(rows)), torch.tensor(last)][:, None]

@@ -86,6 +86,8 @@ class Conversation:
     system: str | None
     waiting: list[Any] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
+    seen: Any = None  # keys and values of the pictures of `messages`, so that only a turn with new ones encodes pictures
+    seen_pictures: int = 0
 
     def __post_init__(self) -> None:
         if not self.messages:
@@ -94,6 +96,7 @@ class Conversation:
     def clear(self, waiting: list[Any] | None = None) -> None:
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         self.waiting = list(waiting or ())
+        self.seen, self.seen_pictures = None, 0
 
     def ask(self, text: str) -> None:
         """Print the answer as it comes, and remember both.
@@ -101,6 +104,8 @@ class Conversation:
         A message that gets no answer (an error, or Ctrl-C before the first word) is taken back, and its pictures wait
         again. An answer that was stopped stays as far as it came: it is what the person has read.
         """
+        import torch
+
         from ..generate import generate
 
         content = [*({"type": "image", "image": picture} for picture in self.waiting), {"type": "text", "text": text}]
@@ -109,7 +114,12 @@ class Conversation:
         reason = None
         try:
             inputs = self.processor([*self.messages, message])
-            for event in generate(self.model, inputs, self.params, stream=True):
+            if len(inputs.images) != self.seen_pictures:
+                self.seen, self.seen_pictures = None, 0
+                with torch.inference_mode():
+                    self.seen = self.model.cross_attention_cache(inputs)
+                self.seen_pictures = len(inputs.images)
+            for event in generate(self.model, inputs, self.params, stream=True, cross_cache=self.seen):
                 answer += event.text
                 reason = event.finish_reason
                 sys.stdout.write(common.printable(event.text))
