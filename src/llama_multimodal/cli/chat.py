@@ -86,7 +86,7 @@ class Conversation:
     system: str | None
     waiting: list[Any] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
-    seen: Any = None  # keys and values of the pictures of `messages`, so that only a turn with new ones encodes pictures
+    seen: Any = None  # cross-attention cache of the pictures so far: a turn without new ones encodes none
     seen_pictures: int = 0
 
     def __post_init__(self) -> None:
