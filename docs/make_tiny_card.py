@@ -94,34 +94,5 @@ def main() -> None:
     print(table(report))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path)
-    parser.add_argument("--per-kind", type=int, default=300)
-    args = parser.parse_args()
-    model, processor = lmm.load("tiny", dtype="float32")
-    report = evaluate(
-        model, processor, per_kind=args.per_kind, progress=lambda done, of: print(f"\r{done} of {of}", end="")
-    )
-    print()
-    card = DOCS / "tiny.md"
-    replace(card, "scores", table(report))
-    replace(README, "tiny-table", table(report))
-    replace(card, "kinds", kinds_table(report))
-    draw_failures(report, DOCS / "images" / "tiny_failures.png")
-    if args.run:
-        plots.plot_run(args.run, DOCS / "images" / "tiny_loss.png")
-    print(table(report))
-
-
-def cost(steps: list[loop.Progress]) -> str:
-    pictures = steps[-1].step * 16
-    seconds = sum(16 / step.samples_per_second for step in steps)
-    return (
-        f"{steps[-1].step} steps, {pictures} pictures, {timedelta(seconds=round(seconds))} of wall clock on two CPU cores"
-        " shared with other work."
-    )
-
-
 if __name__ == "__main__":
     main()
