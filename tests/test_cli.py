@@ -247,10 +247,11 @@ class Script:
     """Stands in for `generate`: says what it is told to, and keeps what it was asked."""
 
     def __init__(self, *answers: object) -> None:
-        self.answers, self.prompts, self.images = list(answers), [], []
+        self.answers, self.prompts, self.images, self.caches = list(answers), [], [], []
 
-    def __call__(self, model, inputs, params, *, stream):
+    def __call__(self, model, inputs, params, *, stream, cross_cache):
         assert stream
+        self.caches.append(cross_cache)
         row = inputs.tokens[0, : inputs.lengths[0]].tolist()
         self.prompts.append(self.tokenizer.decode(row))
         self.images.append(len(inputs.images))
@@ -284,6 +285,15 @@ def test_chat_remembers_words_and_pictures(llama_mm, monkeypatch, photo, checkpo
     )  # fmt: skip
     assert script.prompts[2] == "system\n\nBe brief.user\n\nHiassistant\n\n"
     assert "photo.png, 80 x 40: 1 picture with your next message" in done.err
+
+
+def test_chat_encodes_a_picture_once(llama_mm, monkeypatch, photo, checkpoint):
+    script = Script(["One."], ["Two."], ["Three."], ["Four."]).install(monkeypatch, checkpoint)
+    lines = f"What?\nAnd?\n/image {photo}\nThis?\n/clear\nHi\n"
+    done = llama_mm("chat", "--image", photo, "--model", checkpoint, lines=lines)
+    assert done.code == 0, done.err
+    first, again, both, none = script.caches
+    assert first is again and len(both.image_starts) == 1 + 2 and none is None
 
 
 def test_chat_ctrl_c_stops_the_answer_only(llama_mm, monkeypatch, photo, checkpoint):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,8 @@ def chat(
     /image PATH adds a picture to the next message; /help lists the other commands.
     """
     common.bind_threads()
+    # Python leaves Ctrl-C ignored where its parent did, as a script's background jobs do; a chat needs it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from ..processing.images import open_image
 
     pictures = [open_image(common.expand(path)) for path in image or ()]

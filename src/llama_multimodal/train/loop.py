@@ -72,6 +72,10 @@ def initialise(model: VisionLanguageModel) -> None:
     nn.init.normal_(model.vision.patch_embedding.weight, std=model.vision.patch_embedding.in_features**-0.5)
     nn.init.normal_(model.decoder.embedding.weight, std=0.5)
     vision = model.vision
+    # Places must be heard beside patches of size 1: at the usual 0.02 the encoder takes thousands of steps to find
+    # out where anything is. The gate starts half open: half for the place in the tile, half for that of the tile.
+    nn.init.normal_(vision.position_embedding, std=1.0)
+    nn.init.constant_(vision.position_gate, 0.5)
     for table in (vision.tile_position_embedding, vision.pre_tile_embedding, vision.post_tile_embedding):
         table.register_hook(_shared_between_ratios(model.config.vision))
 
