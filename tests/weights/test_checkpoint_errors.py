@@ -186,15 +186,18 @@ def test_not_a_regular_file(hf: Path) -> None:
 
 
 class Evil:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return (os.system, ("touch /tmp/evil-checkpoint-ran",))
+        return (os.system, (f"touch '{self.marker}'",))
 
 
-def test_pickles_that_run_code_are_not_run(meta: Path) -> None:
-    marker = Path("/tmp/evil-checkpoint-ran")
-    torch.save({"a": Evil()}, meta / "consolidated.00.pth")
+def test_pickles_that_run_code_are_not_run(meta: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "evil-checkpoint-ran"
+    torch.save({"a": Evil(marker)}, meta / "consolidated.00.pth")
     refused(meta, "cannot be loaded safely")
-    (meta / "consolidated.00.pth").write_bytes(pickle.dumps({"a": Evil()}))
+    (meta / "consolidated.00.pth").write_bytes(pickle.dumps({"a": Evil(marker)}))
     refused(meta, "not a torch archive")
     assert not marker.exists()
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import ModelConfig
 from ..inputs import ImageLayout, ModelInputs, batch_inputs
-from ..processing.prompt import encode_content, encode_header
+from ..processing.prompt import encode_header, encode_message
 from ..processing.tiles import fitted_size, image_tiles
 from ..processing.tokenizer import Tokenizer
 from ..zoo.world import Sample, sample
@@ -49,9 +49,8 @@ def encode_sample(item: Sample, tokenizer: Tokenizer, config: ModelConfig) -> tu
         content: list[dict[str, object]] = [{"type": "text", "text": turn.question}]
         if number == 0 and item.image is not None:
             content.insert(0, {"type": "image", "image": item.image})
-        prompt = encode_header(tokenizer, "user")
-        prompt += [*encode_content(tokenizer, content, config.image_token_id).tokens, eot]
-        prompt += encode_header(tokenizer, "assistant")
+        asked = encode_message(tokenizer, {"role": "user", "content": content}, config.image_token_id)
+        prompt = asked.tokens + encode_header(tokenizer, "assistant")
         answer = [*tokenizer.encode(turn.answer), eot]
         tokens += prompt + answer
         learnt += [False] * len(prompt) + [True] * len(answer)
