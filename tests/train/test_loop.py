@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 from llama_multimodal.config import ModelConfig, TextConfig, TiledVisionConfig
 from llama_multimodal.inputs import ImageLayout
 from llama_multimodal.models import VisionLanguageModel
+from llama_multimodal.models.layers import split_heads
 from llama_multimodal.train import loop
 from llama_multimodal.train.auxiliary import PATCH_HEADS, picture_targets
 from llama_multimodal.train.config import DataConfig, OptimConfig, Recipe
 from llama_multimodal.train.data import IGNORED, WorldSteps
+from llama_multimodal.train.initial import initialise
 from llama_multimodal.zoo.world import Mark
 
 VISION = TiledVisionConfig(32, 48, 2, 1, 2, 3, 64, 16, 4, (1,))
@@ -99,19 +102,28 @@ def test_only_answers_are_learnt(tmp_path: Path) -> None:
 
 def test_picture_targets_find_their_patch() -> None:
     layout = ImageLayout(1, 2)  # a canvas of 128 x 64, patches of 16
-    marks = [Mark("object", 90, 20, shape=2, color=3, size=1), Mark("object", 5, 5, shape=0, color=0, size=-1)]
+    marks = [
+        Mark("object", 90, 20, (70, 0, 110, 40), shape=2, color=3, size=1),
+        Mark("object", 5, 5, (3, 3, 7, 7), shape=0, color=0, size=-1),
+    ]
     patches, counts = picture_targets(marks, layout, 1.0, VISION)
     names = list(PATCH_HEADS)
     # x = 90 is column 5 of 8: the second tile's column 1; y = 20 is row 1: patch 1 * 4 + 1.
     assert patches[names.index("shape"), 1, 5] == 3 and patches[names.index("color"), 1, 5] == 4
     assert patches[names.index("size"), 1, 5] == 2 and patches[names.index("size"), 0, 0] == -100
-    assert (patches[names.index("shape")] != 0).sum() == 2
+    # The circle of radius 20 around (90, 20) holds the middles at x = 72, 88, 104 of the rows y = 8 and 24, all but
+    # (72, 8), and none of y = 40. The speck holds no middle: its own patch stands in.
+    circle = patches[names.index("shape"), 1].view(4, 4)
+    inside = [[math.hypot(72 + 16 * c - 90, 8 + 16 * r - 20) <= 20 for c in range(4)] for r in range(4)]
+    assert torch.equal(circle == 3, torch.tensor(inside)) and circle.count_nonzero() == 5
+    assert patches[names.index("shape"), 0].tolist() == [1] + [0] * 15
+    assert patches[names.index("center")].nonzero().tolist() == [[0, 0], [1, 5]]
     assert counts[0] == 2 and counts[1 + 3] == 1 and counts.sum() == 6
 
 
 def test_tile_embeddings_stay_as_metas_layout_holds_them() -> None:
     model = VisionLanguageModel(ModelConfig(VISION, dataclasses.replace(TEXT, vocab_size=32), 32))
-    loop.initialise(model)
+    initialise(model)
     optimizer = torch.optim.AdamW(model.vision.parameters(), lr=0.1)
     images = [ImageLayout(1, 1), ImageLayout(1, 2), ImageLayout(2, 1), ImageLayout(2, 2)]
     for _ in range(3):
@@ -126,3 +138,23 @@ def test_tile_embeddings_stay_as_metas_layout_holds_them() -> None:
     assert torch.equal(table[ids[1, 1], 0], table[ids[2, 2], 0])  # row 0, column 0
     assert torch.equal(table[ids[1, 2], 1], table[ids[2, 2], 1])  # row 0, column 1
     assert torch.equal(table[ids[2, 1], 1], table[ids[2, 2], 2])  # row 1, column 0
+
+
+def test_fresh_heads_look_at_the_next_patch_also_across_tiles() -> None:
+    torch.manual_seed(0)
+    vision = TiledVisionConfig(128, 128, 2, 1, 4, 3, 64, 16, 4, (1,))
+    model = VisionLanguageModel(ModelConfig(vision, dataclasses.replace(TEXT, vocab_size=32), 32))
+    initialise(model)
+    encoder, attention = model.vision, model.vision.layers[0].attention
+    ids = torch.tensor([1 + vision.aspect_ratios.index((1, 2))])
+    x = encoder.pre_norm(encoder._embed(torch.randn(1, 2, 3, 64, 64), ids, 0)).flatten(1, 2)
+    x = model.vision.layers[0].attention_norm(x)
+    q, k = (split_heads(proj(x), 4)[0] for proj in (attention.q_proj, attention.k_proj))
+
+    def token(row: int, column: int) -> int:
+        return column // 4 * 17 + 1 + row * 4 + column % 4
+
+    for head, (down, right) in enumerate(((0, 1), (0, -1), (1, 0), (-1, 0))):
+        chosen = (q[head] @ k[head].T).argmax(-1)
+        for row, column in ((1, 1), (2, 3), (1, 4), (2, 6)):
+            assert chosen[token(row, column)] == token(row + down, column + right)

@@ -19,8 +19,9 @@ from ..config import TiledVisionConfig
 from ..inputs import ImageLayout
 from ..zoo.world import CHARS, COLORS, SHAPES, Mark
 
-# Classes of each patch head; class 0 is "nothing of the kind has its centre here".
+# Classes of each patch head; class 0 is "nothing of the kind covers this patch", for "center" that none has it here.
 PATCH_HEADS = {
+    "center": 2,
     "shape": len(SHAPES) + 1,
     "color": len(COLORS) + 1,
     "size": 3,
@@ -28,7 +29,7 @@ PATCH_HEADS = {
     "index": 9,
     "value": 11,
 }
-_NOTHING_WEIGHT = 0.03  # nearly every patch shows nothing
+_NOTHING_WEIGHT = 0.1  # most patches show nothing
 _MOST = 10  # counts 0 … 9
 _COUNTS = 1 + len(COLORS) + len(SHAPES)
 _UNKNOWN = -100
@@ -55,25 +56,45 @@ def picture_targets(
     scale: canvas pixels for a picture pixel.
     """
     side = vision.image_size // vision.patch_size
-    patches = torch.zeros(len(PATCH_HEADS), layout.num_tiles, side * side, dtype=torch.int64)
+    rows, columns = layout.rows * side, layout.columns * side
+    canvas = torch.zeros(len(PATCH_HEADS), rows, columns, dtype=torch.int64)
     counts = torch.zeros(_COUNTS, dtype=torch.int64)
+    pixels = scale / vision.patch_size  # patches a picture pixel
     for mark in marks:
-        x, y = int(mark.x * scale) // vision.patch_size, int(mark.y * scale) // vision.patch_size
-        x, y = min(max(x, 0), layout.columns * side - 1), min(max(y, 0), layout.rows * side - 1)
-        tile, patch = y // side * layout.columns + x // side, y % side * side + x % side
+        here = _covered(mark, pixels, rows, columns)
         values = (mark.shape, mark.color, mark.size, mark.char, mark.index, mark.value - 1 if mark.value > 0 else -1)
-        for head, value in enumerate(values):
+        for head, value in enumerate(values, start=1):
             if value >= 0:
-                patches[head, tile, patch] = value + 1
+                canvas[head, here] = value + 1
         if mark.kind == "object" and mark.size < 0:  # neither clearly small nor clearly big
-            patches[list(PATCH_HEADS).index("size"), tile, patch] = _UNKNOWN
+            canvas[list(PATCH_HEADS).index("size"), here] = _UNKNOWN
+        canvas[0, *_patch_of(mark, pixels, rows, columns)] = 1
         if mark.kind == "object":
             counts[0] += 1
             counts[1 + mark.color] += 1
             counts[1 + len(COLORS) + mark.shape] += 1
     if not any(mark.kind == "object" for mark in marks):
         counts.fill_(_UNKNOWN)
-    return patches, counts
+    patches = canvas.view(-1, layout.rows, side, layout.columns, side).transpose(2, 3)
+    return patches.reshape(len(PATCH_HEADS), layout.num_tiles, side * side), counts
+
+
+def _patch_of(mark: Mark, pixels: float, rows: int, columns: int) -> tuple[int, int]:
+    """Row and column of the patch with the mark's centre; pixels: patches a picture pixel."""
+    return min(max(int(mark.y * pixels), 0), rows - 1), min(max(int(mark.x * pixels), 0), columns - 1)
+
+
+def _covered(mark: Mark, pixels: float, rows: int, columns: int) -> Tensor:
+    """Which patches have their middle within the mark (an object: within its circle): bool [rows, columns]."""
+    left, top, right, bottom = (edge * pixels for edge in mark.box)
+    y, x = (torch.arange(rows) + 0.5)[:, None], (torch.arange(columns) + 0.5)[None]
+    if mark.kind == "object":
+        radius = (right - left) / 2
+        inside = (x - (left + right) / 2) ** 2 + (y - (top + bottom) / 2) ** 2 <= radius**2
+    else:
+        inside = (x >= left) & (x < right) & (y >= top) & (y < bottom)
+    inside[_patch_of(mark, pixels, rows, columns)] = True
+    return inside
 
 
 class AuxiliaryHeads(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..config import RopeScaling, TextConfig, TiledVisionConfig, from_dict
 from ..errors import ConfigError, MissingExtraError
@@ -13,7 +13,10 @@ from ..errors import ConfigError, MissingExtraError
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warm-up, a constant rate, and a linear decay to zero over the last `decay_steps`."""
+    """Warm-up, a constant rate, and a linear decay to zero over the last `decay_steps`.
+
+    Muon updates the blocks' matrices, at the step size AdamW would have; AdamW everything else.
+    """
 
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
@@ -32,6 +35,7 @@ class DataConfig:
     seed: int = 0
     samples_per_step: int = 16
     turns_per_scene: int = 8
+    small_pictures: float = 0.0  # share that is made to fit one or two tiles of 128 pixels, beyond those that do
     tokens_per_microbatch: int = 2048  # padded text tokens; longer steps run in several pieces
     workers: int = 1
 
@@ -48,6 +52,7 @@ class Recipe:
     data: DataConfig = DataConfig()
     vision_steps: int = 0  # first steps that train the vision encoder alone, on its auxiliary targets
     auxiliary_weight: float = 1.0
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the products; weights and sums stay in float32
     vocabulary_words: int = 740
     vocabulary_samples: int = 60_000  # conversations whose words are counted for the vocabulary
     seed: int = 0

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ModelConfig, TiledVisionConfig
+from ..config import ModelConfig
 from ..errors import CheckpointError
 from ..models import VisionLanguageModel
 from ..processing.tokenizer import Tokenizer
@@ -25,8 +25,7 @@ from .auxiliary import AuxiliaryHeads
 from .checkpoint import load_state, save_state
 from .config import OptimConfig, Recipe
 from .data import IGNORED, MicroBatch, WorldSteps, batches
-
-_OPEN_GATE = 1.0  # tanh(1) = 0.76: a fresh model reads its pictures from the first step
+from .initial import initialise
 
 
 @dataclass(frozen=True)
@@ -57,49 +56,6 @@ def prepare(recipe: Recipe) -> tuple[ModelConfig, Tokenizer, Path]:
         pad_token_id=tokenizer.special("<|finetune_right_pad_id|>"),
     )
     return ModelConfig(recipe.vision, text, image), tokenizer, file
-
-
-def initialise(model: VisionLanguageModel) -> None:
-    """Fresh weights: small normal matrices, residual branches scaled by depth, open gates."""
-    depth = model.config.text.num_hidden_layers
-    for name, parameter in model.named_parameters():
-        if name.endswith("_gate"):
-            nn.init.constant_(parameter, _OPEN_GATE)
-        elif parameter.ndim == 2 and "embedding" not in name:
-            std = parameter.shape[1] ** -0.5
-            residual = name.endswith(("o_proj.weight", "down_proj.weight", "fc2.weight"))
-            nn.init.normal_(parameter, std=std / (2 * depth) ** 0.5 if residual else std)
-    nn.init.normal_(model.vision.patch_embedding.weight, std=model.vision.patch_embedding.in_features**-0.5)
-    nn.init.normal_(model.decoder.embedding.weight, std=0.5)
-    vision = model.vision
-    # Places must be heard beside patches of size 1: at the usual 0.02 the encoder takes thousands of steps to find
-    # out where anything is. The gate starts half open: half for the place in the tile, half for that of the tile.
-    nn.init.normal_(vision.position_embedding, std=1.0)
-    nn.init.constant_(vision.position_gate, 0.5)
-    for table in (vision.tile_position_embedding, vision.pre_tile_embedding, vision.post_tile_embedding):
-        table.register_hook(_shared_between_ratios(model.config.vision))
-
-
-def _shared_between_ratios(vision: TiledVisionConfig) -> Callable[[Tensor], Tensor]:
-    """A gradient hook that keeps the tables by aspect ratio as Meta's layout has them.
-
-    There a tile's embedding depends on its row and column alone and unused tiles have none: entries of one place
-    share their gradients, and entries that start equal stay equal.
-    """
-    most = vision.max_num_tiles
-    places = torch.full((len(vision.aspect_ratios) + 1, most), -1)
-    for ratio_id, (rows, columns) in enumerate(vision.aspect_ratios, start=1):
-        for tile in range(rows * columns):
-            places[ratio_id, tile] = tile // columns * most + tile % columns
-    used = places >= 0
-
-    def share(gradient: Tensor) -> Tensor:
-        summed = gradient.new_zeros(most * most, *gradient.shape[2:]).index_add(0, places[used], gradient[used])
-        shared = torch.zeros_like(gradient)
-        shared[used] = summed[places[used]]
-        return shared
-
-    return share
 
 
 def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
@@ -151,23 +107,25 @@ def _run(rank: int, recipe: Recipe, report: Callable[[Progress], None], group: A
     model, heads = VisionLanguageModel(config), AuxiliaryHeads(config.vision)
     initialise(model)
     modules = nn.ModuleDict({"model": model, "heads": heads})
-    optimizer = _optimizer(modules, recipe.optim)
+    optimizers = _optimizers(modules, recipe.optim)
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
     state_file, first = folder / "state.pt", 0
     state = load_state(state_file)
     if state is not None:
         modules.load_state_dict(state["modules"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         average, first = state["average"], state["step"]
     dataset = WorldSteps(recipe.data, config, tokenizer, recipe.steps, rank, recipe.processes)
     started = time.perf_counter()
     for step, micro in enumerate(batches(dataset, first, recipe.data.workers), start=first):
-        for settings in optimizer.param_groups:
+        for settings in (group for optimizer in optimizers for group in optimizer.param_groups):
             settings["lr"] = learning_rate(step, recipe.steps, recipe.optim)
         answer, auxiliary, accuracy = _step(model, heads, micro, step < recipe.vision_steps, recipe, group)
         nn.utils.clip_grad_norm_(modules.parameters(), recipe.optim.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+        modules.zero_grad(set_to_none=True)
         if rank > 0:
             continue
         _update_average(average, model, min(recipe.optim.ema_decay, (step + 1) / (step + 10)))
@@ -178,8 +136,8 @@ def _run(rank: int, recipe: Recipe, report: Callable[[Progress], None], group: A
             log.write(json.dumps(dataclasses.asdict(progress)) + "\n")
         report(progress)
         if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
-            state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            save_state(state_file, {**state, "step": step + 1})
+            state = {"modules": modules.state_dict(), "average": average, "step": step + 1}
+            save_state(state_file, {**state, "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
 
 def averaged_model(recipe: Recipe) -> tuple[VisionLanguageModel, Tokenizer, Path]:
@@ -193,17 +151,20 @@ def averaged_model(recipe: Recipe) -> tuple[VisionLanguageModel, Tokenizer, Path
     return model, tokenizer, file
 
 
-def _optimizer(modules: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """Matrices decay; norms, biases, gates and embeddings of places do not."""
+def _optimizers(modules: nn.Module, optim: OptimConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices; AdamW for the rest, of which only matrices decay."""
+    blocks: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
-    for parameter in modules.parameters():
-        (decayed if parameter.ndim == 2 else kept).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": optim.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+    for name, parameter in modules.named_parameters():
+        group = kept if parameter.ndim != 2 else blocks if "layers." in name else decayed
+        group.append(parameter)
+    settings: dict[str, Any] = {"lr": optim.learning_rate, "weight_decay": optim.weight_decay}
+    others: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
+    return [
+        torch.optim.Muon(blocks, adjust_lr_fn="match_rms_adamw", **settings),
+        torch.optim.AdamW(others, betas=(optim.beta1, optim.beta2), fused=True, **settings),
     ]
-    return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), fused=True)
 
 
 def _step(
@@ -220,20 +181,24 @@ def _step(
     answers, *totals = _summed(torch.cat((learnable.double(), weights)), group)
     answers = max(answers, 1.0)
     answer_sum = auxiliary_sum = right = 0.0
+    product = torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.dtype == "bfloat16")
     for batch in micro:
         losses: list[Tensor] = []
-        cross_cache = None
+        with product:
+            if batch.inputs.images:
+                features = model.vision(batch.inputs.tiles, batch.inputs.images, deduplicate=True)
+            if not vision_only:
+                cross_cache = None
+                if batch.inputs.images:
+                    cross_cache = model.cross_attention_cache(batch.inputs, features=features)
+                logits = model(batch.inputs, cross_cache=cross_cache).logits
         if batch.inputs.images:
-            features = model.vision(batch.inputs.tiles, batch.inputs.images, deduplicate=True)
-            auxiliary = heads(features, batch.inputs.images, batch.targets, totals)
+            auxiliary = heads(features.float(), batch.inputs.images, batch.targets, totals)
             losses.append(recipe.auxiliary_weight * auxiliary)
             auxiliary_sum += float(auxiliary.detach())
         if not vision_only:
-            if batch.inputs.images:
-                cross_cache = model.cross_attention_cache(batch.inputs, features=features)
-            logits = model(batch.inputs, cross_cache=cross_cache).logits
             learnt = batch.labels != IGNORED
-            chosen, labels = logits[learnt], batch.labels[learnt]
+            chosen, labels = logits[learnt].float(), batch.labels[learnt]
             loss = F.cross_entropy(chosen, labels, reduction="sum")
             losses.append(loss / answers)
             answer_sum += float(loss.detach())

@@ -148,7 +148,7 @@ def paint_chart(rng: random.Random, chart: Chart) -> tuple[Image.Image, tuple[Ma
         tone = chart.tones[index]
         box = (x - bar_width / 2, y, x + bar_width / 2, bottom)
         pen.rectangle(box, fill=tone, outline=edge, width=line if edge else 0)
-        marks.append(Mark("bar", x, y, color=chart.colors[index], value=value, index=index))
+        marks.append(Mark("bar", x, y, box, color=chart.colors[index], value=value, index=index))
         if valued:
             pen.text((x, y - small.size * 0.25), str(value), font=small, fill=ink, anchor="mb")
     for index, letter in enumerate(chart.letters):
@@ -156,7 +156,9 @@ def paint_chart(rng: random.Random, chart: Chart) -> tuple[Image.Image, tuple[Ma
         x, y = left + (index + 0.5) * slot, bottom + 2 * line + label.size * 0.35
         corner = (x - (box[0] + box[2]) / 2, y - box[1])
         pen.text(corner, letter, font=label, fill=ink)
-        marks.append(Mark("char", x, y + (box[3] - box[1]) / 2, char=CHARS.index(letter), index=index))
+        half_w, half_h = (box[2] - box[0]) / 2, (box[3] - box[1]) / 2
+        around = (x - half_w, y, x + half_w, y + 2 * half_h)
+        marks.append(Mark("char", x, y + half_h, around, char=CHARS.index(letter), index=index))
     frame = rng.random()
     pen.line((left, bottom, right, bottom), fill=ink, width=line)
     if frame < 0.75:

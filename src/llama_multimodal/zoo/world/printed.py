@@ -42,11 +42,11 @@ class Printed:
     text: str
 
 
-def plan_printed(rng: random.Random) -> Printed:
-    """Canvas 120 to 1200 pixels a side, mostly wider than high; the text has 1 to 8 characters."""
+def plan_printed(rng: random.Random, small: float = 0.0) -> Printed:
+    """Canvas 120 to 1200 pixels a side, mostly wider than high; 1 to 8 characters; small: see `sample`."""
     draw = rng.random()
     width, height = canvas_size(rng, (1, 2.2) if draw < 0.65 else (2.2, 6) if draw < 0.85 else (1, 3))
-    if rng.random() < 0.08:
+    if rng.random() < 0.08 + small:
         width, height = thumbnail_size(rng)
     if draw >= 0.85:
         width, height = height, width
@@ -128,11 +128,12 @@ def paint_printed(rng: random.Random, plan: Printed) -> tuple[Image.Image, tuple
     image.paste(ink, (left, top), mask)
     middle = (left + mask.width / 2, top + mask.height / 2)
     marks = []
-    for index, (char, (dx, dy)) in enumerate(zip(text, row.centers(), strict=True)):
+    for index, (char, (dx, dy), (half_w, half_h)) in enumerate(zip(text, *row.centers_and_halves(), strict=True)):
         # Anticlockwise on the screen, where y points down.
         x = middle[0] + dx * math.cos(angle) + dy * math.sin(angle)
         y = middle[1] - dx * math.sin(angle) + dy * math.cos(angle)
-        marks.append(Mark("char", x, y, char=CHARS.index(char), index=index))
+        box = (x - half_w, y - half_h, x + half_w, y + half_h)
+        marks.append(Mark("char", x, y, box, char=CHARS.index(char), index=index))
     return finish(rng, image), tuple(marks)
 
 
@@ -161,10 +162,11 @@ class _Row:
             pen.text((start - self.left + self._PAD, self._PAD - self.top), char, font=self.font, fill=255)
         return mask
 
-    def centers(self) -> list[tuple[float, float]]:
-        """The centre of each character, from the centre of what `draw` gives."""
+    def centers_and_halves(self) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+        """The centre of each character, from the centre of what `draw` gives, and half its width and height."""
         half_w, half_h = math.ceil(self.width) / 2, math.ceil(self.height) / 2
-        return [((a + c) / 2 - self.left - half_w, (b + d) / 2 - self.top - half_h) for a, b, c, d in self.boxes]
+        centers = [((a + c) / 2 - self.left - half_w, (b + d) / 2 - self.top - half_h) for a, b, c, d in self.boxes]
+        return centers, [((c - a) / 2, (d - b) / 2) for a, b, c, d in self.boxes]
 
 
 def _ink(rng: random.Random, behind: Background) -> RGB:

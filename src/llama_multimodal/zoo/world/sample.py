@@ -20,11 +20,14 @@ _SHARES = (0.60, 0.20, 0.17, 0.03)
 _STREAMS = {"train": 0, "heldout": 1, "corpus": 2}
 
 
-def sample(seed: int, *, split: Split = "train", family: str | None = None, turns: int = 8) -> Sample:
+def sample(
+    seed: int, *, split: Split = "train", family: str | None = None, turns: int = 8, small: float = 0.0
+) -> Sample:
     """The sample of a seed: the same arguments give the same bytes; no two splits share a random stream.
 
     family: one of FAMILIES; None draws one. turns: the most questions there are about the picture (a printed text
-    has 3 at most, a conversation without a picture 2).
+    has 3 at most, a conversation without a picture 2). small: share of scenes and texts that are made to fit one tile
+    of 128 pixels or two, beyond those that do anyway: a training run learns more from a small picture's pixels.
 
     Raises:
         MissingExtraError: text is to be drawn and the fonts are not installed.
@@ -34,11 +37,11 @@ def sample(seed: int, *, split: Split = "train", family: str | None = None, turn
         raise ValueError(f"unknown split {split!r}: train or heldout")
     rng, kind = _start(seed, split, family)
     if kind == "scene":
-        scene = plan_scene(rng)
+        scene = plan_scene(rng, small)
         asked = scene_turns(rng, scene, turns)
         return Sample(paint_scene(rng, scene), asked, scene.marks, kind)
     if kind == "text":
-        printed = plan_printed(rng)
+        printed = plan_printed(rng, small)
         asked = printed_turns(rng, printed.text, turns)
         image, marks = paint_printed(rng, printed)
         return Sample(image, asked, marks, kind)

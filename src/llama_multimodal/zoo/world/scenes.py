@@ -29,10 +29,12 @@ class Scene:
     flat: bool  # as from a paint program: light paper, plain fills
 
 
-def plan_scene(rng: random.Random) -> Scene:
-    """Canvas 120 to 1200 pixels a side, half of them within 2:1 and the others up to 10:1."""
+def plan_scene(rng: random.Random, small: float = 0.0) -> Scene:
+    """Canvas 120 to 1200 pixels a side, half of them within 2:1 and the others up to 10:1; small: see `sample`."""
     draw = rng.random()
-    width, height = thumbnail_size(rng) if draw < 0.12 else canvas_size(rng, (1, 2) if draw < 0.53 else (2, 10))
+    width, height = canvas_size(rng, (1, 2) if draw < 0.53 else (2, 10))
+    if draw < 0.12 or rng.random() < small:
+        width, height = thumbnail_size(rng)
     if rng.random() < 0.5:
         width, height = height, width
     flat = rng.random() < 0.38
@@ -50,11 +52,13 @@ def plan_scene(rng: random.Random) -> Scene:
             continue
         if same_tone:
             fixed[color] = tone
-        marks.append(Mark("object", x, y, shape=shape, color=color, size=size))
+        reach = diameter / 2
+        box = (x - reach, y - reach, x + reach, y + reach)
+        marks.append(Mark("object", x, y, box, shape=shape, color=color, size=size))
         diameters.append(diameter)
         tones.append(tone)
     if not marks:
-        return plan_scene(rng)
+        return plan_scene(rng, small)
     return Scene(width, height, tuple(marks), tuple(diameters), tuple(tones), behind, flat)
 
 

@@ -39,6 +39,7 @@ class Mark:
     """Where a thing is in the picture: supervision for the vision encoder. Fields that do not apply are -1.
 
     x, y: centre in image pixels (a bar: the middle of its upper edge).
+    box: left, top, right, bottom of what it covers, in image pixels.
     shape, color, size, char: indices into SHAPES, COLORS, SIZES and CHARS.
     size is -1 for a thing that is neither clearly small nor clearly big.
     index: place of a character in its word, or of a bar (and of the letter under it) in its chart, from 0.
@@ -47,6 +48,7 @@ class Mark:
     kind: Literal["object", "char", "bar"]
     x: float
     y: float
+    box: tuple[float, float, float, float]
     shape: int = -1
     color: int = -1
     size: int = -1

@@ -1,0 +1,108 @@
+"""Fresh weights from which a small encoder learns quickly.
+
+A vision transformer has to find out which patches lie side by side before it can see a shape, and from nothing that
+takes it most of a short training. Here some heads of every local block start out as a convolution's taps: with
+positions written as sines and cosines, a shift by one patch is a rotation, so a query that is the rotated position
+finds the neighbour's key. Training may change all of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TiledVisionConfig
+from ..models import VisionLanguageModel
+from ..models.mllama_vision import TiledVisionEncoder, VisionAttention, VisionBlock
+
+_OPEN_GATE = 1.0  # tanh(1) = 0.76: a fresh model reads its pictures from the first step
+_POSITION_GATE = 1.5  # most of a patch's position is that on the canvas, little that in its tile
+_WAVELENGTHS = (3.0, 32.0)  # patches, of the fastest and the slowest sine
+_SHARPNESS = 0.9  # scale of the shifting heads' queries and keys
+# (rows, columns) that the first heads of a block look away; blocks take the sets in turn.
+_SHIFTS = (((0, 1), (0, -1), (1, 0), (-1, 0)), ((1, 1), (1, -1), (-1, 1), (-1, -1)))
+
+
+def initialise(model: VisionLanguageModel) -> None:
+    """Small normal matrices, residual branches scaled by depth, open gates; the encoder's places and shifts."""
+    depth = model.config.text.num_hidden_layers
+    for name, parameter in model.named_parameters():
+        if name.endswith("_gate"):
+            nn.init.constant_(parameter, _OPEN_GATE)
+        elif parameter.ndim == 2 and "embedding" not in name:
+            std = parameter.shape[1] ** -0.5
+            residual = name.endswith(("o_proj.weight", "down_proj.weight", "fc2.weight"))
+            nn.init.normal_(parameter, std=std / (2 * depth) ** 0.5 if residual else std)
+    nn.init.normal_(model.vision.patch_embedding.weight, std=model.vision.patch_embedding.in_features**-0.5)
+    nn.init.normal_(model.decoder.embedding.weight, std=0.5)
+    with torch.no_grad():
+        _place(model.vision)
+    vision = model.vision
+    for table in (vision.tile_position_embedding, vision.pre_tile_embedding, vision.post_tile_embedding):
+        table.register_hook(_shared_between_ratios(model.config.vision))
+
+
+def _place(vision: TiledVisionEncoder) -> None:
+    """Write each patch's place on the canvas in a subspace of its own, and let heads look one patch away."""
+    config = vision.config
+    head = config.hidden_size // config.num_attention_heads
+    waves = head // 4
+    space = torch.linalg.qr(torch.randn(config.hidden_size, 4 * waves)).Q  # [E, D]
+    fastest, slowest = _WAVELENGTHS
+    rates = 2 * math.pi / torch.logspace(math.log10(fastest), math.log10(slowest), waves)
+    side = config.image_size // config.patch_size
+    nn.init.normal_(vision.position_embedding, std=0.02)
+    nn.init.constant_(vision.position_gate, _POSITION_GATE)
+    row, column = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
+    # Half the size of what the patch shows.
+    scale = 0.7 * math.sqrt(config.hidden_size / (2 * waves)) / math.tanh(_POSITION_GATE)
+    for ratio_id, (rows, columns) in enumerate(config.aspect_ratios, start=1):
+        for tile in range(rows * columns):
+            y, x = row + tile // columns * side, column + tile % columns * side
+            angles = torch.cat((y[:, None] * rates, x[:, None] * rates), dim=1)  # [P², D / 2]
+            waved = torch.cat((angles.cos(), angles.sin()), dim=1) @ space.T
+            vision.tile_position_embedding[ratio_id, tile, 1:] = scale * waved
+    for number, block in enumerate(vision.layers):
+        assert isinstance(block, VisionBlock)
+        for index, (down, right) in enumerate(_SHIFTS[number % len(_SHIFTS)][: config.num_attention_heads]):
+            rows = slice(index * head, index * head + 4 * waves)
+            _look_away(block.attention, rows, torch.cat((down * rates, right * rates)), space)
+    # What patches show and what blocks compute stays out of the places' subspace.
+    written = [vision.patch_embedding.weight, vision.class_embedding]
+    for block in (*vision.layers, *vision.global_layers):
+        written += [block.attention.o_proj.weight, block.mlp.fc2.weight]
+    for weight in written:
+        weight -= space @ (space.T @ weight)
+
+
+def _look_away(attention: VisionAttention, rows: slice, angles: Tensor, space: Tensor) -> None:
+    """Make a head's query the position turned by `angles` [D / 2], its key the position; a little noise for both."""
+    cos, sin = angles.cos().diag(), angles.sin().diag()
+    turn = torch.cat((torch.cat((cos, -sin), 1), torch.cat((sin, cos), 1)))  # [cos, sin](p) → [cos, sin](p + shift)
+    for linear, placed in ((attention.q_proj, turn @ space.T), (attention.k_proj, space.T)):
+        linear.weight[rows] = 0.05 * linear.weight[rows] + _SHARPNESS * placed
+
+
+def _shared_between_ratios(vision: TiledVisionConfig) -> Callable[[Tensor], Tensor]:
+    """A gradient hook that keeps the tables by aspect ratio as Meta's layout has them.
+
+    There a tile's embedding depends on its row and column alone and unused tiles have none: entries of one place
+    share their gradients, and entries that start equal stay equal.
+    """
+    most = vision.max_num_tiles
+    places = torch.full((len(vision.aspect_ratios) + 1, most), -1)
+    for ratio_id, (rows, columns) in enumerate(vision.aspect_ratios, start=1):
+        for tile in range(rows * columns):
+            places[ratio_id, tile] = tile // columns * most + tile % columns
+    used = places >= 0
+
+    def share(gradient: Tensor) -> Tensor:
+        summed = gradient.new_zeros(most * most, *gradient.shape[2:]).index_add(0, places[used], gradient[used])
+        shared = torch.zeros_like(gradient)
+        shared[used] = summed[places[used]]
+        return shared
+
+    return share
