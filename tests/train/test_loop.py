@@ -118,6 +118,7 @@ def test_picture_targets_find_their_patch() -> None:
     assert torch.equal(circle == 3, torch.tensor(inside)) and circle.count_nonzero() == 5
     assert patches[names.index("shape"), 0].tolist() == [1] + [0] * 15
     assert patches[names.index("center")].nonzero().tolist() == [[0, 0], [1, 5]]
+    assert patches[names.index("same"), 1, 5] == 1 and patches[names.index("same_shape")].max() == 1
     assert counts[0] == 2 and counts[1 + 3] == 1 and counts.sum() == 6
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config import TiledVisionConfig
 from ..inputs import ImageLayout
-from ..zoo.world import CHARS, COLORS, SHAPES, Mark
+from ..zoo.world import CHARS, COLORS, SHAPES, Mark, count_matching
 
 # Classes of each patch head; class 0 is "nothing of the kind covers this patch", for "center" that none has it here.
 PATCH_HEADS = {
@@ -28,6 +28,9 @@ PATCH_HEADS = {
     "char": len(CHARS) + 1,
     "index": 9,
     "value": 11,
+    "same": 10,  # how many things there are of this shape and colour, 1 to 9; of this colour; of this shape
+    "same_color": 10,
+    "same_shape": 10,
 }
 _NOTHING_WEIGHT = 0.1  # most patches show nothing
 _MOST = 10  # counts 0 … 9
@@ -62,7 +65,9 @@ def picture_targets(
     pixels = scale / vision.patch_size  # patches a picture pixel
     for mark in marks:
         here = _covered(mark, pixels, rows, columns)
-        values = (mark.shape, mark.color, mark.size, mark.char, mark.index, mark.value - 1 if mark.value > 0 else -1)
+        values = [mark.shape, mark.color, mark.size, mark.char, mark.index, mark.value - 1 if mark.value > 0 else -1]
+        if mark.kind == "object":
+            values += [count_matching(marks, *of) - 1 for of in _kinds_of(mark)]
         for head, value in enumerate(values, start=1):
             if value >= 0:
                 canvas[head, here] = value + 1
@@ -77,6 +82,11 @@ def picture_targets(
         counts.fill_(_UNKNOWN)
     patches = canvas.view(-1, layout.rows, side, layout.columns, side).transpose(2, 3)
     return patches.reshape(len(PATCH_HEADS), layout.num_tiles, side * side), counts
+
+
+def _kinds_of(mark: Mark) -> tuple[tuple[int, int], ...]:
+    """What is counted for an object: (shape, colour) of both, of its colour, of its shape; -1 for any."""
+    return (mark.shape, mark.color), (-1, mark.color), (mark.shape, -1)
 
 
 def _patch_of(mark: Mark, pixels: float, rows: int, columns: int) -> tuple[int, int]:

@@ -68,8 +68,8 @@ def _place(vision: TiledVisionEncoder) -> None:
     for number, block in enumerate(vision.layers):
         assert isinstance(block, VisionBlock)
         for index, (down, right) in enumerate(_SHIFTS[number % len(_SHIFTS)][: config.num_attention_heads]):
-            rows = slice(index * head, index * head + 4 * waves)
-            _look_away(block.attention, rows, torch.cat((down * rates, right * rates)), space)
+            of_head = slice(index * head, index * head + 4 * waves)
+            _look_away(block.attention, of_head, torch.cat((down * rates, right * rates)), space)
     # What patches show and what blocks compute stays out of the places' subspace.
     written = [vision.patch_embedding.weight, vision.class_embedding]
     for block in (*vision.layers, *vision.global_layers):

@@ -1,5 +1,6 @@
 """The small world that the embedded model is trained and tested on: coloured shapes, printed words, bar charts."""
 
+from .questions import count_matching
 from .sample import FAMILIES, corpus, sample
 from .types import (
     CHARS,
@@ -27,5 +28,6 @@ __all__ = [
     "Sample",
     "Turn",
     "corpus",
+    "count_matching",
     "sample",
 ]

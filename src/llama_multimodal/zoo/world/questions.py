@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .outside import outside_question
@@ -44,7 +44,7 @@ def scene_turns(rng: random.Random, scene: Scene, count: int) -> tuple[Turn, ...
     return tuple(turns)
 
 
-def count_matching(marks: tuple[Mark, ...], shape: int = -1, color: int = -1, size: int = -1) -> int:
+def count_matching(marks: Sequence[Mark], shape: int = -1, color: int = -1, size: int = -1) -> int:
     """How many marks of a scene have the given shape, colour and size; -1 stands for any."""
     total = 0
     for m in marks:
