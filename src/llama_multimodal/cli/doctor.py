@@ -165,7 +165,10 @@ def _backends() -> dict[str, Any]:
     return {"requested": requested, "ops": table}
 
 
-OPS = ("apply_rope", "attention", "cross_attention", "linear", "rms_norm", "swiglu")
+OPS = (
+    "add_rms_norm", "apply_rope", "attention", "cross_attention", "decode_attention", "kv_write", "linear",
+    "linear_cross_entropy", "linear_gelu", "packed_linear", "paged_decode_attention", "rms_norm", "swiglu",
+)  # fmt: skip
 """Every op that dispatches; those without a kernel register nothing, so they are named here."""
 
 

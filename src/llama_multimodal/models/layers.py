@@ -26,6 +26,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
 
+    def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of `residual + x`, and the sum."""
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """[B, T, H·D] → [B, H, T, D]"""

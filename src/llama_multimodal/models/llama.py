@@ -14,7 +14,7 @@ from .. import ops
 from ..cache import CrossAttentionCache, SelfAttentionCache
 from ..config import TextConfig
 from ..errors import PromptError
-from ..ops import Span
+from ..ops import KeyRanges, Span
 from .layers import Linear, RMSNorm, merge_heads, split_heads
 
 
@@ -50,6 +50,9 @@ class SelfAttention(nn.Module):
             k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
         else:
             k, v = k[:, :, : mask.shape[-1]], v[:, :, : mask.shape[-1]]
+            if q.shape[2] == 1:
+                lengths = (positions[:, 0] + 1).to(torch.int32)
+                return self.o_proj(ops.decode_attention(q[:, :, 0], k, v, lengths).flatten(1)[:, None])
         return self.o_proj(merge_heads(ops.attention(q, k, v, causal=mask is None, mask=mask)))
 
 
@@ -73,9 +76,9 @@ class CrossAttention(nn.Module):
         v = split_heads(self.v_proj(features)[None], self.num_kv_heads)[0]
         return self.k_norm(k), v
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span]) -> Tensor:
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> Tensor:
         q = self.q_norm(split_heads(self.q_proj(x), self.num_heads))  # [B, H, T, D]
-        return self.o_proj(merge_heads(ops.cross_attention(q, k, v, spans)))
+        return self.o_proj(merge_heads(ops.cross_attention(q, k, v, ranges)))
 
 
 class MLP(nn.Module):
@@ -110,8 +113,9 @@ class SelfAttentionBlock(nn.Module):
         cache: SelfAttentionCache | None,
         layer: int,
     ) -> Tensor:
-        x = x + self.attention(self.input_norm(x), angles, positions, mask, cache, layer)
-        return x + self.mlp(self.post_attention_norm(x))
+        attended = self.attention(self.input_norm(x), angles, positions, mask, cache, layer)
+        normed, x = self.post_attention_norm.after_adding(attended, x)
+        return x + self.mlp(normed)
 
 
 class CrossAttentionBlock(nn.Module):
@@ -126,9 +130,9 @@ class CrossAttentionBlock(nn.Module):
         self.mlp = MLP(config)
         self.mlp_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], sees_image: Tensor) -> Tensor:
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, sees_image: Tensor) -> Tensor:
         # `cross_attention` already returns zeros for tokens outside every span, and `o_proj` has no bias.
-        x = x + self.attention_gate.tanh() * self.attention(self.input_norm(x), k, v, spans)
+        x = x + self.attention_gate.tanh() * self.attention(self.input_norm(x), k, v, ranges)
         return x + self.mlp_gate.tanh() * self.mlp(self.post_attention_norm(x)) * sees_image
 
 
@@ -173,7 +177,7 @@ class LlamaDecoder(nn.Module):
         mask = self._cache_mask(positions, self_cache)
         frequencies = ops.rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         angles = ops.rope_angles(positions, frequencies.to(x.device))
-        spans = image_spans(visible, cross_cache) if cross_cache else []
+        ranges = key_ranges(visible, cross_cache, x.device) if cross_cache else None
         sees_image = (visible[..., 0] < visible[..., 1])[..., None].to(x.device, x.dtype)  # [B, T, 1]
         self_layer = cross_layer = 0
         for block in self.layers:
@@ -181,8 +185,8 @@ class LlamaDecoder(nn.Module):
                 x = block(x, angles, positions, mask, self_cache, self_layer)
                 self_layer += 1
             else:
-                if cross_cache is not None and spans:
-                    x = block(x, cross_cache.keys[cross_layer], cross_cache.values[cross_layer], spans, sees_image)
+                if cross_cache is not None and ranges is not None and ranges.spans:
+                    x = block(x, cross_cache.keys[cross_layer], cross_cache.values[cross_layer], ranges, sees_image)
                 cross_layer += 1
         if last_token_of is not None:
             x = x[torch.arange(x.shape[0]), torch.as_tensor(last_token_of)][:, None]
@@ -207,8 +211,8 @@ class LlamaDecoder(nn.Module):
         return slots <= positions[:, None, :, None]
 
 
-def image_spans(visible: Tensor, cache: CrossAttentionCache) -> list[Span]:
-    """Runs of tokens that see the same images, as ranges of vision tokens."""
+def key_ranges(visible: Tensor, cache: CrossAttentionCache, device: torch.device) -> KeyRanges:
+    """The vision tokens that each text token reads; visible: [B, T, 2], the images it sees, on the CPU."""
     spans = []
     for row, ranges in enumerate(visible.tolist()):
         start = 0
@@ -219,4 +223,4 @@ def image_spans(visible: Tensor, cache: CrossAttentionCache) -> list[Span]:
             if end > first:
                 spans.append(Span(row, start, t, *cache.key_range(row, first, end)))
             start = t
-    return spans
+    return KeyRanges.of(spans, visible.shape[0], visible.shape[1], device)

@@ -19,7 +19,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
@@ -57,7 +56,7 @@ class VisionMLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(ops.linear_gelu(x, self.fc1.weight, self.fc1.bias))
 
 
 class VisionBlock(nn.Module):
@@ -176,11 +175,7 @@ class TiledVisionEncoder(nn.Module):
     def _embed(self, tiles: Tensor, ids: Tensor, distinct: int) -> Tensor:
         """Patch, tile and position embeddings of real tiles and `distinct` black padding tiles: [N, tiles, P, E]."""
         config, num_tiles = self.config, tiles.shape[1]
-        patch = config.patch_size
-        side = config.image_size // patch
-        patches = tiles.reshape(*tiles.shape[:2], config.num_channels, side, patch, side, patch)
-        patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)  # [N, M, side², 3·patch²]
-        x = self.patch_embedding(patches)
+        x = self.patch_embedding(self.patches(tiles.flatten(0, 1))).unflatten(0, tiles.shape[:2])
         if distinct:
             x = torch.cat((x, x.new_zeros(x.shape[0], distinct, *x.shape[2:])), dim=1)
         used = num_tiles + distinct
@@ -190,6 +185,13 @@ class TiledVisionEncoder(nn.Module):
         gate = self.position_gate.tanh()
         x = x + (1 - gate) * self.position_embedding
         return x + gate * self.tile_position_embedding[ids, :used]
+
+    def patches(self, tiles: Tensor) -> Tensor:
+        """Tiles cut into patches, row by row, each channel by channel: [tiles, 3, S, S] → [tiles, side², 3·patch²]"""
+        patch = self.config.patch_size
+        side = self.config.image_size // patch
+        cut = tiles.reshape(-1, self.config.num_channels, side, patch, side, patch)
+        return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def _key_bias(self, num_real: int, distinct: int, spare: int, zeros: Sequence[int], x: Tensor) -> Tensor | None:
         """log of how many tokens each key stands for, [tokens], at least fp32; None where every key stands for itself.

@@ -2,23 +2,39 @@
 
 from ._dispatch import BACKENDS, available, use_backend
 from .attention import attention
-from .cross_attention import Span, cross_attention
+from .cross_attention import KeyRanges, Span, cross_attention
+from .decode_attention import decode_attention, kv_write, paged_decode_attention
 from .linear import linear
-from .rms_norm import rms_norm
+from .linear_cross_entropy import linear_cross_entropy
+from .linear_gelu import linear_gelu
+from .packed_linear import PackedWeight, pack_weight, packed_linear, prepare_weight, unpack_weight
+from .rms_norm import add_rms_norm, rms_norm
 from .rope import apply_rope, rope_angles, rope_frequencies
 from .swiglu import swiglu
 
 __all__ = [
     "BACKENDS",
+    "KeyRanges",
+    "PackedWeight",
     "Span",
+    "add_rms_norm",
     "apply_rope",
     "attention",
     "available",
     "cross_attention",
+    "decode_attention",
+    "kv_write",
     "linear",
+    "linear_cross_entropy",
+    "linear_gelu",
+    "pack_weight",
+    "packed_linear",
+    "paged_decode_attention",
+    "prepare_weight",
     "rms_norm",
     "rope_angles",
     "rope_frequencies",
     "swiglu",
+    "unpack_weight",
     "use_backend",
 ]

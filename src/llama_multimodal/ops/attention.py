@@ -30,7 +30,7 @@ def attention(
     mask: bool [B or 1, 1, T, S], True where a query may look; or additive in q's dtype.
     key_bias: [S], fp32 or wider, added to every query's logits; -inf hides a key, log n counts it n times.
     """
-    return _dispatch.choose("attention", _torch)(q, k, v, causal=causal, mask=mask, key_bias=key_bias)
+    return _dispatch.call("attention", _torch, q, k, v, causal=causal, mask=mask, key_bias=key_bias)
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, key_bias: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ _MIN_ROWS_TO_WIDEN = 16
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x · weightᵀ + bias`; x: [..., K], weight: [N, K], bias: [N] → [..., N] in x's dtype."""
-    return _dispatch.choose("linear", _torch)(x, weight, bias)
+    return _dispatch.call("linear", _torch, x, weight, bias)
 
 
 def _torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

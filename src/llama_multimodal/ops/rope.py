@@ -40,21 +40,35 @@ def rope_angles(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]
     return angles.cos(), angles.sin()
 
 
-def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys; the pair of element i is element i + D/2 (the "half" layout).
+def apply_rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, *, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys, both in one go.
 
-    q: [B, H, T, D], k: [B, Hkv, T, D], cos, sin: [B, T, D/2] → the same shapes and dtypes as q and k. The products
-    are taken in fp32, as Meta's reference does it.
+    q: [B, H, T, D], k: [B, Hkv, T, D] → the same shapes and dtypes. cos, sin: fp32 (fp64 for q in fp64), the angles of
+    each token, [B, T, D/2]; or a table [P, D/2] with positions: [B, T], int64, the table's row for each token.
+
+    interleaved: the pair of element 2i is 2i + 1, as in Meta's files; otherwise that of i is i + D/2 ("half", as in
+    Hugging Face files). The products are taken in fp32, as Meta's reference does it.
+
+    Raises:
+        IndexError: a position outside the table (checked on the CPU; a GPU kernel does not wait to look).
     """
-    return _dispatch.choose("apply_rope", _torch)(q, k, cos, sin)
+    return _dispatch.call("apply_rope", _torch, q, k, cos, sin, positions, interleaved=interleaved)
 
 
-def _torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def _torch(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, *, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
     cos, sin = cos[:, None], sin[:, None]  # one axis for the heads
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
-    first, second = wide.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    first, second = (wide[..., ::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return joined.to(x.dtype)

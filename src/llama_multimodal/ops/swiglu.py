@@ -8,10 +8,15 @@ from torch import Tensor
 from . import _dispatch
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) · up`, elementwise; both [..., F] → [..., F]."""
-    return _dispatch.choose("swiglu", _torch)(gate, up)
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """`silu(gate) · up`, elementwise; both [..., F] → [..., F].
+
+    Without `up`, gate is [..., 2F] and holds both, gate first: what one product with stacked weights gives.
+    """
+    return _dispatch.call("swiglu", _torch, gate, up)
 
 
-def _torch(gate: Tensor, up: Tensor) -> Tensor:
+def _torch(gate: Tensor, up: Tensor | None) -> Tensor:
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
     return F.silu(gate) * up

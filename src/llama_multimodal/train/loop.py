@@ -27,6 +27,8 @@ from .config import OptimConfig, Recipe
 from .data import IGNORED, MicroBatch, WorldSteps, batches
 from .initial import initialise
 
+_INITIAL_STEPS = 4  # whose pictures the patch embedding starts from
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -105,7 +107,8 @@ def _run(rank: int, recipe: Recipe, report: Callable[[Progress], None], group: A
     config, tokenizer, _ = prepare(recipe)
     folder = Path(recipe.output)
     model, heads = VisionLanguageModel(config), AuxiliaryHeads(config.vision)
-    initialise(model)
+    pictures = WorldSteps(recipe.data, config, tokenizer, _INITIAL_STEPS)
+    initialise(model, torch.cat([m.inputs.tiles for step in range(_INITIAL_STEPS) for m in pictures[step]]))
     modules = nn.ModuleDict({"model": model, "heads": heads})
     optimizers = _optimizers(modules, recipe.optim)
     average = {name: value.detach().clone() for name, value in model.named_parameters()}

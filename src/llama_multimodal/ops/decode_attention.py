@@ -1,0 +1,62 @@
+"""Attention of one new token a row over what a cache holds: dense, or in blocks that a table names (Kwon et al. 2023).
+
+Shapes: B rows · H query heads · Hkv key heads · D head dim · C slots of a row · N blocks · S slots of a block
+M blocks of a row, at most · T tokens to store
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _dispatch
+from .attention import attention
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, key_bias: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / √D + bias) v over the first `lengths[b]` keys of row b, grouped-query where Hkv < H.
+
+    q: [B, H, D]; k, v: [B, Hkv, C, D]; lengths: int32 [B], 0 to C → [B, H, D]; a row of length 0 gives zeros.
+    key_bias: fp32 [C], added to every query's logits; log n counts a key n times.
+    """
+    return _dispatch.call("decode_attention", _decode, q, k, v, lengths, key_bias)
+
+
+def paged_decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
+    """`decode_attention` over blocks: key p of row b lies in slot p % S of block `block_table[b, p // S]`.
+
+    q: [B, H, D]; k_cache, v_cache: [N, S, Hkv, D]; block_table: int32 [B, M], entries past a row's length are not
+    read; lengths: int32 [B], 0 to M·S → [B, H, D]
+    """
+    return _dispatch.call("paged_decode_attention", _paged, q, k_cache, v_cache, block_table, lengths)
+
+
+def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Store tokens in a paged cache, in place; a negative slot drops its token (padding).
+
+    k, v: [T, Hkv, D]; k_cache, v_cache: [N, S, Hkv, D], contiguous; slots: int64 [T], block · S + place in it, no two
+    equal unless negative
+    """
+    _dispatch.call("kv_write", _write, k, v, k_cache, v_cache, slots)
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, key_bias: Tensor | None) -> Tensor:
+    seen = torch.arange(k.shape[2], device=q.device) < lengths[:, None].to(q.device)  # [B, C]
+    some = seen.any(1)
+    mask = (seen | ~some[:, None])[:, None, None]  # a row without keys looks anywhere, and is cleared below
+    out = attention(q[:, :, None], k, v, mask=mask, key_bias=key_bias)[:, :, 0]
+    return out * some[:, None, None]
+
+
+def _paged(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
+    slots = k_cache.shape[1]
+    used = torch.arange(block_table.shape[1], device=q.device) * slots < lengths[:, None].to(q.device)
+    blocks = block_table.long().masked_fill(~used, 0)  # entries past the length may be anything
+    k, v = (cache[blocks].flatten(1, 2).transpose(1, 2) for cache in (k_cache, v_cache))  # [B, Hkv, M·S, D]
+    return _decode(q, k, v, lengths, None)
+
+
+def _write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    kept = slots >= 0
+    for new, cache in ((k, k_cache), (v, v_cache)):
+        cache.view(-1, *cache.shape[2:])[slots[kept]] = new[kept].to(cache.dtype)

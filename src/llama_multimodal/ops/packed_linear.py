@@ -1,0 +1,129 @@
+"""Linear layers whose weights are packed once: bf16, or int8 and int4 with a scale for every group of a row.
+
+Shapes: N outputs · K inputs · G values of a group · T rows of x
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import _dispatch
+from .linear import linear
+
+Format = Literal["bf16", "int8", "int4"]
+_LIMITS = {"int8": (-128, 127), "int4": (0, 15)}  # of what is stored
+_MIDDLE = {"int8": 0, "int4": 8}  # what a symmetric weight's zero is stored as
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight [N, K], value = (stored - zero) · scale, in the plain layout or in one that a kernel prefers.
+
+    values: plain: bf16 [N, K] · int8 [N, K] · int4: uint8 [N, K/2], the even column in the low four bits.
+    scales: fp16 [N, K/G]; None for bf16. zeros: int8 or uint8 [N, K/G], as stored; None where every zero is the
+    middle (0 for int8, 8 for int4).
+    layout: "plain", or the name that a backend gave what it laid out for itself.
+    """
+
+    format: Format
+    shape: tuple[int, int]
+    values: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    group: int = 0
+    layout: str = "plain"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.values, self.scales, self.zeros) if t is not None)
+
+
+def pack_weight(weight: Tensor, format: Format, *, group: int = 32, symmetric: bool = True) -> PackedWeight:
+    """Round a weight [N, K] to `format`, in the plain layout.
+
+    group: values of a row that share a scale; K must be a multiple of it. symmetric: the zero is the middle of the
+    range, and the scale is set by the largest magnitude; otherwise by the group's least and largest values.
+
+    Raises:
+        ValueError: not a matrix, K not a multiple of `group`, an odd K for int4, a value that is not finite, or a
+            scale past what fp16 holds.
+    """
+    if weight.ndim != 2:
+        raise ValueError(f"pack_weight takes a matrix [N, K], not shape {tuple(weight.shape)}")
+    rows, columns = weight.shape
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("pack_weight: the weight holds values that are not finite")
+    if format == "bf16":
+        return PackedWeight("bf16", (rows, columns), weight.to(torch.bfloat16).contiguous())
+    if group < 1 or columns % group or (format == "int4" and columns % 2):
+        raise ValueError(f"pack_weight: {columns} columns cannot be packed as {format} in groups of {group}")
+    low, high = _LIMITS[format]
+    grouped = weight.float().view(rows, -1, group)  # [N, K/G, G]
+    if symmetric:
+        middle = _MIDDLE[format]
+        scales = grouped.abs().amax(-1) / (high - middle)
+    else:
+        least, most = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+        scales = (most - least) / (high - low)
+    if bool((scales > torch.finfo(torch.float16).max).any()):
+        raise ValueError("pack_weight: the weight's values are too large for a scale in fp16")
+    scales = scales.to(torch.float16)
+    step = scales.float().clamp(min=torch.finfo(torch.float16).tiny)[..., None]
+    if symmetric:
+        zeros, zero = None, float(middle)
+        stored = (grouped / step).round() + zero
+    else:
+        shift = (low - least[..., None] / step).round().clamp(low, high)
+        zeros = shift[..., 0].to(torch.int8 if format == "int8" else torch.uint8)
+        stored = (grouped / step).round() + shift
+    stored = stored.clamp(low, high).view(rows, columns)
+    if format == "int8":
+        values = stored.to(torch.int8)
+    else:
+        nibbles = stored.to(torch.uint8)
+        values = nibbles[:, ::2] | nibbles[:, 1::2] << 4
+    return PackedWeight(format, (rows, columns), values.contiguous(), scales, zeros, group)
+
+
+def unpack_weight(packed: PackedWeight) -> Tensor:
+    """The fp32 values [N, K] that a plain packed weight stands for.
+
+    Raises:
+        ValueError: a kernel's own layout.
+    """
+    if packed.layout != "plain":
+        raise ValueError(f'unpack_weight takes the plain layout, not "{packed.layout}"')
+    if packed.scales is None:
+        return packed.values.float()
+    values = packed.values
+    if packed.format == "int4":
+        values = torch.stack((values & 15, values >> 4), dim=-1).flatten(1)
+    grouped = values.float().view(packed.shape[0], -1, packed.group)
+    zeros = _MIDDLE[packed.format] if packed.zeros is None else packed.zeros.float()[..., None]
+    return ((grouped - zeros) * packed.scales.float()[..., None]).view(packed.shape)
+
+
+def prepare_weight(packed: PackedWeight) -> PackedWeight:
+    """The same weight in the layout that this machine's kernel for it reads fastest; plain where there is none."""
+    return _dispatch.call("prepare_weight", _prepare, packed.values, packed)
+
+
+def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """`x · weightᵀ + bias`; x: [..., K] → [..., N] in x's dtype. Made for few rows: a prompt's many are slower.
+
+    Raises:
+        ValueError: the weight has another backend's layout.
+    """
+    return _dispatch.call("packed_linear", _torch, x, packed, bias)
+
+
+def _prepare(values: Tensor, packed: PackedWeight) -> PackedWeight:
+    return replace(packed, values=values)
+
+
+def _torch(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    return linear(x, unpack_weight(packed).to(x.dtype), bias)
