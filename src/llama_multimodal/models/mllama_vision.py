@@ -174,7 +174,7 @@ class TiledVisionEncoder(nn.Module):
 
     def _embed(self, tiles: Tensor, ids: Tensor, distinct: int) -> Tensor:
         """Patch, tile and position embeddings of real tiles and `distinct` black padding tiles: [N, tiles, P, E]."""
-        config, num_tiles = self.config, tiles.shape[1]
+        num_tiles = tiles.shape[1]
         x = self.patch_embedding(self.patches(tiles.flatten(0, 1))).unflatten(0, tiles.shape[:2])
         if distinct:
             x = torch.cat((x, x.new_zeros(x.shape[0], distinct, *x.shape[2:])), dim=1)

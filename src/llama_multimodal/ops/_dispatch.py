@@ -92,9 +92,9 @@ def call(op: str, reference: Callable[..., Result], *args: Any, **kwargs: Any) -
 
 
 def _objection(kernel: Kernel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    if not kernel.differentiable and torch.is_grad_enabled():
-        if any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())):
-            return "the kernel has no backward, and a gradient is wanted"
+    tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+    if not kernel.differentiable and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "the kernel has no backward, and a gradient is wanted"
     return kernel.refuses(*args, **kwargs)
 
 
