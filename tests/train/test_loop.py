@@ -77,9 +77,11 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 def test_steps_are_a_function_of_seed_and_step(tmp_path: Path) -> None:
     one = recipe(tmp_path)
     config, tokenizer, _ = loop.prepare(one)
-    first, again = (WorldSteps(one.data, config, tokenizer, 9)[5][0] for _ in range(2))
+    first, again = (WorldSteps(one, config, tokenizer)[5][0] for _ in range(2))
     assert torch.equal(first.inputs.tokens, again.inputs.tokens) and torch.equal(first.inputs.tiles, again.inputs.tiles)
-    other = WorldSteps(dataclasses.replace(one.data, seed=1), config, tokenizer, 9)[5][0]
+    other = WorldSteps(
+        dataclasses.replace(one, data=dataclasses.replace(one.data, seed=1)), config, tokenizer
+    )[5][0]
     assert first.inputs.tokens.shape != other.inputs.tokens.shape or not torch.equal(
         first.inputs.tokens, other.inputs.tokens
     )
@@ -89,7 +91,7 @@ def test_only_answers_are_learnt(tmp_path: Path) -> None:
     one = recipe(tmp_path)
     config, tokenizer, _ = loop.prepare(one)
     eot = tokenizer.special("<|eot_id|>")
-    for batch in WorldSteps(one.data, config, tokenizer, 9)[0]:
+    for batch in WorldSteps(one, config, tokenizer)[0]:
         for row, length in enumerate(batch.inputs.lengths):
             labels = batch.labels[row]
             learnt = (labels != IGNORED).nonzero().flatten().tolist()
@@ -172,3 +174,15 @@ def test_the_patch_embedding_starts_as_a_whitening() -> None:
     strengths = torch.linalg.eigvalsh(embedded.T @ embedded / len(embedded)).flip(0)
     # 96 - 24 free directions, the strong patterns among them (12 a channel) nearly equal; the places' stay empty.
     assert strengths[:30].min() > 0.7 and strengths[0] < 1.01 and strengths[72:].max() < 1e-5
+
+
+def test_sheets_ask_what_is_where_and_nothing_about_the_picture_as_a_whole(tmp_path: Path) -> None:
+    one = recipe(tmp_path, sheet_steps=1, data=DataConfig(samples_per_step=4, sheets_per_step=6, workers=0))
+    config, tokenizer, _ = loop.prepare(one)
+    (sheets,), after = WorldSteps(one, config, tokenizer)[0], WorldSteps(one, config, tokenizer)[1]
+    names = list(PATCH_HEADS)
+    assert len(sheets.inputs.images) == 6 and (sheets.labels == IGNORED).all()
+    assert (sheets.targets.patches[names.index("shape")] > 0).any() and (sheets.targets.counts == IGNORED).all()
+    for name in ("index", "value", "same", "same_color", "same_shape"):
+        assert (sheets.targets.patches[names.index(name)] == IGNORED).all()
+    assert sum(batch.inputs.tokens.shape[0] for batch in after) == 4

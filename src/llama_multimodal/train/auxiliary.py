@@ -32,6 +32,7 @@ PATCH_HEADS = {
     "same_color": 10,
     "same_shape": 10,
 }
+_NUMBERS = ("index", "value", "same", "same_color", "same_shape")  # heads that ask about the picture as a whole
 _NOTHING_WEIGHT = 0.1  # most patches show nothing
 _MOST = 10  # counts 0 … 9
 _COUNTS = 1 + len(COLORS) + len(SHAPES)
@@ -52,11 +53,11 @@ class Targets:
 
 
 def picture_targets(
-    marks: Sequence[Mark], layout: ImageLayout, scale: float, vision: TiledVisionConfig
+    marks: Sequence[Mark], layout: ImageLayout, scale: float, vision: TiledVisionConfig, *, counted: bool = True
 ) -> tuple[Tensor, Tensor]:
     """One picture's targets: patches [heads, tiles, P²] and counts [1 + colours + shapes].
 
-    scale: canvas pixels for a picture pixel.
+    scale: canvas pixels for a picture pixel. counted: whether numbers are asked for; on a sheet they are not.
     """
     side = vision.image_size // vision.patch_size
     rows, columns = layout.rows * side, layout.columns * side
@@ -66,7 +67,7 @@ def picture_targets(
     for mark in marks:
         here = _covered(mark, pixels, rows, columns)
         values = [mark.shape, mark.color, mark.size, mark.char, mark.index, mark.value - 1 if mark.value > 0 else -1]
-        if mark.kind == "object":
+        if mark.kind == "object" and counted:
             values += [count_matching(marks, *of) - 1 for of in _kinds_of(mark)]
         for head, value in enumerate(values, start=1):
             if value >= 0:
@@ -78,7 +79,9 @@ def picture_targets(
             counts[0] += 1
             counts[1 + mark.color] += 1
             counts[1 + len(COLORS) + mark.shape] += 1
-    if not any(mark.kind == "object" for mark in marks):
+    if not counted:
+        canvas[[head for head, name in enumerate(PATCH_HEADS) if name in _NUMBERS]] = _UNKNOWN
+    if not counted or not any(mark.kind == "object" for mark in marks):
         counts.fill_(_UNKNOWN)
     patches = canvas.view(-1, layout.rows, side, layout.columns, side).transpose(2, 3)
     return patches.reshape(len(PATCH_HEADS), layout.num_tiles, side * side), counts

@@ -35,6 +35,7 @@ class DataConfig:
     seed: int = 0
     samples_per_step: int = 16
     turns_per_scene: int = 8
+    sheets_per_step: int = 96  # in the steps that are taken on sheets
     small_pictures: float = 0.0  # share that is made to fit one or two tiles of 128 pixels, beyond those that do
     tokens_per_microbatch: int = 2048  # padded text tokens; longer steps run in several pieces
     workers: int = 1
@@ -50,7 +51,8 @@ class Recipe:
     text: TextConfig  # vocabulary and special tokens are filled in from the tokenizer
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
-    vision_steps: int = 0  # first steps that train the vision encoder alone, on its auxiliary targets
+    sheet_steps: int = 0  # first steps, of the vision encoder on sheets: small pictures full of things
+    vision_steps: int = 0  # steps until here train the encoder alone, on its auxiliary targets
     auxiliary_weight: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the products; weights and sums stay in float32
     vocabulary_words: int = 740

@@ -20,7 +20,7 @@ from ..processing.tiles import fitted_size, image_tiles
 from ..processing.tokenizer import Tokenizer
 from ..zoo.world import Sample, sample
 from .auxiliary import PATCH_HEADS, Targets, picture_targets
-from .config import DataConfig
+from .config import Recipe
 
 IGNORED = -100  # label of a token that is not learnt
 
@@ -54,6 +54,10 @@ def encode_sample(item: Sample, tokenizer: Tokenizer, config: ModelConfig) -> tu
         answer = [*tokenizer.encode(turn.answer), eot]
         tokens += prompt + answer
         learnt += [False] * len(prompt) + [True] * len(answer)
+    if not item.turns and item.image is not None:  # a sheet: nothing is asked
+        shown = {"role": "user", "content": [{"type": "image", "image": item.image}]}
+        tokens += encode_message(tokenizer, shown, config.image_token_id).tokens
+        learnt += [False] * (len(tokens) - len(learnt))
     labels = [tokens[i + 1] if learnt[i + 1] else IGNORED for i in range(len(tokens) - 1)] + [IGNORED]
     return tokens, labels
 
@@ -62,23 +66,30 @@ class WorldSteps(Dataset[list[MicroBatch]]):
     """Item s is step s: this rank's share of its samples, grouped into micro-batches of similar length."""
 
     def __init__(
-        self, data: DataConfig, config: ModelConfig, tokenizer: Tokenizer, steps: int, rank: int = 0, world: int = 1
+        self, recipe: Recipe, config: ModelConfig, tokenizer: Tokenizer, rank: int = 0, world: int = 1
     ) -> None:
-        self.data, self.config, self.tokenizer, self.steps = data, config, tokenizer, steps
+        self.recipe, self.data, self.config, self.tokenizer = recipe, recipe.data, config, tokenizer
         self.rank, self.world = rank, world
 
     def __len__(self) -> int:
-        return self.steps
+        return self.recipe.steps
 
     def __getitem__(self, step: int) -> list[MicroBatch]:
-        count = self.data.samples_per_step
+        family = "sheet" if step < self.recipe.sheet_steps else None
+        count = self.count(step)
         base = self.data.seed * 1_000_000_000 + step * count
         prepared = []
         for i in range(self.rank, count, self.world):
-            item = sample(base + i, turns=self.data.turns_per_scene, small=self.data.small_pictures)
+            item = sample(
+                base + i, family=family, turns=self.data.turns_per_scene, small=self.data.small_pictures
+            )
             prepared.append(_Prepared(*encode_sample(item, self.tokenizer, self.config), item))
         prepared.sort(key=lambda p: len(p.tokens))
         return [self._microbatch(group) for group in self._groups(prepared)]
+
+    def count(self, step: int) -> int:
+        """How many samples a step has, over all ranks."""
+        return self.data.sheets_per_step if step < self.recipe.sheet_steps else self.data.samples_per_step
 
     def _groups(self, prepared: list[_Prepared]) -> Iterator[list[_Prepared]]:
         group: list[_Prepared] = []
@@ -100,7 +111,9 @@ class WorldSteps(Dataset[list[MicroBatch]]):
             cut, (rows, columns) = image_tiles(image, side, vision.max_num_tiles)
             layout = ImageLayout(rows, columns, row)
             scale = fitted_size(*image.size, rows, columns, side)[0] / image.width
-            shown, counted = picture_targets(one.sample.marks, layout, scale, vision)
+            shown, counted = picture_targets(
+                one.sample.marks, layout, scale, vision, counted=one.sample.family != "sheet"
+            )
             tiles.append(cut)
             layouts.append(layout)
             patches.append(shown)

@@ -107,7 +107,7 @@ def _run(rank: int, recipe: Recipe, report: Callable[[Progress], None], group: A
     config, tokenizer, _ = prepare(recipe)
     folder = Path(recipe.output)
     model, heads = VisionLanguageModel(config), AuxiliaryHeads(config.vision)
-    pictures = WorldSteps(recipe.data, config, tokenizer, _INITIAL_STEPS)
+    pictures = WorldSteps(recipe, config, tokenizer)
     initialise(model, torch.cat([m.inputs.tiles for step in range(_INITIAL_STEPS) for m in pictures[step]]))
     modules = nn.ModuleDict({"model": model, "heads": heads})
     optimizers = _optimizers(modules, recipe.optim)
@@ -119,7 +119,7 @@ def _run(rank: int, recipe: Recipe, report: Callable[[Progress], None], group: A
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         average, first = state["average"], state["step"]
-    dataset = WorldSteps(recipe.data, config, tokenizer, recipe.steps, rank, recipe.processes)
+    dataset = WorldSteps(recipe, config, tokenizer, rank, recipe.processes)
     started = time.perf_counter()
     for step, micro in enumerate(batches(dataset, first, recipe.data.workers), start=first):
         for settings in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -133,7 +133,7 @@ def _run(rank: int, recipe: Recipe, report: Callable[[Progress], None], group: A
             continue
         _update_average(average, model, min(recipe.optim.ema_decay, (step + 1) / (step + 10)))
         now = time.perf_counter()
-        progress = Progress(step + 1, answer, auxiliary, accuracy, recipe.data.samples_per_step / (now - started))
+        progress = Progress(step + 1, answer, auxiliary, accuracy, dataset.count(step) / (now - started))
         started = now
         with open(folder / "metrics.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(dataclasses.asdict(progress)) + "\n")

@@ -104,7 +104,7 @@ def paint_printed(rng: random.Random, plan: Printed) -> tuple[Image.Image, tuple
     """The picture, and a mark at the centre of each character as it is printed, rotation included."""
     width, height, text = plan.width, plan.height, plan.text
     behind = background(rng, width, height, "paper" if rng.random() < 0.4 else "calm")
-    ink = _ink(rng, behind)
+    ink = readable_ink(rng, behind)
     angle = math.radians(rng.uniform(-5, 5)) if rng.random() < 0.6 else 0.0
     cos, sin = math.cos(angle), abs(math.sin(angle))
     face = fonts.pick_face(rng)
@@ -169,7 +169,7 @@ class _Row:
         return centers, [((c - a) / 2, (d - b) / 2) for a, b, c, d in self.boxes]
 
 
-def _ink(rng: random.Random, behind: Background) -> RGB:
+def readable_ink(rng: random.Random, behind: Background) -> RGB:
     """A colour that can be read on the background: mostly dark on light or light on dark, often coloured."""
     best: tuple[float, RGB] = (-1.0, (0, 0, 0))
     for attempt in range(12):

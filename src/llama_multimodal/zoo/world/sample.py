@@ -13,10 +13,11 @@ from .outside import unseen_question
 from .printed import paint_printed, plan_printed, printed_turns
 from .questions import scene_turns
 from .scenes import paint_scene, plan_scene
+from .sheets import paint_sheet
 from .types import NO_PICTURE_ANSWER, Family, Sample, Split, Turn
 
-FAMILIES: tuple[Family, ...] = ("scene", "text", "chart", "none")
-_SHARES = (0.60, 0.20, 0.17, 0.03)
+FAMILIES: tuple[Family, ...] = ("scene", "text", "chart", "none", "sheet")
+_SHARES = (0.60, 0.20, 0.17, 0.03, 0.0)  # a sheet comes only where it is asked for
 _STREAMS = {"train": 0, "heldout": 1, "corpus": 2}
 
 
@@ -50,6 +51,9 @@ def sample(
         asked = chart_turns(rng, chart, turns)
         image, marks = paint_chart(rng, chart)
         return Sample(image, asked, marks, kind)
+    if kind == "sheet":
+        image, marks = paint_sheet(rng)
+        return Sample(image, (), marks, kind)
     return Sample(None, _unseen_turns(rng, turns), (), kind)
 
 

@@ -30,7 +30,7 @@ KINDS = (
 OUTSIDE_ANSWER = "I can only answer about shapes, printed words and bar charts in a picture."
 NO_PICTURE_ANSWER = "Please show me a picture of shapes, a printed word or a bar chart."
 
-Family = Literal["scene", "text", "chart", "none"]
+Family = Literal["scene", "text", "chart", "none", "sheet"]
 Split = Literal["train", "heldout"]
 
 
