@@ -79,9 +79,7 @@ def test_steps_are_a_function_of_seed_and_step(tmp_path: Path) -> None:
     config, tokenizer, _ = loop.prepare(one)
     first, again = (WorldSteps(one, config, tokenizer)[5][0] for _ in range(2))
     assert torch.equal(first.inputs.tokens, again.inputs.tokens) and torch.equal(first.inputs.tiles, again.inputs.tiles)
-    other = WorldSteps(
-        dataclasses.replace(one, data=dataclasses.replace(one.data, seed=1)), config, tokenizer
-    )[5][0]
+    other = WorldSteps(dataclasses.replace(one, data=dataclasses.replace(one.data, seed=1)), config, tokenizer)[5][0]
     assert first.inputs.tokens.shape != other.inputs.tokens.shape or not torch.equal(
         first.inputs.tokens, other.inputs.tokens
     )

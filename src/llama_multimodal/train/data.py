@@ -80,9 +80,7 @@ class WorldSteps(Dataset[list[MicroBatch]]):
         base = self.data.seed * 1_000_000_000 + step * count
         prepared = []
         for i in range(self.rank, count, self.world):
-            item = sample(
-                base + i, family=family, turns=self.data.turns_per_scene, small=self.data.small_pictures
-            )
+            item = sample(base + i, family=family, turns=self.data.turns_per_scene, small=self.data.small_pictures)
             prepared.append(_Prepared(*encode_sample(item, self.tokenizer, self.config), item))
         prepared.sort(key=lambda p: len(p.tokens))
         return [self._microbatch(group) for group in self._groups(prepared)]
