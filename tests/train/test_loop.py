@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llama_multimodal.config import ModelConfig, TextConfig, TiledVisionConfig
+from llama_multimodal.errors import ConfigError
 from llama_multimodal.inputs import ImageLayout
 from llama_multimodal.models import VisionLanguageModel
 from llama_multimodal.models.layers import split_heads
@@ -18,6 +19,7 @@ from llama_multimodal.train.auxiliary import PATCH_HEADS, picture_targets
 from llama_multimodal.train.config import DataConfig, OptimConfig, Recipe
 from llama_multimodal.train.data import IGNORED, WorldSteps
 from llama_multimodal.train.initial import initialise
+from llama_multimodal.weights.save import save_checkpoint
 from llama_multimodal.zoo.world import Mark
 
 VISION = TiledVisionConfig(32, 48, 2, 1, 2, 3, 64, 16, 4, (1,))
@@ -184,3 +186,19 @@ def test_sheets_ask_what_is_where_and_nothing_about_the_picture_as_a_whole(tmp_p
     for name in ("index", "value", "same", "same_color", "same_shape"):
         assert (sheets.targets.patches[names.index(name)] == IGNORED).all()
     assert sum(batch.inputs.tokens.shape[0] for batch in after) == 4
+
+
+def test_a_run_starts_from_saved_weights(tmp_path: Path) -> None:
+    first = recipe(tmp_path / "first", steps=2, vision_steps=0)
+    loop.train(first, lambda _: None)
+    model, _, file = loop.averaged_model(first)
+    folder = tmp_path / "model"
+    save_checkpoint(model, folder, tokenizer_from=file.parent)
+    frozen = OptimConfig(learning_rate=0.0, warmup_steps=1, decay_steps=1)
+    second = recipe(tmp_path / "second", steps=1, start_from=str(folder), optim=frozen)
+    loop.train(second, lambda _: None)
+    for name, value in weights(second).items():
+        assert torch.equal(value, dict(model.named_parameters())[name]), name
+    wider = dataclasses.replace(TEXT, intermediate_size=64)
+    with pytest.raises(ConfigError, match=r"differs from the recipe in text.intermediate_size \(48, not 64\)"):
+        loop.train(dataclasses.replace(second, output=str(tmp_path / "third"), text=wider), lambda _: None)

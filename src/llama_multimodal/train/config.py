@@ -51,6 +51,7 @@ class Recipe:
     text: TextConfig  # vocabulary and special tokens are filled in from the tokenizer
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
+    start_from: str | None = None  # "tiny" or a folder: a model of the same shape whose weights a new run starts from
     sheet_steps: int = 0  # first steps, of the vision encoder on sheets: small pictures full of things
     vision_steps: int = 0  # steps until here train the encoder alone, on its auxiliary targets
     auxiliary_weight: float = 1.0

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
+from ..loading import load
 from ..models import VisionLanguageModel
 from ..processing.tokenizer import Tokenizer
 from ..zoo.tokenizer import build_tokenizer
@@ -109,6 +110,8 @@ def _run(rank: int, recipe: Recipe, report: Callable[[Progress], None], group: A
     model, heads = VisionLanguageModel(config), AuxiliaryHeads(config.vision)
     pictures = WorldSteps(recipe, config, tokenizer)
     initialise(model, torch.cat([m.inputs.tiles for step in range(_INITIAL_STEPS) for m in pictures[step]]))
+    if recipe.start_from is not None:
+        _copy_weights(recipe.start_from, model)
     modules = nn.ModuleDict({"model": model, "heads": heads})
     optimizers = _optimizers(modules, recipe.optim)
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -141,6 +144,23 @@ def _run(rank: int, recipe: Recipe, report: Callable[[Progress], None], group: A
         if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
             state = {"modules": modules.state_dict(), "average": average, "step": step + 1}
             save_state(state_file, {**state, "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+
+
+def _copy_weights(source: str, model: VisionLanguageModel) -> None:
+    """Start from a saved model's weights.
+
+    Raises:
+        ConfigError: its shape is not the recipe's.
+    """
+    started, _ = load(source, dtype=torch.float32)
+    for section in ("vision", "text"):
+        ours, theirs = (dataclasses.asdict(getattr(m.config, section)) for m in (model, started))
+        if differing := [key for key in ours if ours[key] != theirs[key]]:
+            raise ConfigError(
+                f"start_from: {source} differs from the recipe in {section}.{differing[0]}"
+                f" ({theirs[differing[0]]}, not {ours[differing[0]]}); make them equal or leave start_from out"
+            )
+    model.load_state_dict(started.state_dict())
 
 
 def averaged_model(recipe: Recipe) -> tuple[VisionLanguageModel, Tokenizer, Path]:
