@@ -374,22 +374,85 @@ def test_registry_guesses_names():
 
 
 def test_doctor(llama_mm, monkeypatch):
-    from llama_multimodal.ops import _dispatch
-
     text = llama_mm("doctor")
     assert text.code == 0
     for part in ("Versions", "Devices", "Backends", "rms_norm", "What is missing"):
         assert part in text.out
-    monkeypatch.setattr(_dispatch, "why_missing", lambda backend: None)
-    monkeypatch.setitem(_dispatch._kernels, ("linear", "cpu"), lambda: None)
     monkeypatch.setattr(doctor, "_EXTRAS", {"train": ("a-package-that-is-not-there",)})
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     report = json.loads(llama_mm("doctor", "--json").out)
-    assert report["backends"]["ops"]["linear"] == {"cuda": False, "triton": False, "cpu": True, "torch": True}
     assert report["devices"][0]["name"] == "cpu"
     assert report["hub"]["token"] is False
     wanted = {'pip install -e ".[train]"', "accept the licence, then: hf auth login"}
     assert wanted <= {problem["mend"] for problem in report["problems"]}
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Two backends with kernels of their own, one that cannot be used and one that has none at all."""
+    from llama_multimodal.ops import _dispatch
+    from llama_multimodal.ops.backends import native
+
+    missing = {
+        "cuda": "its library is not built: there is no nvcc; install the CUDA toolkit",
+        "triton": "triton cannot be imported (no module); pip install triton",
+    }
+    held = {("rms_norm", "cuda"): None, ("swiglu", "cuda"): None, ("linear", "cpu"): None, ("swiglu", "cpu"): None}
+    built = {
+        "cuda": {"built": False, "why": "no nvcc"},
+        "cpu": {"built": True, "compiler": "g++ 12", "archs": ["avx2"]},
+    }
+    monkeypatch.setattr(_dispatch, "_kernels", held)
+    monkeypatch.setattr(_dispatch, "why_missing", missing.get)
+    monkeypatch.setattr(native, "build_report", built.get)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("LLAMA_MM_BACKEND", raising=False)
+    return SimpleNamespace(missing=missing, held=held)
+
+
+def test_doctor_says_what_each_backend_is_to_an_op(llama_mm, kernels, monkeypatch):
+    backends = json.loads(llama_mm("doctor", "--json").out)["backends"]
+    used, nothing, no_triton = ("in use", "left to torch", "cannot be imported")
+    assert backends["ops"]["linear"] == {"cuda": nothing, "triton": no_triton, "cpu": used, "torch": "available"}
+    assert backends["ops"]["rms_norm"] == {"cuda": "not built", "triton": no_triton, "cpu": nothing, "torch": used}
+    assert backends["missing"] == kernels.missing and backends["device"] == "cpu" and backends["requested"] is None
+    monkeypatch.setenv("LLAMA_MM_BACKEND", "torch")
+    forced = json.loads(llama_mm("doctor", "--json").out)["backends"]
+    assert forced["ops"]["linear"]["cpu"] == "available" and forced["ops"]["linear"]["torch"] == "in use"
+    monkeypatch.setenv("LLAMA_MM_BACKEND", "cuda")
+    text = llama_mm("doctor").out
+    for line in (
+        "Backends, for tensors on cpu (-: left to torch)",
+        "triton: triton cannot be imported (no module); pip install triton",
+        "cpu library: built by g++ 12 for avx2",
+        "LLAMA_MM_BACKEND asks for cuda, which cannot be used here: its library is not built: there is no nvcc",
+    ):
+        assert line in text, text
+    assert text.count("there is no nvcc") == 2  # once as the reason, once for what was asked
+
+
+def test_doctor_on_a_machine_with_a_gpu(llama_mm, kernels, monkeypatch):
+    kernels.missing.clear()
+    kernels.held["swiglu", "triton"] = None
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    ops = json.loads(llama_mm("doctor", "--json").out)["backends"]["ops"]
+    assert ops["swiglu"] == {"cuda": "in use", "triton": "available", "cpu": "available", "torch": "available"}
+    assert ops["linear"] == {"cuda": "left to torch", "triton": "left to torch", "cpu": "available", "torch": "in use"}
+
+
+@pytest.mark.parametrize(
+    "reason, short",
+    [
+        ("there is no CUDA device", "no CUDA device"),
+        ("there is no GPU, and TRITON_INTERPRET=1 is not set", "no GPU"),
+        ("its library is not built: NO_CUDA is set", "not built"),
+        ("its library does not run on this sm_61 (it is built for sm_90; x)", "does not run on this sm_61"),
+        ("this version has no such kernels", "this version has no such kernels"),
+    ],
+)
+def test_doctor_shortens_reasons(reason, short):
+    assert doctor._short(reason) == short
 
 
 def test_doctor_knows_every_op():
@@ -398,7 +461,7 @@ def test_doctor_knows_every_op():
 
     from llama_multimodal import ops
 
-    calls = [re.findall(r'call\("(\w+)"', file.read_text()) for file in Path(ops.__file__).parent.glob("[a-z]*.py")]
+    calls = [re.findall(r'call\(\s*"(\w+)"', file.read_text()) for file in Path(ops.__file__).parent.glob("[a-z]*.py")]
     assert sorted(name for names in calls for name in names) == sorted(doctor.OPS)
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -72,7 +73,7 @@ def examine(threads_bound: bool | None) -> dict[str, Any]:
     else:
         report["threads"] = _threads(torch, threads_bound)
         report["devices"] = _devices(torch)
-        report["backends"] = _backends()
+        report["backends"] = _backends("cuda" if torch.cuda.is_available() else "cpu")
         if not any(device["name"].startswith(("cuda", "mps")) for device in report["devices"]):
             cpu_only = torch.version.cuda is None and torch.version.hip is None
             why = (
@@ -151,23 +152,53 @@ def _devices(torch: Any) -> list[dict[str, Any]]:
     return devices
 
 
-def _backends() -> dict[str, Any]:
+def _backends(device: str) -> dict[str, Any]:
+    """For each op, what each backend is to it for tensors on `device`: in use, available, left to torch, or why not."""
     from .. import ops
     from ..ops import _dispatch
+    from ..ops.backends.native import build_report
 
+    missing = {name: _dispatch.why_missing(name) for name in ops.BACKENDS}
+    order: tuple[str, ...] = _dispatch._AUTOMATIC.get(device, ())
+    requested = None
     try:
-        requested = _dispatch.requested_backend()
+        if forced := _dispatch.requested_backend():
+            why = missing[forced]
+            requested = f"{forced}, which cannot be used here: {why}" if why else forced
+            order = (forced,)
     except Exception as error:  # LLAMA_MM_BACKEND holds no backend's name
         requested = f"{os.environ.get('LLAMA_MM_BACKEND')} ({error})"
-    kernels = ops.available()
-    names = sorted({*OPS, *kernels})
-    table = {op: {name: name in ("torch", *kernels.get(op, ())) for name in ops.BACKENDS} for op in names}
-    return {"requested": requested, "ops": table}
+
+    held = {*_dispatch._kernels, *((op, "torch") for op in OPS)}
+    known = {backend for _, backend in held}  # a backend that cannot even be imported has named no kernels
+
+    def state(op: str, backend: str) -> str:
+        if (op, backend) not in held and backend in known:
+            return "left to torch"
+        if why := missing[backend]:
+            return _short(why)
+        there = (name for name in (*order, "torch") if (op, name) in held and missing[name] is None)
+        return "in use" if backend == next(there) else "available"
+
+    return {
+        "device": device,
+        "requested": requested,
+        "ops": {op: {name: state(op, name) for name in ops.BACKENDS} for op in sorted({*OPS, *(op for op, _ in held)})},
+        "missing": {name: why for name, why in missing.items() if why},
+        "built": {name: report for name in ("cuda", "cpu") if (report := build_report(name))},
+    }
+
+
+def _short(reason: str) -> str:
+    """The head of a reason, for a table's cell: "there is no CUDA device; …" → "no CUDA device"."""
+    head = re.split(r"[;:,(]", reason)[0].strip()
+    return re.sub(r"^(there is|its library( is)?|triton) ", "", head)
 
 
 OPS = (
     "add_rms_norm", "apply_rope", "attention", "cross_attention", "decode_attention", "kv_write", "linear",
-    "linear_cross_entropy", "linear_gelu", "packed_linear", "paged_decode_attention", "prepare_weight", "rms_norm", "swiglu",
+    "linear_cross_entropy", "linear_gelu", "packed_linear", "paged_decode_attention", "prepare_weight", "rms_norm",
+    "swiglu",
 )  # fmt: skip
 """Every op that dispatches; those without a kernel register nothing, so they are named here."""
 
@@ -225,17 +256,7 @@ def _print(report: dict[str, Any]) -> None:
         [(d["name"], f"{d['what']}, {size(d['memory_bytes'] or 0)}") for d in report["devices"]],
     )
     if report["backends"]:
-        ops = report["backends"]["ops"]
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column("op", min_width=18)
-        for backend in next(iter(ops.values())):
-            table.add_column(backend, justify="center")
-        for op, row in ops.items():
-            table.add_row(op, *("yes" if there else "-" for there in row.values()))
-        console.print("\nBackends", style="bold")
-        console.print(table)
-        if report["backends"]["requested"]:
-            console.print(f"LLAMA_MM_BACKEND asks for {report['backends']['requested']}", markup=False)
+        _print_backends(console, report["backends"])
     hub, embedded = report["hub"], report["embedded_model"]
     section(
         "Models",
@@ -252,3 +273,26 @@ def _print(report: dict[str, Any]) -> None:
     for found in report["problems"]:
         console.print(f"{found['severity']}: {found['what']}\n    → {found['mend']}", markup=False, soft_wrap=True)
     sys.stdout.flush()
+
+
+def _print_backends(console: Any, backends: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("op", no_wrap=True)
+    for backend in next(iter(backends["ops"].values())):
+        table.add_column(backend)
+    for op, row in backends["ops"].items():
+        table.add_row(op, *(state.replace("left to torch", "-") for state in row.values()))
+    console.print(f"\nBackends, for tensors on {backends['device']} (-: left to torch)", style="bold")
+    console.print(table)
+    for backend, why in backends["missing"].items():
+        console.print(f"{backend}: {why}", markup=False, soft_wrap=True)
+    for backend, built in backends["built"].items():
+        if built.get("built"):
+            what = f"built by {built['compiler']} for {' '.join(built['archs'])}"
+            console.print(f"{backend} library: {what}", markup=False, soft_wrap=True)
+        elif built.get("why") and built["why"] not in backends["missing"].get(backend, ""):
+            console.print(f"{backend} library: not built, {built['why']}", markup=False, soft_wrap=True)
+    if backends["requested"]:
+        console.print(f"LLAMA_MM_BACKEND asks for {backends['requested']}", markup=False, soft_wrap=True)

@@ -3,7 +3,7 @@
 A backend is a package under `ops/backends/` whose modules mirror the ops' file names and register their kernels here
 when the package is first needed. The torch reference lives in each op's own file and is always there. The choice
 depends on static facts only (the forced backend; device, dtype, shapes; whether gradients are wanted), so that it
-neither waits for a device nor breaks a compiled graph.
+neither waits for a device nor breaks a compiled graph; a compiled graph keeps the backend of its first run.
 
 Left to itself the dispatch takes the first of cuda, triton, cpu whose kernel takes the arguments, else the reference.
 A forced backend must take them where it has a kernel for the op at all; ops that a backend leaves to torch by design
@@ -99,6 +99,7 @@ def _objection(kernel: Kernel, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 @functools.cache
+@torch.compiler.assume_constant_result
 def why_missing(backend: str) -> str | None:
     """Why a backend cannot be used on this machine, or None; its kernels are registered by the first call."""
     if backend == "torch":
@@ -112,6 +113,7 @@ def why_missing(backend: str) -> str | None:
     return package.load()
 
 
+@torch.compiler.assume_constant_result
 def requested_backend() -> str | None:
     """The backend that `use_backend` or `LLAMA_MM_BACKEND` asks for; None leaves the choice to the dispatch."""
     name = _forced.get() or os.environ.get("LLAMA_MM_BACKEND") or None

@@ -1,0 +1,38 @@
+"""A whole model on the CUDA kernels against the same one on torch's: logits and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_model import IMAGE, make_inputs, random_model
+
+from llama_multimodal import ops
+
+ROWS = [[60, 5, 9, IMAGE, 4, 33, 2], [60, 7, 11]]
+GRIDS: list[list[tuple[int, int]]] = [[(1, 2)], []]
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_logits_are_those_of_the_reference(dtype: torch.dtype) -> None:
+    model, inputs = random_model(dtype=dtype), make_inputs(ROWS, GRIDS)
+    with torch.inference_mode():
+        ours = model(inputs).logits
+        with ops.use_backend("torch"):
+            expected = model(inputs).logits
+    scale = float(expected.float().abs().max())
+    torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_gradients_are_those_of_the_reference() -> None:
+    model, inputs = random_model(dtype=torch.float32), make_inputs(ROWS, GRIDS)
+    parameters = dict(model.named_parameters())
+    ours = torch.autograd.grad(model(inputs).logits.square().mean(), parameters.values(), allow_unused=True)
+    with ops.use_backend("torch"):
+        expected = torch.autograd.grad(model(inputs).logits.square().mean(), parameters.values(), allow_unused=True)
+    for name, a, b in zip(parameters, ours, expected):
+        assert (a is None) == (b is None), name
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()), msg=name)
