@@ -110,6 +110,8 @@ def why_missing(backend: str) -> str | None:
         if error.name is None or not error.name.startswith(f"{__package__}.backends"):
             raise
         return "this version has no such kernels"
+    if package.__file__ is None:  # a folder without modules: all that is there is a build report
+        return "this version has no such kernels"
     return package.load()
 
 
