@@ -1,0 +1,103 @@
+"""One matrix product of llama.cpp, as a peer: ggml's own library, from llama-cpp-python, through ctypes.
+
+As llama.cpp does it: weights in the repacked layout where ggml has one for them, activations in fp32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TYPES = {"bf16": 30, "int8": 8, "int4": 2}
+"""GGML_TYPE_BF16, Q8_0 and Q4_0; the latter two have a scale for 32 values."""
+_F32 = 0
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
+
+
+class _Memory(ctypes.Structure):
+    """ggml_init_params: tensors' heads only, their data lies in buffers of a backend."""
+
+    _fields_ = [("size", _SIZE), ("buffer", _POINTER), ("no_alloc", ctypes.c_bool)]
+
+
+def installed() -> bool:
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+class Ggml:
+    """The CPU backend with a number of threads. torch is loaded before it, and lends it its OpenMP."""
+
+    def __init__(self, threads: int) -> None:
+        spec = importlib.util.find_spec("llama_cpp")
+        assert spec is not None and spec.origin is not None
+        folder = Path(spec.origin).parent / "lib"
+        self._libraries = [
+            ctypes.CDLL(str(folder / f"libggml{part}.so"), mode=ctypes.RTLD_GLOBAL) for part in ("-base", "-cpu", "")
+        ]
+        self._backend = self._call("ggml_backend_cpu_init")
+        self._call("ggml_backend_cpu_set_n_threads", self._backend, threads)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """Whole numbers are passed as pointers are; every result is one."""
+        function = next(getattr(lib, name) for lib in self._libraries if hasattr(lib, name))
+        function.restype = _POINTER
+        return function(*(_POINTER(a) if isinstance(a, int) else a for a in arguments))
+
+    def _context(self, tensors: int, graph: bool = False) -> int:
+        size = tensors * self._call("ggml_tensor_overhead") + (self._call("ggml_graph_overhead") if graph else 0)
+        return self._call("ggml_init", _Memory(size, None, True))
+
+    def _repacked(self) -> int | None:
+        """The buffer type whose tensors are laid out anew when they are set."""
+        device = self._call("ggml_backend_dev_by_type", 0)
+        registry = self._call("ggml_backend_dev_backend_reg", device)
+        address = self._call("ggml_backend_reg_get_proc_address", registry, b"ggml_backend_dev_get_extra_bufts")
+        types = ctypes.cast(ctypes.CFUNCTYPE(_POINTER, _POINTER)(address)(device), ctypes.POINTER(_POINTER))
+        index = 0
+        while types[index]:
+            if ctypes.string_at(self._call("ggml_backend_buft_name", types[index])) == b"CPU_REPACK":
+                return types[index]
+            index += 1
+        return None
+
+    def product(self, x: Tensor, weight: Tensor, format: str) -> Callable[[], Any]:
+        """x: [T, K], weight: [N, K], both fp32 → a function that runs ggml's mul_mat of the rounded weight."""
+        rows, (outputs, inputs), kind = x.shape[0], weight.shape, TYPES[format]
+        holder = self._context(1)
+        packed = self._call("ggml_new_tensor_2d", holder, kind, inputs, outputs)
+        nbytes = self._call("ggml_nbytes", packed)
+        # ggml repacks Q4_0 on x86; the other formats have no such layout there.
+        if format == "int4" and (repacked := self._repacked()):
+            self._call("ggml_backend_alloc_ctx_tensors_from_buft", holder, repacked)
+        else:
+            self._call("ggml_backend_alloc_ctx_tensors", holder, self._backend)
+        stored = torch.empty(nbytes, dtype=torch.uint8)
+        if format == "bf16":
+            stored = weight.bfloat16().contiguous()
+        else:
+            source = weight.contiguous()
+            self._call("ggml_quantize_chunk", kind, source.data_ptr(), stored.data_ptr(), 0, outputs, inputs, None)
+        self._call("ggml_backend_tensor_set", packed, stored.data_ptr(), 0, nbytes)
+
+        steps = self._context(8, graph=True)
+        given = self._call("ggml_new_tensor_2d", steps, _F32, inputs, rows)
+        result = self._call("ggml_mul_mat", steps, packed, given)
+        graph = self._call("ggml_new_graph", steps)
+        self._call("ggml_build_forward_expand", graph, result)
+        self._call("ggml_backend_alloc_ctx_tensors", steps, self._backend)
+        x = x.float().contiguous()
+        self._call("ggml_backend_tensor_set", given, x.data_ptr(), 0, x.nbytes)
+        out = torch.empty(rows, outputs)
+
+        def run() -> Tensor:
+            self._call("ggml_backend_graph_compute", self._backend, graph)
+            self._call("ggml_backend_tensor_get", result, out.data_ptr(), 0, out.nbytes)
+            return out
+
+        return run

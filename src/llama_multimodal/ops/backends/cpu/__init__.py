@@ -1,0 +1,19 @@
+"""Kernels in C++ for CPUs: AVX-512 with VNNI, AVX2, or neither, chosen when the library is loaded.
+
+`LLAMA_MM_CPU_ISA` = avx512, avx2 or plain asks for one of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from . import library
+
+_MODULES = ("cross_attention", "decode_attention", "packed_linear")
+
+
+def load() -> str | None:
+    """Register the kernels; the reason where they cannot be used here."""
+    for module in _MODULES:
+        importlib.import_module(f"{__name__}.{module}")
+    return library.find()

@@ -1,0 +1,63 @@
+// Which instruction set runs: the best that this machine has, or the one that LLAMA_MM_CPU_ISA names.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace llama_mm {
+
+extern const Kernels kPlain;
+#if defined(__x86_64__)
+extern const Kernels kAvx512;
+extern const Kernels kAvx2;
+#endif
+
+namespace {
+
+const Kernels* find(const char* name) {  // a null name: the best
+  auto wanted = [name](const char* set) { return !name || strcmp(name, set) == 0; };
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (wanted("avx512") && avx2 && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vnni"))
+    return &kAvx512;
+  if (wanted("avx2") && avx2) return &kAvx2;
+#endif
+  return wanted("plain") ? &kPlain : nullptr;
+}
+
+const Kernels* named_by_environment() {
+  const char* name = getenv("LLAMA_MM_CPU_ISA");
+  return find(name && *name ? name : nullptr);
+}
+
+const Kernels*& chosen() {
+  static const Kernels* table = named_by_environment();
+  return table;
+}
+
+}  // namespace
+
+const Kernels* kernels() { return chosen(); }
+
+}  // namespace llama_mm
+
+extern "C" {
+
+// The instruction set in use; null where the environment asks for one that is not there.
+const char* llama_mm_cpu_instruction_set() {
+  const llama_mm::Kernels* table = llama_mm::kernels();
+  return table ? table->name : nullptr;
+}
+
+// Use another one from now on; 1 where this machine or this build does not have it. For tests: not while kernels run.
+int llama_mm_cpu_use_instruction_set(const char* name) {
+  const llama_mm::Kernels* table = llama_mm::find(name);
+  if (!table) return 1;
+  llama_mm::chosen() = table;
+  return 0;
+}
+
+}  // extern "C"

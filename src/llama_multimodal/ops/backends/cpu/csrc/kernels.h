@@ -1,0 +1,84 @@
+// What each instruction set provides, and what the drivers hand it.
+//
+// One source file an instruction set fills a `Kernels` table; the drivers (packed_linear.cpp, decode_attention.cpp) are
+// compiled without special instructions and call through the table that `kernels()` chose for this machine.
+//
+// Shapes: N outputs · K inputs · G values of a group · T rows of x, at most 8 · D head dim
+#pragma once
+
+#include <cstdint>
+
+namespace llama_mm {
+
+enum DType : int { kFloat32 = 0, kBFloat16 = 1 };
+
+constexpr int kTileRows = 16;  // weight rows that lie interleaved
+constexpr int kBlock = 32;     // inputs that share one step of x
+constexpr int kMaxRows = 8;    // rows of x in one pass over a weight
+constexpr int kMaxHeads = 4;   // query heads that share one pass over a key head's keys and values
+
+// x of one row and 32 inputs: x ≈ step · q, and q is split into digits (see round_row.h).
+struct BlockOfX {
+  float step;
+  int32_t start[3];  // a digit: the sum over q, times minus the zero of a symmetric weight
+  float total[3];    // a digit: the sum over q, for weights with zeros of their own
+  int32_t unused;
+};
+
+struct RoundedX {
+  BlockOfX* blocks;  // [T, K/32]
+  void* digits;      // [T, K/32, digits, 32], int8 or int16 as the instruction set likes it
+};
+
+// An int8 or int4 weight in tiles of 16 rows; values are unsigned (int8 with 128 added).
+struct PackedWeight {
+  const uint8_t* values;   // int8 [N/16, K/4, 16, 4] · int4 [N/16, K/8, 16, 4]: inputs 0-3 low in a byte, 4-7 high
+  const uint16_t* scales;  // fp16 [N/16, K/G, 16]
+  const uint8_t* zeros;    // [N/16, K/G, 16], or null: 128 for int8, 8 for int4
+  int64_t blocks;          // K/32
+  int64_t blocks_per_group;
+  bool int4;
+};
+
+// One run of keys that lie at a constant stride, for the query heads of one key head.
+struct Run {
+  const void* k;
+  const void* v;
+  int64_t k_stride;  // in elements
+  int64_t v_stride;
+  int64_t count;
+  const float* bias;  // [count], in powers of two; or null
+};
+
+// Softmax over the runs seen so far, in powers of two: out = acc / sum.
+struct Softmax {
+  const float* q;  // [heads, D], times log2(e) / √D
+  float* acc;      // [heads, D]
+  float* max;      // [heads]
+  float* sum;      // [heads]
+  int heads;
+  int64_t dim;
+};
+
+struct Kernels {
+  const char* name;
+  // How many bytes the digits of one value of x take, by the dtype of x.
+  int digit_bytes[2];
+  // x [K] as fp32 → digits and block heads; `middle`: the zero of a symmetric weight.
+  void (*round_row)(const float* x, int64_t blocks, DType dtype, int middle, BlockOfX* heads, void* digits);
+  // sums [16, 8] of one tile's outputs against 1 to 8 rows of x.
+  void (*dot_tile)(const PackedWeight& weight, int64_t tile, const RoundedX& x, int rows, DType dtype, float* sums);
+  // One tile back to values, row after row: out [16, K] fp32 or bf16.
+  void (*unpack_tile)(const PackedWeight& weight, int64_t tile, DType dtype, void* out);
+  // x [K] → the order that dot_bf16 reads.
+  void (*order_row)(const float* x, int64_t inputs, float* out);
+  // sums [outputs, 8] of up to 4 outputs' bf16 weights [K] against 1 to 8 ordered rows of x at x_stride.
+  void (*dot_bf16)(const uint16_t* weight, int64_t inputs, int outputs, const float* x, int64_t x_stride, int rows,
+                   float* sums);
+  void (*attend[2])(const Run& run, const Softmax& state);  // by the dtype of the cache
+};
+
+// The table in use, or null where LLAMA_MM_CPU_ISA names what this machine does not have.
+const Kernels* kernels();
+
+}  // namespace llama_mm

@@ -1,0 +1,137 @@
+// packed_linear of few rows, and a packed weight's tiles back to values: the work is shared out over the outputs, and
+// an output's weights are read from memory once, however many rows x has.
+//
+// Shapes: N outputs · K inputs · T rows of x
+#include <cstdlib>
+
+#include "kernels.h"
+#include "scalar.h"
+
+namespace {
+
+using namespace llama_mm;
+
+constexpr int64_t kStep = 4;  // outputs of a bf16 weight at a time
+constexpr int64_t kBytesPerThread = 1 << 15;  // less than this of a weight is not worth waking another thread
+
+struct Output {
+  void* out;  // [T, N], contiguous, in x's dtype
+  DType dtype;
+  const void* bias;  // [N], or null
+  DType bias_dtype;
+  int64_t outputs;
+
+  // sums [count, 8] of outputs from `output` on, those past the last dropped, and `rows` rows from `row` on.
+  void put(const float* sums, int row, int rows, int64_t output, int64_t count) const {
+    if (count > outputs - output) count = outputs - output;
+    for (int64_t n = 0; n < count; n++)
+      for (int t = 0; t < rows; t++)
+        set(out, dtype, (row + t) * outputs + output + n,
+            sums[n * kMaxRows + t] + (bias ? get(bias, bias_dtype, output + n) : 0.0f));
+  }
+};
+
+int least(int a, int b) { return a < b ? a : b; }
+
+int useful_threads(int threads, int64_t bytes) {
+  const int64_t most = bytes / kBytesPerThread + 1;
+  return static_cast<int>(most < threads ? most : threads);
+}
+
+// How many pieces of work a thread takes at once: a thread that is held up leaves the rest to the others.
+int64_t share(int64_t pieces, int threads) { return pieces / (16 * threads) + 1; }
+
+struct Scratch {
+  void* memory;
+  explicit Scratch(int64_t bytes) : memory(aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64))) {}
+  ~Scratch() { free(memory); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
+
+}  // namespace
+
+extern "C" {
+
+// 0, or 1 where there is no memory. x: [T, K]; out: [T, N]; see PackedWeight for the weight.
+int llama_mm_cpu_packed_linear(const void* x, int dtype, int rows, int64_t inputs,
+                               const uint8_t* values, const uint16_t* scales, const uint8_t* zeros, int int4,
+                               int64_t group, const void* bias, int bias_dtype, int64_t outputs, void* out,
+                               int threads) {
+  const Kernels& use = *kernels();
+  const DType type = static_cast<DType>(dtype);
+  const int64_t blocks = inputs / kBlock, tiles = (outputs + kTileRows - 1) / kTileRows;
+  const PackedWeight weight = {values, scales, zeros, blocks, group / kBlock, int4 != 0};
+  const Output output = {out, type, bias, static_cast<DType>(bias_dtype), outputs};
+  const int middle = zeros ? 0 : int4 ? 8 : 128;
+
+  const int64_t heads_bytes = rows * blocks * static_cast<int64_t>(sizeof(BlockOfX));
+  const int64_t row_bytes = inputs * use.digit_bytes[type];
+  Scratch scratch(heads_bytes + rows * row_bytes + inputs * 4);
+  if (!scratch.memory) return 1;
+  char* memory = static_cast<char*>(scratch.memory);
+  const RoundedX rounded = {reinterpret_cast<BlockOfX*>(memory), memory + heads_bytes};
+  float* wide = reinterpret_cast<float*>(memory + heads_bytes + rows * row_bytes);
+  for (int t = 0; t < rows; t++) {
+    for (int64_t k = 0; k < inputs; k++) wide[k] = get(x, type, t * inputs + k);
+    use.round_row(wide, blocks, type, middle, rounded.blocks + t * blocks,
+                  static_cast<char*>(rounded.digits) + t * row_bytes);
+  }
+
+  const int team = useful_threads(threads, outputs * inputs / (int4 ? 2 : 1));
+#pragma omp parallel for schedule(dynamic, share(tiles, team)) num_threads(team) if (team > 1)
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    float sums[kTileRows * kMaxRows];
+    for (int row = 0; row < rows; row += kMaxRows) {
+      const RoundedX part = {rounded.blocks + row * blocks, static_cast<char*>(rounded.digits) + row * row_bytes};
+      use.dot_tile(weight, tile, part, least(rows - row, kMaxRows), type, sums);
+      output.put(sums, row, least(rows - row, kMaxRows), tile * kTileRows, kTileRows);
+    }
+  }
+  return 0;
+}
+
+// The same with a bf16 weight [N, K] as it lies.
+int llama_mm_cpu_bf16_linear(const void* x, int dtype, int rows, int64_t inputs,
+                             const uint16_t* weight, const void* bias, int bias_dtype, int64_t outputs, void* out,
+                             int threads) {
+  const Kernels& use = *kernels();
+  const DType type = static_cast<DType>(dtype);
+  const Output output = {out, type, bias, static_cast<DType>(bias_dtype), outputs};
+  const int64_t stride = (inputs + 15) / 16 * 16;
+  Scratch scratch((rows + 1) * stride * 4);
+  if (!scratch.memory) return 1;
+  float *ordered = static_cast<float*>(scratch.memory), *wide = ordered + rows * stride;
+  for (int t = 0; t < rows; t++) {
+    for (int64_t k = 0; k < inputs; k++) wide[k] = get(x, type, t * inputs + k);
+    use.order_row(wide, inputs, ordered + t * stride);
+  }
+  const int team = useful_threads(threads, outputs * inputs * 2);
+#pragma omp parallel for schedule(dynamic, share(outputs / kStep, team)) num_threads(team) if (team > 1)
+  for (int64_t first = 0; first < outputs; first += kStep) {
+    float sums[kStep * kMaxRows];
+    const int64_t count = outputs - first < kStep ? outputs - first : kStep;
+    for (int row = 0; row < rows; row += kMaxRows) {
+      use.dot_bf16(weight + first * inputs, inputs, static_cast<int>(count), ordered + row * stride, stride,
+                   least(rows - row, kMaxRows), sums);
+      output.put(sums, row, least(rows - row, kMaxRows), first, count);
+    }
+  }
+  return 0;
+}
+
+// Tiles [first, end) of a packed weight → out [16 · (end - first), K], fp32 or bf16.
+void llama_mm_cpu_unpack_tiles(const uint8_t* values, const uint16_t* scales, const uint8_t* zeros, int int4,
+                               int64_t group, int64_t inputs, int64_t first, int64_t end, int dtype, void* out,
+                               int threads) {
+  const Kernels& use = *kernels();
+  const DType type = static_cast<DType>(dtype);
+  const PackedWeight weight = {values, scales, zeros, inputs / kBlock, group / kBlock, int4 != 0};
+  const int64_t bytes = kTileRows * inputs * (type == kFloat32 ? 4 : 2);
+  const int team = useful_threads(threads, (end - first) * bytes);
+#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
+  for (int64_t tile = first; tile < end; tile++)
+    use.unpack_tile(weight, tile, type, static_cast<char*>(out) + (tile - first) * bytes);
+}
+
+}  // extern "C"

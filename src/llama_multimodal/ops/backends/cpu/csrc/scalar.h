@@ -1,0 +1,31 @@
+// One value of a tensor, to and from fp32; what the drivers share.
+#pragma once
+
+#include <cstring>
+
+#include "kernels.h"
+
+namespace {
+
+inline int bytes_of(llama_mm::DType dtype) { return dtype == llama_mm::kFloat32 ? 4 : 2; }
+
+inline float get(const void* from, llama_mm::DType dtype, int64_t i) {
+  if (dtype == llama_mm::kFloat32) return static_cast<const float*>(from)[i];
+  const uint32_t word = static_cast<uint32_t>(static_cast<const uint16_t*>(from)[i]) << 16;
+  float x;
+  memcpy(&x, &word, sizeof(x));
+  return x;
+}
+
+inline void set(void* to, llama_mm::DType dtype, int64_t i, float x) {
+  if (dtype == llama_mm::kFloat32) {
+    static_cast<float*>(to)[i] = x;
+    return;
+  }
+  uint32_t word;
+  memcpy(&word, &x, sizeof(word));
+  const bool nan = x != x;  // rounding must not carry a NaN over to inf
+  static_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(nan ? 0x7fc0u : (word + 0x7fffu + (word >> 16 & 1u)) >> 16);
+}
+
+}  // namespace

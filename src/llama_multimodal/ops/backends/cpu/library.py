@@ -1,0 +1,113 @@
+"""The compiled kernels: where they are, their C signatures, and the pointers that they take."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ....errors import DeviceError
+from ..native import library_path, why_not_built
+
+INSTRUCTION_SETS = ("avx512", "avx2", "plain")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""The dtypes that kernels take, and their numbers in C."""
+
+OPS = torch.library.Library("llama_mm", "FRAGMENT")
+
+_POINTER, _INT, _SIZE, _TEXT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_char_p
+_KEYS = [_POINTER, _POINTER, _POINTER, _POINTER]  # k, its strides, v, its strides
+_QUERIES = [_POINTER, _INT, _SIZE, _SIZE, _SIZE, _SIZE]  # q, dtype, B, H, Hkv, D
+_WEIGHT = [_POINTER, _POINTER, _POINTER, _INT, _SIZE]  # values, scales, zeros, int4, G
+_SIGNATURES = {  # without the llama_mm_cpu_ that every name begins with
+    "instruction_set": ([], _TEXT),
+    "use_instruction_set": ([_TEXT], _INT),
+    "packed_linear": (
+        [_POINTER, _INT, _INT, _SIZE, *_WEIGHT, _POINTER, _INT, _SIZE, _POINTER, _INT],
+        _INT,
+    ),
+    "bf16_linear": ([_POINTER, _INT, _INT, _SIZE, _POINTER, _POINTER, _INT, _SIZE, _POINTER, _INT], _INT),
+    "unpack_tiles": ([*_WEIGHT, _SIZE, _SIZE, _SIZE, _INT, _POINTER, _INT], None),
+    "decode_attention": ([*_QUERIES, *_KEYS, _SIZE, _POINTER, _POINTER, _POINTER, _INT], _INT),
+    "paged_decode_attention": (
+        [*_QUERIES, *_KEYS, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _INT],
+        _INT,
+    ),
+    "cross_attention": ([*_QUERIES, *_KEYS, _SIZE, _POINTER, _POINTER, _INT], _INT),
+    "kv_write": (
+        [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER, _INT],
+        _INT,
+    ),
+}
+
+
+_library: ctypes.CDLL | None = None
+_instruction_set = ""  # empty where the environment asks for one that is not there
+
+
+def attach(path: str | Path) -> None:
+    """Use the library at `path` from now on. torch is loaded before it and lends it its OpenMP threads.
+
+    Raises:
+        OSError: it cannot be loaded. AttributeError: it is another version's. Both say why.
+    """
+    global _library, _instruction_set
+    library = ctypes.CDLL(str(path))
+    for name, (arguments, result) in _SIGNATURES.items():
+        function = getattr(library, f"llama_mm_cpu_{name}")
+        function.argtypes, function.restype = arguments, result
+        setattr(library, name, function)
+    _library, _instruction_set = library, (library.instruction_set() or b"").decode()
+
+
+def find() -> str | None:
+    """Attach the library that was built with the package, unless one is attached already; the reason if not."""
+    if _library is None:
+        if why := why_not_built("cpu"):
+            return why
+        try:
+            attach(library_path("cpu"))
+        except (OSError, AttributeError) as error:
+            return f"its library cannot be loaded ({error})"
+    if not _instruction_set:
+        asked = os.environ.get("LLAMA_MM_CPU_ISA")
+        return f'LLAMA_MM_CPU_ISA asks for "{asked}"; this machine has no such thing of {", ".join(INSTRUCTION_SETS)}'
+    return None
+
+
+def functions() -> ctypes.CDLL:
+    """The attached library; its functions have short names."""
+    if _library is None:
+        raise DeviceError("the CPU library is not loaded")
+    return _library
+
+
+def instruction_set() -> str:
+    """The one in use."""
+    return _instruction_set
+
+
+def use_instruction_set(name: str) -> bool:
+    """Run another instruction set's kernels from now on, for tests; False where this machine has no such thing."""
+    global _instruction_set
+    if functions().use_instruction_set(name.encode()):
+        return False
+    _instruction_set = name
+    return True
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def strides(tensor: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    """All but the last dimension's, which the kernels take to be 1."""
+    return (ctypes.c_int64 * (tensor.ndim - 1))(*tensor.stride()[:-1])
+
+
+def dense_last(tensor: Tensor) -> Tensor:
+    """The same tensor, or a copy where its last dimension has gaps."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -1,0 +1,265 @@
+"""packed_linear on CPUs against fp64, on every instruction set.
+
+Shapes: N outputs · K inputs · G values of a group · T rows of x
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_multimodal import ops
+from llama_multimodal.errors import DeviceError
+from llama_multimodal.ops import PackedWeight
+from llama_multimodal.ops.backends.cpu import library, packed_linear
+
+from ..references import FLOATS, name_of, randn
+from .conftest import Guards
+
+each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+each_format = pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+
+# What the sums may be off by, relative to |x| |w|; the results are rounded to x's dtype on top. Stated in the module.
+SUMS = {torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 5e-5, torch.float64: 1e-14}
+HALF_A_UNIT = 0.501  # of the last place
+
+
+def expected(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """`packed` in the plain layout; in fp64."""
+    out = x.double() @ ops.unpack_weight(packed).double().T
+    return out if bias is None else out + bias.double()
+
+
+def close(ours: Tensor, reference: Tensor, x: Tensor, sums: float | None = None) -> None:
+    """Every element, relative to the row's |x|: weights are of order 1."""
+    assert ours.shape == reference.shape and ours.dtype == x.dtype
+    norm = x.double().norm(dim=-1, keepdim=True)
+    allowed = (
+        norm * (SUMS[x.dtype] if sums is None else sums) + reference.abs() * HALF_A_UNIT * torch.finfo(x.dtype).eps
+    )
+    error = (ours.double() - reference).abs()
+    assert (error <= allowed).all(), f"{(error / allowed).max():.2f} times what is allowed"
+
+
+def guarded(packed: PackedWeight, guards: Guards) -> PackedWeight:
+    tensors = {name: getattr(packed, name) for name in ("values", "scales", "zeros")}
+    return replace(packed, **{name: guards.input(t) for name, t in tensors.items() if t is not None})
+
+
+@pytest.fixture
+def kernels_only(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows, and whatever would be fastest."""
+    for few in (packed_linear._FEW_BF16, packed_linear._FEW_INTEGER):
+        monkeypatch.setitem(few, instruction_set, 100)
+
+
+# T, N, K, G
+SHAPES = [(1, 1, 32, 32), (1, 77, 160, 32), (3, 17, 96, 96), (8, 48, 256, 64), (5, 33, 64, 32), (19, 31, 128, 128)]
+
+
+@each_dtype
+@each_format
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_few_rows(
+    kernels_only: None, dtype: torch.dtype, format: str, shape: tuple[int, ...], symmetric: bool, guards: Guards
+) -> None:
+    rows, outputs, inputs, group = shape
+    weight = randn(outputs, inputs) + (0 if symmetric else 0.7)
+    x, bias = guards.input(randn(rows, inputs, dtype=dtype)), guards.input(randn(outputs, dtype=dtype, seed=1))
+    packed = ops.pack_weight(weight, format, group=group, symmetric=symmetric)
+    prepared = guarded(ops.prepare_weight(packed), guards)
+    assert prepared.layout == ("plain" if format == "bf16" else packed_linear.LAYOUT)
+    close(ops.packed_linear(x, prepared), expected(x, packed), x)
+    close(ops.packed_linear(x, prepared, bias), expected(x, packed, bias), x)
+
+
+@pytest.mark.parametrize("inputs", [1, 5, 31, 33, 63, 100])
+@each_dtype
+def test_bf16_weights_take_any_number_of_inputs(
+    instruction_set: str, dtype: torch.dtype, inputs: int, guards: Guards
+) -> None:
+    packed = guarded(ops.pack_weight(randn(6, inputs), "bf16"), guards)
+    x = guards.input(randn(2, inputs, dtype=dtype))
+    close(ops.packed_linear(x, packed), expected(x, packed), x)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_instruction_sets_agree(cpu: None, format: str, symmetric: bool) -> None:
+    """They sum the same whole numbers, and differ by fp32's order of the blocks only."""
+    packed = ops.prepare_weight(ops.pack_weight(randn(64, 2048) + 0.5, format, symmetric=symmetric))
+    for dtype in (torch.float32, torch.bfloat16):
+        x, results = randn(2, 2048, dtype=dtype), {}
+        best = library.instruction_set()
+        for name in library.INSTRUCTION_SETS:
+            if library.use_instruction_set(name):
+                results[name] = ops.packed_linear(x, packed).float()
+        library.use_instruction_set(best)
+        first, *others = results.values()
+        for other in others:
+            allowed = 1e-6 * math.sqrt(2048) + first.abs() * torch.finfo(dtype).eps
+            assert ((other - first).abs() <= allowed).all()
+
+
+@each_format
+@each_dtype
+def test_many_rows_go_through_torch(instruction_set: str, dtype: torch.dtype, format: str, guards: Guards) -> None:
+    """In blocks of outputs; bf16 products round an unpacked weight to bf16, as the reference does."""
+    packed = ops.pack_weight(randn(50, 64), format)
+    prepared = guarded(ops.prepare_weight(packed), guards)
+    x, bias = guards.input(randn(300, 64, dtype=dtype)), randn(50, dtype=dtype, seed=1)
+    sums = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2e-6}[dtype]
+    close(ops.packed_linear(x, prepared, bias), expected(x, packed, bias), x, sums=sums)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_unpacked_tiles_are_the_weight(
+    instruction_set: str, format: str, symmetric: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: the product with the identity, through torch."""
+    monkeypatch.setitem(packed_linear._FEW_INTEGER, instruction_set, 0)
+    packed = ops.pack_weight(randn(40, 256), format, symmetric=symmetric)
+    ours = ops.packed_linear(torch.eye(256, dtype=dtype), ops.prepare_weight(packed))
+    assert torch.equal(ours.T, ops.unpack_weight(packed).to(dtype))
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_many_rows_in_several_blocks(instruction_set: str, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_linear, "_BLOCK_VALUES", 64 * 32)  # 32 outputs
+    packed = ops.pack_weight(randn(77, 64), format, symmetric=False)
+    x = randn(200, 64)
+    close(ops.packed_linear(x, ops.prepare_weight(packed)), expected(x, packed), x)
+    close(ops.packed_linear(x, packed), expected(x, packed), x)
+
+
+@each_format
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=name_of)
+def test_the_plain_layout_and_small_groups_work_too(cpu: None, dtype: torch.dtype, rows: int, format: str) -> None:
+    packed = ops.pack_weight(randn(9, 36), format, group=4)
+    prepared = ops.prepare_weight(packed)
+    assert prepared.layout == "plain"
+    x = randn(rows, 36, dtype=dtype)
+    close(ops.packed_linear(x, prepared), expected(x, packed), x, sums=2**-7 if dtype == torch.bfloat16 else None)
+
+
+@each_format
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_any_shape_and_strides_of_x(cpu: None, dtype: torch.dtype, format: str) -> None:
+    packed = ops.pack_weight(randn(21, 64), format)
+    prepared = ops.prepare_weight(packed)
+    wide = randn(3, 2, 128, dtype=dtype)
+    views = [wide[..., ::2], wide[:, 1, :64], wide.transpose(0, 1)[..., 64:], wide[0, 0, 3:67], wide[:1, :, :64]]
+    views += [randn(64, 5, dtype=dtype).T, randn(1, 64, dtype=dtype).expand(4, 64)]
+    for x in views:
+        ours = ops.packed_linear(x, prepared)
+        assert ours.shape == (*x.shape[:-1], 21) and ours.is_contiguous()
+        close(ours, expected(x, packed), x)
+    assert ops.packed_linear(randn(0, 64, dtype=dtype), prepared).shape == (0, 21)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=name_of)
+def test_a_bias_of_any_dtype(cpu: None, dtype: torch.dtype) -> None:
+    packed, x = ops.pack_weight(randn(5, 32), "int4"), randn(1, 32)
+    bias = randn(10, dtype=dtype)[::2]
+    close(ops.packed_linear(x, ops.prepare_weight(packed), bias), expected(x, packed, bias), x)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_x_of_any_size(kernels_only: None, format: str, dtype: torch.dtype) -> None:
+    """Blocks of zeros, of outliers, and of very small and large values; each row keeps its own steps."""
+    packed = ops.pack_weight(randn(20, 128), format)
+    x = randn(6, 128, dtype=dtype)
+    x[0] = 0
+    x[1, :64] = 0
+    x[2, 5] = 3000
+    x[3] *= 1e-20
+    x[4] *= 1e20
+    x[5, ::7] *= 1000
+    ours, reference = ops.packed_linear(x, ops.prepare_weight(packed)), expected(x, packed)
+    close(ours, reference, x)
+    assert (ours[0] == 0).all()
+    assert (ops.packed_linear(x * 0 + 1e-35, ops.prepare_weight(packed)) == 0).all()  # as the module says
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_shows(kernels_only: None, format: str, bad: float) -> None:
+    packed = ops.prepare_weight(ops.pack_weight(randn(20, 64), format))
+    x = randn(2, 64)
+    x[1, 40] = bad
+    ours = ops.packed_linear(x, packed)
+    assert ours[1].isnan().all() and ours[0].isfinite().all()
+
+
+@each_format
+def test_threads_change_nothing(cpu: None, threads: None, format: str) -> None:
+    packed = ops.prepare_weight(ops.pack_weight(randn(1024, 256), format))
+    x = randn(2, 256, dtype=torch.bfloat16)
+    split = ops.packed_linear(x, packed)
+    torch.set_num_threads(1)
+    assert torch.equal(ops.packed_linear(x, packed), split)
+
+
+def test_prepared_weights_take_no_more_room(cpu: None) -> None:
+    for symmetric in (True, False):
+        packed = ops.pack_weight(randn(64, 128), "int4", symmetric=symmetric)
+        prepared = ops.prepare_weight(packed)
+        assert prepared.nbytes == packed.nbytes and (prepared.zeros is None) == symmetric
+        assert ops.prepare_weight(prepared) is prepared
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "x, bias, message",
+    [
+        (torch.zeros(2, 33), None, r"x has shape \(2, 33\), and the weight takes \[\.\.\., 32\]"),
+        (torch.zeros(()), None, r"x has shape \(\)"),
+        (torch.zeros(2, 32), torch.zeros(3), r"bias has shape \(3,\), and the weight takes \[4\]"),
+    ],
+)
+def test_what_does_not_fit_is_named(cpu: None, x: Tensor, bias: Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.packed_linear(x, ops.prepare_weight(ops.pack_weight(randn(4, 32), "int8")), bias)
+
+
+def test_what_is_refused_says_why(cpu: None) -> None:
+    packed = ops.prepare_weight(ops.pack_weight(randn(4, 32), "int8"))
+    with pytest.raises(DeviceError, match=r"floating-point dtype, not torch\.int64"):
+        ops.packed_linear(torch.zeros(1, 32, dtype=torch.int64), packed)
+    with pytest.raises(DeviceError, match='layout "somebody else\'s"'):
+        ops.packed_linear(randn(1, 32), replace(packed, layout="somebody else's"))
+    with pytest.raises(DeviceError, match="takes CPU tensors; x is on meta"):
+        ops.packed_linear(randn(1, 32).to("meta"), packed)
+    with pytest.raises(DeviceError, match="no backward, and a gradient is wanted"):
+        ops.packed_linear(randn(1, 32).requires_grad_(), packed)
+
+
+# --- torch.library ---------------------------------------------------------------------------------------------------
+
+
+@each_format
+@pytest.mark.parametrize("rows", [2, 200])
+def test_opcheck(cpu: None, format: str, rows: int) -> None:
+    packed = ops.prepare_weight(ops.pack_weight(randn(20, 64), format, symmetric=False))
+    x, bias = randn(rows, 64, dtype=torch.bfloat16), randn(20)
+    weight = (packed.values, packed.scales, packed.zeros)
+    facts = (packed.format, packed.layout, 20, packed.group)
+    torch.library.opcheck(torch.ops.llama_mm.cpu_packed_linear.default, (x, *weight, bias, *facts))
+
+
+def test_compiles_in_one_graph(cpu: None) -> None:
+    packed = ops.prepare_weight(ops.pack_weight(randn(20, 64), "int4"))
+    x = randn(2, 64)
+    compiled = torch.compile(lambda x: packed_linear.packed_linear(x, packed) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), ops.packed_linear(x, packed) + 1)
