@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ... import _dispatch
 from ...cross_attention import KeyRanges
+from ..operators import define
 from .decode_attention import check_heads, keys_of, queries_of, raise_for, refuses_dtype, refuses_tensors
-from .library import OPS, dense_last, functions
+from .library import dense_last, functions
 
 
 def _refuses(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> str | None:
@@ -32,19 +33,11 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> Tenso
         raise ValueError(
             f"cross_attention: ranges are for {tuple(ranges.table.shape[:2])} tokens, not {(q.shape[0], 1)}"
         )
-    return torch.ops.llama_mm.cpu_cross_attention(q, k, v, ranges.table)
+    return cpu_cross_attention(q, k, v, ranges.table)
 
 
-OPS.define("cpu_cross_attention(Tensor q, Tensor k, Tensor v, Tensor ranges) -> Tensor")
-
-
-@torch.library.register_fake("llama_mm::cpu_cross_attention", lib=OPS)
-def _fake(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-@torch.library.impl(OPS, "cpu_cross_attention", "CPU")
-def _run(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> Tensor:
+@define(lambda q, *_: q.new_empty(q.shape), devices=("CPU",))
+def cpu_cross_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> Tensor:
     q, k, v, ranges = q.contiguous(), dense_last(k), dense_last(v), ranges.to(torch.int32).contiguous()
     out = q.new_empty(q.shape)
     status = functions().cross_attention(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ... import _dispatch
-from .library import DTYPES, OPS, dense_last, functions, pointer, strides
+from ..operators import define
+from .library import DTYPES, dense_last, functions, pointer, strides
 
 
 def refuses_tensors(**tensors: Tensor | None) -> str | None:
@@ -70,19 +71,11 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, key_bias:
         raise ValueError("decode_attention: q has {} rows, k {}, and lengths shape {}".format(*rows))
     if key_bias is not None and key_bias.shape != k.shape[2:3]:
         raise ValueError(f"decode_attention: key_bias has shape {tuple(key_bias.shape)}, and k {k.shape[2]} slots")
-    return torch.ops.llama_mm.cpu_decode_attention(q, k, v, lengths, key_bias)
+    return cpu_decode_attention(q, k, v, lengths, key_bias)
 
 
-OPS.define("cpu_decode_attention(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor? key_bias) -> Tensor")
-
-
-@torch.library.register_fake("llama_mm::cpu_decode_attention", lib=OPS)
-def _dense_fake(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, key_bias: Tensor | None) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-@torch.library.impl(OPS, "cpu_decode_attention", "CPU")
-def _dense(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, key_bias: Tensor | None) -> Tensor:
+@define(lambda q, *_: q.new_empty(q.shape), devices=("CPU",))
+def cpu_decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, key_bias: Tensor | None) -> Tensor:
     q, k, v, lengths = q.contiguous(), dense_last(k), dense_last(v), lengths.to(torch.int32).contiguous()
     bias = None if key_bias is None else key_bias.float().contiguous()
     out = q.new_empty(q.shape)
@@ -121,21 +114,13 @@ def paged_decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_ta
         raise ValueError(
             "paged_decode_attention: q has {} rows, block_table shape {}, lengths shape {}".format(*shapes)
         )
-    return torch.ops.llama_mm.cpu_paged_decode_attention(q, k_cache, v_cache, block_table, lengths)
+    return cpu_paged_decode_attention(q, k_cache, v_cache, block_table, lengths)
 
 
-OPS.define(
-    "cpu_paged_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor lengths) -> Tensor"
-)
-
-
-@torch.library.register_fake("llama_mm::cpu_paged_decode_attention", lib=OPS)
-def _paged_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-@torch.library.impl(OPS, "cpu_paged_decode_attention", "CPU")
-def _paged(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
+@define(lambda q, *_: q.new_empty(q.shape), devices=("CPU",))
+def cpu_paged_decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor
+) -> Tensor:
     q, k_cache, v_cache = q.contiguous(), dense_last(k_cache), dense_last(v_cache)
     block_table, lengths = (x.to(torch.int32).contiguous() for x in (block_table, lengths))
     out = q.new_empty(q.shape)
@@ -181,19 +166,11 @@ def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
             )
         if slots.shape != new.shape[:1]:
             raise ValueError(f"kv_write: slots has shape {tuple(slots.shape)}, and {name} {new.shape[0]} tokens")
-    torch.ops.llama_mm.cpu_kv_write(k, v, k_cache, v_cache, slots)
+    cpu_kv_write(k, v, k_cache, v_cache, slots)
 
 
-OPS.define("cpu_kv_write(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()")
-
-
-@torch.library.register_fake("llama_mm::cpu_kv_write", lib=OPS)
-def _write_fake(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    return None
-
-
-@torch.library.impl(OPS, "cpu_kv_write", "CPU")
-def _write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+@define(lambda k, v, k_cache, v_cache, slots: None, mutates=("k_cache", "v_cache"), devices=("CPU",))
+def cpu_kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     k, v, slots = dense_last(k), dense_last(v), slots.to(torch.int64).contiguous()
     cache_slots = k_cache.shape[0] * k_cache.shape[1]
     status = functions().kv_write(

@@ -16,8 +16,6 @@ INSTRUCTION_SETS = ("avx512", "avx2", "plain")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes that kernels take, and their numbers in C."""
 
-OPS = torch.library.Library("llama_mm", "FRAGMENT")
-
 _POINTER, _INT, _SIZE, _TEXT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_char_p
 _KEYS = [_POINTER, _POINTER, _POINTER, _POINTER]  # k, its strides, v, its strides
 _QUERIES = [_POINTER, _INT, _SIZE, _SIZE, _SIZE, _SIZE]  # q, dtype, B, H, Hkv, D

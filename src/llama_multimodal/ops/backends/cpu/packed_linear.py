@@ -22,7 +22,8 @@ from torch import Tensor
 from ... import _dispatch
 from ...linear import linear, widens
 from ...packed_linear import PackedWeight, unpack_weight
-from .library import DTYPES, OPS, functions, instruction_set, pointer
+from ..operators import define
+from .library import DTYPES, functions, instruction_set, pointer
 
 LAYOUT = "cpu tiles"
 _TILE, _BLOCK = 16, 32  # outputs that lie interleaved, inputs that are rounded together
@@ -85,34 +86,16 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
         raise ValueError(f"packed_linear: x has shape {tuple(x.shape)}, and the weight takes [..., {inputs}]")
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"packed_linear: bias has shape {tuple(bias.shape)}, and the weight takes [{outputs}]")
-    return torch.ops.llama_mm.cpu_packed_linear(
+    return cpu_packed_linear(
         x, packed.values, packed.scales, packed.zeros, bias, packed.format, packed.layout, outputs, packed.group
     )
 
 
-OPS.define(
-    "cpu_packed_linear(Tensor x, Tensor values, Tensor? scales, Tensor? zeros, Tensor? bias, str format, str layout, "
-    "int outputs, int group) -> Tensor"
+@define(
+    lambda x, values, scales, zeros, bias, format, layout, outputs, group: x.new_empty(*x.shape[:-1], outputs),
+    devices=("CPU",),
 )
-
-
-@torch.library.register_fake("llama_mm::cpu_packed_linear", lib=OPS)
-def _fake(
-    x: Tensor,
-    values: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    format: str,
-    layout: str,
-    outputs: int,
-    group: int,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], outputs)
-
-
-@torch.library.impl(OPS, "cpu_packed_linear", "CPU")
-def _run(
+def cpu_packed_linear(
     x: Tensor,
     values: Tensor,
     scales: Tensor | None,
@@ -133,7 +116,7 @@ def _run(
         _many_rows(x.reshape(rows, inputs), packed, bias, out.view(rows, outputs))
         return out
     if x.dtype not in DTYPES:  # fp16
-        return _run(x.float(), values, scales, zeros, bias, format, layout, outputs, group).to(x.dtype)
+        return cpu_packed_linear(x.float(), values, scales, zeros, bias, format, layout, outputs, group).to(x.dtype)
     x = x.contiguous()
     if bias is not None:
         bias = (bias if bias.dtype in DTYPES else bias.float()).contiguous()

@@ -7,7 +7,6 @@ a stream and returns CUDA's error. Nothing is allocated in there, and nothing wa
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ....errors import DeviceError
 from ..native import build_report, library_path, why_not_built
+from ..operators import mismatch
 
 POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 """What a launcher takes, as csrc declares it: void*, int64_t, int (also for a bool), float."""
@@ -25,8 +25,6 @@ POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctyp
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """The kernels' dtypes, numbered as in csrc/common.cuh."""
 
-_NAMESPACE = "llama_mm"
-_definitions = torch.library.Library(_NAMESPACE, "FRAGMENT")
 _WAIT = os.environ.get("LLAMA_MM_DEBUG") == "1"  # after each launch, so that an error surfaces at its op
 
 
@@ -137,54 +135,19 @@ class Launcher:
             raise DeviceError(f"{self.name}: CUDA error {code}, {library.text(code)}")
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """How many blocks run side by side, at least; a few on the CPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-
-
-# --- ops -------------------------------------------------------------------------------------------------------------
-
-
-def define(fake: Callable[..., Any], mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """Decorator: the function becomes the op `llama_mm::cuda_<its name>`, and `fake` says what shapes it gives.
-
-    Measured on a CPU, a call with nothing in it: 2 µs over plain Python; `torch.library.custom_op` adds 4, outside of
-    inference mode 9.
-    """
-
-    def add(function: Callable[..., Any]) -> Any:
-        name = f"cuda_{function.__name__.lstrip('_')}"
-        schema = torch.library.infer_schema(function, mutates_args=mutates)
-        _definitions.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        for device in ("CUDA", "CPU"):
-            _definitions.impl(name, function, device)
-        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_definitions)
-        return getattr(getattr(torch.ops, _NAMESPACE), name).default
-
-    return add
-
-
-def differentiate(op: Any, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
-    """Give an op of `define` its backward pass."""
-    torch.library.register_autograd(op, backward, setup_context=setup, lib=_definitions)
+# --- what is refused -------------------------------------------------------------------------------------------------
 
 
 def refused(**tensors: Tensor | None) -> str | None:
     """Why the kernels do not take these tensors together: they must be of one dtype and on one device."""
-    given = [(name, x) for name, x in tensors.items() if x is not None]
-    name, x = given[0]
+    given = {name: x for name, x in tensors.items() if x is not None}
+    name, x = next(iter(given.items()))
     takes = _attached().device_type
     if x.device.type != takes:
         return f"{name} is on {x.device}; takes tensors on {takes}"
     if x.dtype not in DTYPES:
         return f"{name} is {x.dtype}; takes float32, float16 and bfloat16"
-    for other, y in given[1:]:
-        if y.device != x.device:
-            return f"{other} is on {y.device}, {name} on {x.device}; takes one device"
-        if y.dtype != x.dtype:
-            return f"{other} is {y.dtype}, {name} {x.dtype}; takes one dtype"
-    return None
+    return mismatch(given)
 
 
 # --- tensors as rows -------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..._dispatch import register
 from ...linear_gelu import Approximation
-from .library import DTYPES, INT, INT64, POINTER, Launcher, define, refused
+from ..operators import define
+from .library import DTYPES, INT, INT64, POINTER, Launcher, refused
 
 _launch = Launcher("bias_gelu", *[POINTER] * 2, *[INT64] * 2, INT, INT)
 
@@ -27,7 +28,7 @@ def _refuses(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: Approx
 
 
 @define(lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])))
-def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+def cuda_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     product = F.linear(x, weight).contiguous()
     if product.numel():
         columns = product.shape[-1]
@@ -44,4 +45,4 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: App
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         # The backward needs the product as it was before the GELU, so training runs as torch does it.
         return F.gelu(F.linear(x, weight, bias), approximate=approximate)
-    return _linear_gelu(x, weight, bias, approximate)
+    return cuda_linear_gelu(x, weight, bias, approximate)

@@ -8,20 +8,8 @@ import torch
 from torch import Tensor
 
 from ..._dispatch import register
-from .library import (
-    DTYPES,
-    FLOAT,
-    INT,
-    INT64,
-    POINTER,
-    Launcher,
-    as_rows,
-    define,
-    differentiate,
-    empty_like,
-    multiprocessors,
-    refused,
-)
+from ..operators import define, differentiate, multiprocessors
+from .library import DTYPES, FLOAT, INT, INT64, POINTER, Launcher, as_rows, empty_like, refused
 
 _launch = Launcher("rms_norm", *[POINTER] * 5, *[INT64] * 10, FLOAT, INT)
 _launch_backward = Launcher("rms_norm_backward", *[POINTER] * 7, *[INT64] * 14, FLOAT, INT)
@@ -55,21 +43,21 @@ def _run(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Te
 
 
 @define(lambda x, *_: empty_like(x))
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def cuda_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = empty_like(x)
     _run(x, None, weight, eps, out, None)
     return out
 
 
 @define(lambda x, *_: (empty_like(x), empty_like(x)))
-def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def cuda_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     out, summed = empty_like(x), empty_like(x)
     _run(x, residual, weight, eps, out, summed)
     return out, summed
 
 
 @define(lambda grad, grad_sum, x, weight, eps: (empty_like(x), empty_like(weight)))
-def _rms_norm_backward(
+def cuda_rms_norm_backward(
     grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and weight; grad_sum, a gradient that reached x elsewhere, is added to x's."""
@@ -102,7 +90,7 @@ def _keep_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    grad_x, grad_weight = _rms_norm_backward(grad, None, *ctx.saved_tensors, ctx.eps)
+    grad_x, grad_weight = cuda_rms_norm_backward(grad, None, *ctx.saved_tensors, ctx.eps)
     return grad_x, grad_weight, None
 
 
@@ -111,19 +99,19 @@ def _add_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
     if grad is None:
         return grad_sum, grad_sum, None, None
-    grad_x, grad_weight = _rms_norm_backward(grad, grad_sum, *ctx.saved_tensors, ctx.eps)
+    grad_x, grad_weight = cuda_rms_norm_backward(grad, grad_sum, *ctx.saved_tensors, ctx.eps)
     return grad_x, grad_x, grad_weight, None
 
 
-differentiate(_rms_norm, _backward, _keep)
-differentiate(_add_rms_norm, _add_backward, _keep_sum)
+differentiate(cuda_rms_norm, _backward, _keep)
+differentiate(cuda_add_rms_norm, _add_backward, _keep_sum)
 
 
 @register("rms_norm", "cuda", refuses=_refuses, differentiable=True)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _rms_norm(x, weight, eps)
+    return cuda_rms_norm(x, weight, eps)
 
 
 @register("add_rms_norm", "cuda", refuses=_refuses_add, differentiable=True)
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _add_rms_norm(x, residual, weight, eps)
+    return cuda_add_rms_norm(x, residual, weight, eps)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..._dispatch import register
-from .library import DTYPES, FLOAT, INT, INT64, POINTER, Launcher, define, differentiate, empty_like, refused
+from ..operators import define, differentiate
+from .library import DTYPES, FLOAT, INT, INT64, POINTER, Launcher, empty_like, refused
 
 _launch = Launcher("apply_rope", *[POINTER] * 7, *[INT64] * 14, FLOAT, INT, INT)
 
@@ -45,7 +46,7 @@ def _fake(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @define(_fake)
-def _apply_rope(
+def cuda_apply_rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, back: bool
 ) -> tuple[Tensor, Tensor]:
     """back: turn the other way."""
@@ -74,15 +75,15 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
-    turned = _apply_rope(grad_q, grad_k, *ctx.saved_tensors, ctx.interleaved, not ctx.back)
+    turned = cuda_apply_rope(grad_q, grad_k, *ctx.saved_tensors, ctx.interleaved, not ctx.back)
     return *turned, None, None, None, None, None
 
 
-differentiate(_apply_rope, _backward, _keep)
+differentiate(cuda_apply_rope, _backward, _keep)
 
 
 @register("apply_rope", "cuda", refuses=_refuses, differentiable=True)
 def apply_rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, *, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
-    return _apply_rope(q, k, cos, sin, positions, interleaved, False)
+    return cuda_apply_rope(q, k, cos, sin, positions, interleaved, False)

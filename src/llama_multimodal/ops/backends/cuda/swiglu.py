@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ..._dispatch import register
-from .library import DTYPES, INT, INT64, POINTER, Launcher, define, differentiate, empty_like, refused
+from ..operators import define, differentiate
+from .library import DTYPES, INT, INT64, POINTER, Launcher, empty_like, refused
 
 _launch = Launcher("swiglu", *[POINTER] * 3, *[INT64] * 4, INT)
 _launch_backward = Launcher("swiglu_backward", *[POINTER] * 5, *[INT64] * 6, INT)
@@ -48,7 +49,7 @@ def _empty(gate: Tensor, up: Tensor | None) -> Tensor:
 
 
 @define(_empty)
-def _swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
+def cuda_swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
     out = _empty(gate, up)
     if out.numel():
         gates, ups = _halves(gate, up)
@@ -64,7 +65,7 @@ def _empty_grads(grad: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor,
 
 
 @define(_empty_grads)
-def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+def cuda_swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up; without up that of the packed gate, and nothing."""
     grads = _empty_grads(grad, gate, up)
     if not gate.numel():
@@ -87,13 +88,13 @@ def _keep(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> Non
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
     gate, up = ctx.saved_tensors
-    grad_gate, grad_up = _swiglu_backward(grad, gate, up)
+    grad_gate, grad_up = cuda_swiglu_backward(grad, gate, up)
     return grad_gate, None if up is None else grad_up
 
 
-differentiate(_swiglu, _backward, _keep)
+differentiate(cuda_swiglu, _backward, _keep)
 
 
 @register("swiglu", "cuda", refuses=_refuses, differentiable=True)
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
-    return _swiglu(gate, up)
+    return cuda_swiglu(gate, up)

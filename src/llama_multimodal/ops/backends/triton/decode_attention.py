@@ -18,19 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._dispatch import register
-from .library import (
-    LOG2_E,
-    WIDE,
-    define,
-    launch,
-    power,
-    processors,
-    refused,
-    refused_indices,
-    unit_last,
-    upcasts,
-    widen,
-)
+from ..operators import define, multiprocessors
+from .library import LOG2_E, WIDE, launch, power, refused, refused_indices, unit_last, upcasts, widen
 
 _MOST_DIM = 256
 
@@ -182,7 +171,7 @@ def _run(
     rows, heads, dim = q.shape
     width = max(16, power(dim))
     keys = max(16, min(64, 16384 // (width * q.element_size())))
-    splits = count_splits(rows * kv_heads, capacity, keys, processors(q.device))
+    splits = count_splits(rows * kv_heads, capacity, keys, multiprocessors(q.device))
     out = q.new_empty(rows, heads, dim)
     parts, logs = out, out
     if splits > 1:

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: how an op is defined, how a kernel is launched, and which tensors it takes.
+"""What the Triton kernels share: how a kernel is launched, and which tensors it takes.
 
 Block sizes come from plain functions of the shapes, never from a tuner that measures: the same input gives the same
 kernel on every run, and nothing waits for a device.
@@ -8,9 +8,8 @@ Shapes: R rows · D columns
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ..operators import mismatch
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Kernels run in numpy, on CPU tensors too. Fixed when triton is imported."""
@@ -32,32 +33,6 @@ WIDE = {
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 """Softmax is taken in powers of two: `exp2` is an instruction, `exp` is not."""
-
-_NAMESPACE = "llama_mm"
-_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
-
-
-def define(fake: Callable[..., Any], mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """Decorator: the function becomes the op `llama_mm::<its name>`, and `fake` says what shapes it gives.
-
-    Half the cost a call of `torch.library.custom_op`, which matters where a decoding step calls three hundred ops.
-    """
-
-    def add(function: Callable[..., Any]) -> Any:
-        name = function.__name__
-        schema = torch.library.infer_schema(function, mutates_args=mutates)
-        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        for device in ("CUDA", "CPU"):
-            _library.impl(name, function, device)
-        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
-        return getattr(getattr(torch.ops, _NAMESPACE), name).default
-
-    return add
-
-
-def differentiate(op: Any, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
-    """Give an op of `define` its backward pass."""
-    torch.library.register_autograd(op, backward, setup_context=setup, lib=_library)
 
 
 @triton.jit
@@ -77,12 +52,6 @@ def launch(kernel: Any, programs: int, *args: Any, warps: int = 4, stages: int =
     first = args[0]
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
         kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """How many programs run at once, at least: a GPU's multiprocessors; a few in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def power(n: int) -> int:
@@ -132,18 +101,13 @@ def unit_last(x: Tensor) -> Tensor:
 
 def refused(**tensors: Tensor | None) -> str | None:
     """Why kernels do not take these tensors together: their devices and dtypes must be one."""
-    given = [(name, x) for name, x in tensors.items() if x is not None]
-    name, x = given[0]
+    given = {name: x for name, x in tensors.items() if x is not None}
+    name, x = next(iter(given.items()))
     if not x.is_cuda and not (INTERPRETED and x.device.type == "cpu"):
         return f"{name} is on {x.device}; takes a GPU's tensors (the CPU's where TRITON_INTERPRET=1 is set)"
     if x.dtype not in WIDE:
         return f"{name} is {x.dtype}; takes float32, float16, bfloat16 and float64"
-    for other, y in given[1:]:
-        if y.device != x.device:
-            return f"{other} is on {y.device}, {name} on {x.device}; takes one device"
-        if y.dtype != x.dtype:
-            return f"{other} is {y.dtype}, {name} {x.dtype}; takes one dtype"
-    return None
+    return mismatch(given)
 
 
 def refused_indices(x: Tensor, **indices: Tensor | None) -> str | None:

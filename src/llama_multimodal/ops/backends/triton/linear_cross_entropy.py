@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._dispatch import register
-from .library import WIDE, define, differentiate, launch, power, refused, refused_indices
+from ..operators import define, differentiate
+from .library import WIDE, launch, power, refused, refused_indices
 
 _BLOCK_LOGITS = 2**26  # held at once: 128 MB in bf16
 _BLOCK_TOKENS = 8192

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..._dispatch import register
 from ...linear import linear
-from .library import WIDE, define, differentiate, launch, refused, tile
+from ..operators import define, differentiate
+from .library import WIDE, launch, refused, tile
 
 
 @triton.jit(do_not_specialize=["rows"])

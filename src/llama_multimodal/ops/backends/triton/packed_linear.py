@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..._dispatch import register
 from ...packed_linear import PackedWeight
-from .library import WIDE, define, launch, power, processors, refused, upcasts, widen
+from ..operators import define, multiprocessors
+from .library import WIDE, launch, power, refused, upcasts, widen
 
 _MOST_ROWS = 8
 _MOST_GROUP = 1024
@@ -147,7 +148,7 @@ def triton_packed_linear(
     bits = 4 if values.dtype == torch.uint8 else 8
     words = group * bits // 32
     # About two programs a multiprocessor, and blocks of 8 KB: enough bytes on their way to keep the memory busy.
-    block = max(16 if rows > 1 else 4, min(16, power(outputs // (2 * processors(x.device)))))
+    block = max(16 if rows > 1 else 4, min(16, power(outputs // (2 * multiprocessors(x.device)))))
     groups = max(1, min(power(columns // group), (1024 if rows > 1 else 2048) // (block * power(words))))
     launch(
         _packed_linear,

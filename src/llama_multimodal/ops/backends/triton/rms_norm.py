@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._dispatch import register
-from .library import WIDE, as_rows, define, differentiate, empty_rows, launch, order, processors, refused, tile
+from ..operators import define, differentiate, multiprocessors
+from .library import WIDE, as_rows, empty_rows, launch, order, refused, tile
 
 _MOST = 8192  # columns of a block
 _MOST_BACKWARD = 8192  # a row and its gradients must stay in registers
@@ -174,7 +175,7 @@ def triton_rms_norm_backward(
     x_grad = empty_rows(x, axes)
     rows, columns = x_rows.shape
     height, width, warps = tile(rows, columns, 2048, _MOST_BACKWARD)
-    programs = min(triton.cdiv(rows, height), 2 * processors(x.device))
+    programs = min(triton.cdiv(rows, height), 2 * multiprocessors(x.device))
     shares = x.new_empty(programs, columns, dtype=torch.promote_types(x.dtype, torch.float32))
     launch(
         _backward,

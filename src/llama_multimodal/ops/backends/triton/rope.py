@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._dispatch import register
-from .library import WIDE, define, differentiate, empty_rows, launch, order, power, refused, refused_indices, unit_last
+from ..operators import define, differentiate
+from .library import WIDE, empty_rows, launch, order, power, refused, refused_indices, unit_last
 
 
 @triton.jit
