@@ -23,20 +23,9 @@ from torch import Tensor
 
 from ..._dispatch import register
 from ...cross_attention import KeyRanges
+from ..operators import define, differentiate
 from .decode_attention import refuses_heads, triton_range_attention
-from .library import (
-    LOG2_E,
-    WIDE,
-    define,
-    differentiate,
-    launch,
-    power,
-    refused,
-    refused_indices,
-    unit_last,
-    upcasts,
-    widen,
-)
+from .library import LOG2_E, WIDE, launch, power, refused, refused_indices, unit_last, upcasts, widen
 
 _SCAN = tl.constexpr(1024)  # tiles whose ranges are looked through at a time
 _BLOCKS = {
@@ -59,6 +48,19 @@ def _ranges(ranges_ptr, b, token, inside, tokens, keys):
     end = tl.minimum(tl.load(ranges_ptr + at + 1, mask=inside, other=0), keys).to(tl.int32)
     some = first < end
     return first, end, tl.min(tl.where(some, first, keys), 0), tl.max(tl.where(some, end, 0), 0)
+
+
+@triton.jit
+def _tile(tokens, kv_heads, GROUP: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr):
+    """The program's row and key head; for each row of its tile the token, the query head, and whether it is there."""
+    tiles = tl.cdiv(tokens, TOKENS)
+    kv_head = (tl.program_id(0) // tiles % kv_heads).to(tl.int64)
+    b = (tl.program_id(0) // tiles // kv_heads).to(tl.int64)
+    row = tl.arange(0, TOKENS * HEADS)
+    token = (tl.program_id(0) % tiles) * TOKENS + row // HEADS
+    head = kv_head * GROUP + row % HEADS
+    inside = (token < tokens) & (row % HEADS < GROUP)
+    return b, kv_head, token, head, inside
 
 
 @triton.jit(do_not_specialize=["tokens", "keys"])
@@ -89,13 +91,7 @@ def _forward(
     TOKENS: tl.constexpr,  # of a tile
     KEYS: tl.constexpr,  # of a step
 ):
-    tiles = tl.cdiv(tokens, TOKENS)
-    kv_head = (tl.program_id(0) // tiles % kv_heads).to(tl.int64)
-    b = (tl.program_id(0) // tiles // kv_heads).to(tl.int64)
-    row = tl.arange(0, TOKENS * HEADS)
-    token = (tl.program_id(0) % tiles) * TOKENS + row // HEADS
-    head = kv_head * GROUP + row % HEADS
-    inside = (token < tokens) & (row % HEADS < GROUP)
+    b, kv_head, token, head, inside = _tile(tokens, kv_heads, GROUP, HEADS, TOKENS)
     first, end, least, most = _ranges(ranges_ptr, b, token, inside, tokens, keys)
 
     dim = tl.arange(0, WIDTH)[None, :]
@@ -167,18 +163,13 @@ def _backward_q(
     TOKENS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    tiles = tl.cdiv(tokens, TOKENS)
-    tile = tl.program_id(0) % tiles
-    kv_head = (tl.program_id(0) // tiles % kv_heads).to(tl.int64)
-    b = (tl.program_id(0) // tiles // kv_heads).to(tl.int64)
-    row = tl.arange(0, TOKENS * HEADS)
-    token = tile * TOKENS + row // HEADS
-    head = kv_head * GROUP + row % HEADS
-    inside = (token < tokens) & (row % HEADS < GROUP)
+    b, kv_head, token, head, inside = _tile(tokens, kv_heads, GROUP, HEADS, TOKENS)
     first, end, least, most = _ranges(ranges_ptr, b, token, inside, tokens, keys)
     if kv_head == 0:
-        tl.store(tile_first_ptr + b * tiles + tile, least)
-        tl.store(tile_end_ptr + b * tiles + tile, most)
+        tiles = tl.cdiv(tokens, TOKENS)
+        tile = b * tiles + tl.program_id(0) % tiles
+        tl.store(tile_first_ptr + tile, least)
+        tl.store(tile_end_ptr + tile, most)
 
     dim = tl.arange(0, WIDTH)[None, :]
     mask = inside[:, None] & (dim < DIM)

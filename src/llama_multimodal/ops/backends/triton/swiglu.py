@@ -12,9 +12,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._dispatch import register
-from .library import WIDE, as_rows, define, differentiate, empty_rows, launch, order, refused, tile
+from ..operators import define, differentiate
+from .library import WIDE, as_rows, empty_rows, launch, order, refused, tile
 
 _MOST = 2048  # columns of a block
+
+
+@triton.jit
+def _piece(rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The program's rows [ROWS, 1] and columns [1, BLOCK], and which of them there are."""
+    across = tl.cdiv(columns, BLOCK)
+    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = (tl.program_id(0) % across).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows) & (column < columns)
+    return row, column, mask
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -30,10 +41,7 @@ def _forward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    across = tl.cdiv(columns, BLOCK)
-    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = (tl.program_id(0) % across).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    mask = (row < rows) & (column < columns)
+    row, column, mask = _piece(rows, columns, ROWS, BLOCK)
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=mask, other=0.0).to(WIDE)
     up = tl.load(up_ptr + row * up_stride + column, mask=mask, other=0.0).to(WIDE)
     out = gate / (1 + tl.exp(-gate)) * up
@@ -57,10 +65,7 @@ def _backward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    across = tl.cdiv(columns, BLOCK)
-    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = (tl.program_id(0) % across).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    mask = (row < rows) & (column < columns)
+    row, column, mask = _piece(rows, columns, ROWS, BLOCK)
     grad = tl.load(grad_ptr + row * grad_stride + column, mask=mask, other=0.0).to(WIDE)
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=mask, other=0.0).to(WIDE)
     up = tl.load(up_ptr + row * up_stride + column, mask=mask, other=0.0).to(WIDE)
