@@ -4,6 +4,7 @@
 
 #include "attend.h"
 #include "dot_bf16.h"
+#include "dot_tile.h"
 #include "kernels.h"
 #include "round_row.h"
 #include "unpack_tile.h"
@@ -16,7 +17,7 @@ using llama_mm::RoundedX;
 constexpr int kBlock = llama_mm::kBlock, kFours = kBlock / 4;
 
 template <bool INT4, bool ZEROS, int DIGITS, int ROWS>
-void dot(const PackedWeight& weight, int64_t tile, int half, const RoundedX& x, float* sums) {
+void dot_half(const PackedWeight& weight, int64_t tile, int half, const RoundedX& x, float* sums) {
   constexpr int64_t bytes = kBlock * 16 / (INT4 ? 2 : 1);
   const int64_t blocks = weight.blocks, groups = blocks / weight.blocks_per_group;
   const uint8_t* values = weight.values + tile * blocks * bytes + 32 * half;
@@ -68,42 +69,16 @@ void dot(const PackedWeight& weight, int64_t tile, int half, const RoundedX& x, 
     for (int n = 0; n < 8; n++) sums[(8 * half + n) * llama_mm::kMaxRows + t] = out[t][n];
 }
 
-template <bool INT4, bool ZEROS, int DIGITS>
-void dot_rows_of(const PackedWeight& weight, int64_t tile, const RoundedX& x, int rows, float* sums) {
-  for (int half = 0; half < 2; half++) {
-    switch (rows) {
-      case 1: dot<INT4, ZEROS, DIGITS, 1>(weight, tile, half, x, sums); break;
-      case 2: dot<INT4, ZEROS, DIGITS, 2>(weight, tile, half, x, sums); break;
-      case 3: dot<INT4, ZEROS, DIGITS, 3>(weight, tile, half, x, sums); break;
-      case 4: dot<INT4, ZEROS, DIGITS, 4>(weight, tile, half, x, sums); break;
-      case 5: dot<INT4, ZEROS, DIGITS, 5>(weight, tile, half, x, sums); break;
-      case 6: dot<INT4, ZEROS, DIGITS, 6>(weight, tile, half, x, sums); break;
-      case 7: dot<INT4, ZEROS, DIGITS, 7>(weight, tile, half, x, sums); break;
-      default: dot<INT4, ZEROS, DIGITS, 8>(weight, tile, half, x, sums);
-    }
+struct Product {
+  template <bool INT4, bool ZEROS, int DIGITS, int ROWS>
+  static void dot(const PackedWeight& weight, int64_t tile, const RoundedX& x, float* sums) {
+    for (int half = 0; half < 2; half++) dot_half<INT4, ZEROS, DIGITS, ROWS>(weight, tile, half, x, sums);
   }
-}
-
-template <bool INT4, bool ZEROS>
-void dot_digits(const PackedWeight& weight, int64_t tile, const RoundedX& x, int rows, llama_mm::DType dtype,
-                float* sums) {
-  if (dtype == llama_mm::kBFloat16) return dot_rows_of<INT4, ZEROS, 1>(weight, tile, x, rows, sums);
-  dot_rows_of<INT4, ZEROS, 2>(weight, tile, x, rows, sums);
-}
-
-void dot_tile(const PackedWeight& weight, int64_t tile, const RoundedX& x, int rows, llama_mm::DType dtype,
-              float* sums) {
-  if (weight.int4) {
-    if (weight.zeros) return dot_digits<true, true>(weight, tile, x, rows, dtype, sums);
-    return dot_digits<true, false>(weight, tile, x, rows, dtype, sums);
-  }
-  if (weight.zeros) return dot_digits<false, true>(weight, tile, x, rows, dtype, sums);
-  dot_digits<false, false>(weight, tile, x, rows, dtype, sums);
-}
+};
 
 }  // namespace
 
 namespace llama_mm {
-extern const Kernels kAvx2 = {"avx2",      {4, 2},    round_row<int16_t>, dot_tile,
+extern const Kernels kAvx2 = {"avx2",      {4, 2},    round_row<int16_t>, dot_tile<Product, 1>,
                               unpack_tile, order_row, dot_bf16,           {attend<float>, attend<uint16_t>}};
 }

@@ -4,6 +4,7 @@
 
 #include "attend.h"
 #include "dot_bf16.h"
+#include "dot_tile.h"
 #include "kernels.h"
 #include "round_row.h"
 #include "unpack_tile.h"
@@ -31,87 +32,58 @@ INLINE void load_block(const uint8_t* values, __m512i* w) {
   }
 }
 
-template <bool INT4, bool ZEROS, int DIGITS, int ROWS>
-void dot(const PackedWeight& weight, int64_t tile, const RoundedX& x, float* sums) {
-  constexpr int64_t bytes = kBlock * 16 / (INT4 ? 2 : 1);
-  const int64_t blocks = weight.blocks, groups = blocks / weight.blocks_per_group;
-  const uint8_t* values = weight.values + tile * blocks * bytes;
-  const uint16_t* scales = weight.scales + tile * groups * 16;
-  const uint8_t* zeros = ZEROS ? weight.zeros + tile * groups * 16 : nullptr;
-  const int8_t* digits = static_cast<const int8_t*>(x.digits);
-  __m512 out[ROWS];
-  for (int t = 0; t < ROWS; t++) out[t] = _mm512_setzero_ps();
+struct Product {
+  template <bool INT4, bool ZEROS, int DIGITS, int ROWS>
+  static void dot(const PackedWeight& weight, int64_t tile, const RoundedX& x, float* sums) {
+    constexpr int64_t bytes = kBlock * 16 / (INT4 ? 2 : 1);
+    const int64_t blocks = weight.blocks, groups = blocks / weight.blocks_per_group;
+    const uint8_t* values = weight.values + tile * blocks * bytes;
+    const uint16_t* scales = weight.scales + tile * groups * 16;
+    const uint8_t* zeros = ZEROS ? weight.zeros + tile * groups * 16 : nullptr;
+    const int8_t* digits = static_cast<const int8_t*>(x.digits);
+    __m512 out[ROWS];
+    for (int t = 0; t < ROWS; t++) out[t] = _mm512_setzero_ps();
 
-  for (int64_t group = 0, block = 0; group < groups; group++, scales += 16) {
-    const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
-    __m512 zero = _mm512_setzero_ps();
-    if (ZEROS) {
-      zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros))));
-      zeros += 16;
-    }
-    for (const int64_t end = block + weight.blocks_per_group; block < end; block++, values += bytes) {
-      __m512i w[kFours];
-      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(values + kBytesAhead + line);
-      load_block<INT4>(values, w);
-      for (int t = 0; t < ROWS; t++) {
-        const BlockOfX& head = x.blocks[t * blocks + block];
-        const int8_t* q = digits + (t * blocks + block) * DIGITS * kBlock;
-        __m512i acc[DIGITS];
-        for (int d = 0; d < DIGITS; d++) acc[d] = ZEROS ? _mm512_setzero_si512() : _mm512_set1_epi32(head.start[d]);
-        for (int i = 0; i < kFours; i++)
+    for (int64_t group = 0, block = 0; group < groups; group++, scales += 16) {
+      const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
+      __m512 zero = _mm512_setzero_ps();
+      if (ZEROS) {
+        zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros))));
+        zeros += 16;
+      }
+      for (const int64_t end = block + weight.blocks_per_group; block < end; block++, values += bytes) {
+        __m512i w[kFours];
+        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(values + kBytesAhead + line);
+        load_block<INT4>(values, w);
+        for (int t = 0; t < ROWS; t++) {
+          const BlockOfX& head = x.blocks[t * blocks + block];
+          const int8_t* q = digits + (t * blocks + block) * DIGITS * kBlock;
+          __m512i acc[DIGITS];
+          for (int d = 0; d < DIGITS; d++) acc[d] = ZEROS ? _mm512_setzero_si512() : _mm512_set1_epi32(head.start[d]);
+          for (int i = 0; i < kFours; i++)
+            for (int d = 0; d < DIGITS; d++) {
+              int32_t four;
+              memcpy(&four, q + d * kBlock + 4 * i, 4);
+              acc[d] = _mm512_dpbusd_epi32(acc[d], w[i], _mm512_set1_epi32(four));
+            }
+          __m512 total = _mm512_setzero_ps();
           for (int d = 0; d < DIGITS; d++) {
-            int32_t four;
-            memcpy(&four, q + d * kBlock + 4 * i, 4);
-            acc[d] = _mm512_dpbusd_epi32(acc[d], w[i], _mm512_set1_epi32(four));
+            __m512 part = _mm512_cvtepi32_ps(acc[d]);  // exact: below 2^24
+            if (ZEROS) part = _mm512_fnmadd_ps(zero, _mm512_set1_ps(head.total[d]), part);
+            total = d ? _mm512_fmadd_ps(total, _mm512_set1_ps(255.0f), part) : part;
           }
-        __m512 total = _mm512_setzero_ps();
-        for (int d = 0; d < DIGITS; d++) {
-          __m512 part = _mm512_cvtepi32_ps(acc[d]);  // exact: below 2^24
-          if (ZEROS) part = _mm512_fnmadd_ps(zero, _mm512_set1_ps(head.total[d]), part);
-          total = d ? _mm512_fmadd_ps(total, _mm512_set1_ps(255.0f), part) : part;
+          out[t] = _mm512_fmadd_ps(total, _mm512_mul_ps(scale, _mm512_set1_ps(head.step)), out[t]);
         }
-        out[t] = _mm512_fmadd_ps(total, _mm512_mul_ps(scale, _mm512_set1_ps(head.step)), out[t]);
       }
     }
+    for (int t = 0; t < ROWS; t++)
+      for (int n = 0; n < 16; n++) sums[n * llama_mm::kMaxRows + t] = out[t][n];
   }
-  for (int t = 0; t < ROWS; t++)
-    for (int n = 0; n < 16; n++) sums[n * llama_mm::kMaxRows + t] = out[t][n];
-}
-
-template <bool INT4, bool ZEROS, int DIGITS>
-void dot_rows_of(const PackedWeight& weight, int64_t tile, const RoundedX& x, int rows, float* sums) {
-  switch (rows) {
-    case 1: return dot<INT4, ZEROS, DIGITS, 1>(weight, tile, x, sums);
-    case 2: return dot<INT4, ZEROS, DIGITS, 2>(weight, tile, x, sums);
-    case 3: return dot<INT4, ZEROS, DIGITS, 3>(weight, tile, x, sums);
-    case 4: return dot<INT4, ZEROS, DIGITS, 4>(weight, tile, x, sums);
-    case 5: return dot<INT4, ZEROS, DIGITS, 5>(weight, tile, x, sums);
-    case 6: return dot<INT4, ZEROS, DIGITS, 6>(weight, tile, x, sums);
-    case 7: return dot<INT4, ZEROS, DIGITS, 7>(weight, tile, x, sums);
-    default: return dot<INT4, ZEROS, DIGITS, 8>(weight, tile, x, sums);
-  }
-}
-
-template <bool INT4, bool ZEROS>
-void dot_digits(const PackedWeight& weight, int64_t tile, const RoundedX& x, int rows, llama_mm::DType dtype,
-                float* sums) {
-  if (dtype == llama_mm::kBFloat16) return dot_rows_of<INT4, ZEROS, 2>(weight, tile, x, rows, sums);
-  dot_rows_of<INT4, ZEROS, 3>(weight, tile, x, rows, sums);
-}
-
-void dot_tile(const PackedWeight& weight, int64_t tile, const RoundedX& x, int rows, llama_mm::DType dtype,
-              float* sums) {
-  if (weight.int4) {
-    if (weight.zeros) return dot_digits<true, true>(weight, tile, x, rows, dtype, sums);
-    return dot_digits<true, false>(weight, tile, x, rows, dtype, sums);
-  }
-  if (weight.zeros) return dot_digits<false, true>(weight, tile, x, rows, dtype, sums);
-  dot_digits<false, false>(weight, tile, x, rows, dtype, sums);
-}
+};
 
 }  // namespace
 
 namespace llama_mm {
-extern const Kernels kAvx512 = {"avx512",    {3, 2},   round_row<int8_t>, dot_tile,
+extern const Kernels kAvx512 = {"avx512",    {3, 2},   round_row<int8_t>, dot_tile<Product, 2>,
                                 unpack_tile, order_row, dot_bf16,          {attend<float>, attend<uint16_t>}};
 }
