@@ -111,11 +111,11 @@ def paint_printed(rng: random.Random, plan: Printed) -> tuple[Image.Image, tuple
     spacing = rng.uniform(0.02, 0.14) if rng.random() < 0.4 else 0.02  # in units of the font size
 
     # The largest size that fits, found from a measure at 100 pixels: outlines scale linearly but for hinting.
-    row = _Row(text, face, 100, spacing)
+    row = Row(text, face, 100, spacing)
     across, down = (row.width * cos + row.height * sin) / 100, (row.height * cos + row.width * sin) / 100
     size = min(rng.uniform(0.5, 0.92) * width / across, rng.uniform(0.55, 0.85) * height / down)
     least = min(12.0, 0.92 * width / across, 0.85 * height / down)  # below 12 pixels letters melt: take more width
-    row = _Row(text, face, max(7, int(max(size, least))), spacing)
+    row = Row(text, face, max(7, int(max(size, least))), spacing)
 
     mask = row.draw()
     if angle:
@@ -137,7 +137,7 @@ def paint_printed(rng: random.Random, plan: Printed) -> tuple[Image.Image, tuple
     return finish(rng, image), tuple(marks)
 
 
-class _Row:
+class Row:
     """Characters of one face set side by side: where each stands, in pixels from the origin of the first."""
 
     _PAD = 3

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import random
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from . import fonts
 from .backgrounds import background, finish
 from .palette import tone_on
-from .printed import readable_ink
+from .printed import Row, readable_ink
 from .shapes import draw_shape
 from .types import CHARS, COLORS, SHAPES, Mark
 
@@ -57,11 +57,9 @@ def _letter(
 ) -> Mark:
     """One character within the circle of that diameter, turned by up to 5 degrees."""
     char = rng.choice(CHARS)
-    font = fonts.load(fonts.pick_face(rng), max(10, round(diameter * 0.95)))
-    left, top, right, bottom = font.getbbox(char)
-    mask = Image.new("L", (math.ceil(right - left) + 4, math.ceil(bottom - top) + 4))
-    ImageDraw.Draw(mask).text((2 - left, 2 - top), char, font=font, fill=255)
+    row = Row(char, fonts.pick_face(rng), max(10, round(diameter * 0.95)), 0.0)
+    mask = row.draw()
     mask = mask.rotate(rng.uniform(-5, 5), resample=Image.Resampling.BICUBIC)
     image.paste(ink, (round(x - mask.width / 2), round(y - mask.height / 2)), mask)
-    half_w, half_h = (right - left) / 2, (bottom - top) / 2
+    half_w, half_h = row.width / 2, row.height / 2
     return Mark("char", x, y, (x - half_w, y - half_h, x + half_w, y + half_h), char=CHARS.index(char))
