@@ -18,7 +18,7 @@ from llama_multimodal.train import loop
 from llama_multimodal.train.auxiliary import PATCH_HEADS, picture_targets
 from llama_multimodal.train.config import DataConfig, OptimConfig, Recipe
 from llama_multimodal.train.data import IGNORED, WorldSteps
-from llama_multimodal.train.initial import initialise
+from llama_multimodal.train.initial import initialise, share_between_ratios
 from llama_multimodal.weights.save import save_checkpoint
 from llama_multimodal.zoo.world import Mark
 
@@ -127,6 +127,7 @@ def test_picture_targets_find_their_patch() -> None:
 def test_tile_embeddings_stay_as_metas_layout_holds_them() -> None:
     model = VisionLanguageModel(ModelConfig(VISION, dataclasses.replace(TEXT, vocab_size=32), 32))
     initialise(model, torch.randn(20, 3, 64, 64))
+    share_between_ratios(model.vision)
     optimizer = torch.optim.AdamW(model.vision.parameters(), lr=0.1)
     images = [ImageLayout(1, 1), ImageLayout(1, 2), ImageLayout(2, 1), ImageLayout(2, 2)]
     for _ in range(3):

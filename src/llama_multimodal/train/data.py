@@ -75,7 +75,7 @@ class WorldSteps(Dataset[list[MicroBatch]]):
         return self.recipe.steps
 
     def __getitem__(self, step: int) -> list[MicroBatch]:
-        family = "sheet" if step < self.recipe.sheet_steps else None
+        family = "sheet" if self._on_sheets(step) else None
         count = self.count(step)
         base = self.data.seed * 1_000_000_000 + step * count
         prepared = []
@@ -87,7 +87,10 @@ class WorldSteps(Dataset[list[MicroBatch]]):
 
     def count(self, step: int) -> int:
         """How many samples a step has, over all ranks."""
-        return self.data.sheets_per_step if step < self.recipe.sheet_steps else self.data.samples_per_step
+        return self.data.sheets_per_step if self._on_sheets(step) else self.data.samples_per_step
+
+    def _on_sheets(self, step: int) -> bool:
+        return step < self.recipe.sheet_steps
 
     def _groups(self, prepared: list[_Prepared]) -> Iterator[list[_Prepared]]:
         group: list[_Prepared] = []

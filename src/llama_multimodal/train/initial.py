@@ -11,12 +11,10 @@ patterns weigh about the same. Training may change all of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TiledVisionConfig
 from ..models import VisionLanguageModel
 from ..models.mllama_vision import TiledVisionEncoder, VisionAttention, VisionBlock
 
@@ -46,9 +44,6 @@ def initialise(model: VisionLanguageModel, tiles: Tensor) -> None:
     with torch.no_grad():
         space = _place(model.vision)
         model.vision.patch_embedding.weight.copy_(_whitening(model.vision, tiles, space))
-    vision = model.vision
-    for table in (vision.tile_position_embedding, vision.pre_tile_embedding, vision.post_tile_embedding):
-        table.register_hook(_shared_between_ratios(model.config.vision))
 
 
 def _whitening(vision: TiledVisionEncoder, tiles: Tensor, space: Tensor) -> Tensor:
@@ -111,15 +106,15 @@ def _look_away(attention: VisionAttention, rows: slice, angles: Tensor, space: T
         linear.weight[rows] = 0.05 * linear.weight[rows] + _SHARPNESS * placed
 
 
-def _shared_between_ratios(vision: TiledVisionConfig) -> Callable[[Tensor], Tensor]:
-    """A gradient hook that keeps the tables by aspect ratio as Meta's layout has them.
+def share_between_ratios(vision: TiledVisionEncoder) -> None:
+    """Hooks on the gradients of the tables by aspect ratio, which keep these as Meta's layout has them.
 
     There a tile's embedding depends on its row and column alone and unused tiles have none: entries of one place
     share their gradients, and entries that start equal stay equal.
     """
-    most = vision.max_num_tiles
-    places = torch.full((len(vision.aspect_ratios) + 1, most), -1)
-    for ratio_id, (rows, columns) in enumerate(vision.aspect_ratios, start=1):
+    most = vision.config.max_num_tiles
+    places = torch.full((len(vision.config.aspect_ratios) + 1, most), -1)
+    for ratio_id, (rows, columns) in enumerate(vision.config.aspect_ratios, start=1):
         for tile in range(rows * columns):
             places[ratio_id, tile] = tile // columns * most + tile % columns
     used = places >= 0
@@ -130,4 +125,5 @@ def _shared_between_ratios(vision: TiledVisionConfig) -> Callable[[Tensor], Tens
         shared[used] = summed[places[used]]
         return shared
 
-    return share
+    for table in (vision.tile_position_embedding, vision.pre_tile_embedding, vision.post_tile_embedding):
+        table.register_hook(share)

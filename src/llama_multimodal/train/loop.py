@@ -26,7 +26,7 @@ from .auxiliary import AuxiliaryHeads
 from .checkpoint import load_state, save_state
 from .config import OptimConfig, Recipe
 from .data import IGNORED, MicroBatch, WorldSteps, batches
-from .initial import initialise
+from .initial import initialise, share_between_ratios
 
 _INITIAL_STEPS = 4  # whose pictures the patch embedding starts from
 
@@ -108,15 +108,17 @@ def _run(rank: int, recipe: Recipe, report: Callable[[Progress], None], group: A
     config, tokenizer, _ = prepare(recipe)
     folder = Path(recipe.output)
     model, heads = VisionLanguageModel(config), AuxiliaryHeads(config.vision)
-    pictures = WorldSteps(recipe, config, tokenizer)
-    initialise(model, torch.cat([m.inputs.tiles for step in range(_INITIAL_STEPS) for m in pictures[step]]))
-    if recipe.start_from is not None:
+    state_file, first = folder / "state.pt", 0
+    state = load_state(state_file)
+    if state is None and recipe.start_from is not None:
         _copy_weights(recipe.start_from, model)
+    elif state is None:
+        pictures = WorldSteps(recipe, config, tokenizer)
+        initialise(model, torch.cat([m.inputs.tiles for step in range(_INITIAL_STEPS) for m in pictures[step]]))
+    share_between_ratios(model.vision)
     modules = nn.ModuleDict({"model": model, "heads": heads})
     optimizers = _optimizers(modules, recipe.optim)
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
-    state_file, first = folder / "state.pt", 0
-    state = load_state(state_file)
     if state is not None:
         modules.load_state_dict(state["modules"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
