@@ -184,9 +184,23 @@ def test_sheets_ask_what_is_where_and_nothing_about_the_picture_as_a_whole(tmp_p
     names = list(PATCH_HEADS)
     assert len(sheets.inputs.images) == 6 and (sheets.labels == IGNORED).all()
     assert (sheets.targets.patches[names.index("shape")] > 0).any() and (sheets.targets.counts == IGNORED).all()
-    for name in ("index", "value", "same", "same_color", "same_shape"):
+    for name in ("value", "same", "same_color", "same_shape"):
         assert (sheets.targets.patches[names.index(name)] == IGNORED).all()
+    placed, chars = (sheets.targets.patches[names.index(name)] for name in ("index", "char"))
+    assert (placed > 0).any() and ((placed > 0) <= (chars > 0)).all() and not (placed == 0).any()  # words only
     assert sum(batch.inputs.tokens.shape[0] for batch in after) == 4
+
+
+def test_sheets_beside_a_steps_samples_are_for_the_encoder_alone(tmp_path: Path) -> None:
+    data = DataConfig(samples_per_step=4, sheets_beside=3, workers=0)
+    one = recipe(tmp_path, steps=1, vision_steps=0, data=data)
+    config, tokenizer, _ = loop.prepare(one)
+    first, *others = WorldSteps(one, config, tokenizer)[0]
+    assert len(first.inputs.images) == 3 and (first.labels == IGNORED).all()
+    assert all((batch.labels != IGNORED).any(1).all() for batch in others)
+    seen: list[loop.Progress] = []
+    loop.train(one, seen.append)
+    assert seen[0].answer_loss > 0 and seen[0].auxiliary_loss > 0
 
 
 def test_a_run_starts_from_saved_weights(tmp_path: Path) -> None:
@@ -196,8 +210,10 @@ def test_a_run_starts_from_saved_weights(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     save_checkpoint(model, folder, tokenizer_from=file.parent)
     frozen = OptimConfig(learning_rate=0.0, warmup_steps=1, decay_steps=1)
-    second = recipe(tmp_path / "second", steps=1, start_from=str(folder), optim=frozen)
+    # Another seed would choose other words for the vocabulary, and the embeddings would belong to none of them.
+    second = recipe(tmp_path / "second", steps=1, start_from=str(folder), optim=frozen, seed=5)
     loop.train(second, lambda _: None)
+    assert (tmp_path / "second" / "tokenizer.json").read_bytes() == file.read_bytes()
     for name, value in weights(second).items():
         assert torch.equal(value, dict(model.named_parameters())[name]), name
     wider = dataclasses.replace(TEXT, intermediate_size=64)

@@ -57,7 +57,8 @@ def picture_targets(
 ) -> tuple[Tensor, Tensor]:
     """One picture's targets: patches [heads, tiles, P²] and counts [1 + colours + shapes].
 
-    scale: canvas pixels for a picture pixel. counted: whether numbers are asked for; on a sheet they are not.
+    scale: canvas pixels for a picture pixel. counted: whether numbers are asked for; on a sheet they are not, but for
+    the places of a word's characters.
     """
     side = vision.image_size // vision.patch_size
     rows, columns = layout.rows * side, layout.columns * side
@@ -80,7 +81,8 @@ def picture_targets(
             counts[1 + mark.color] += 1
             counts[1 + len(COLORS) + mark.shape] += 1
     if not counted:
-        canvas[[head for head, name in enumerate(PATCH_HEADS) if name in _NUMBERS]] = _UNKNOWN
+        numbers = [head for head, name in enumerate(PATCH_HEADS) if name in _NUMBERS]
+        canvas[numbers] = canvas[numbers].masked_fill(canvas[numbers] == 0, _UNKNOWN)
     if not counted or not any(mark.kind == "object" for mark in marks):
         counts.fill_(_UNKNOWN)
     patches = canvas.view(-1, layout.rows, side, layout.columns, side).transpose(2, 3)

@@ -35,7 +35,8 @@ class DataConfig:
     seed: int = 0
     samples_per_step: int = 16
     turns_per_scene: int = 8
-    sheets_per_step: int = 96  # in the steps that are taken on sheets
+    sheets_per_step: int = 96  # in the steps that are taken on sheets alone
+    sheets_beside: int = 0  # sheets that a later step has besides its samples
     small_pictures: float = 0.0  # share that is made to fit one or two tiles of 128 pixels, beyond those that do
     tokens_per_microbatch: int = 2048  # padded text tokens; longer steps run in several pieces
     workers: int = 1

@@ -75,19 +75,22 @@ class WorldSteps(Dataset[list[MicroBatch]]):
         return self.recipe.steps
 
     def __getitem__(self, step: int) -> list[MicroBatch]:
-        family = "sheet" if self._on_sheets(step) else None
         count = self.count(step)
+        sheets = count if self._on_sheets(step) else self.data.sheets_beside
         base = self.data.seed * 1_000_000_000 + step * count
         prepared = []
         for i in range(self.rank, count, self.world):
+            family = "sheet" if i < sheets else None
             item = sample(base + i, family=family, turns=self.data.turns_per_scene, small=self.data.small_pictures)
             prepared.append(_Prepared(*encode_sample(item, self.tokenizer, self.config), item))
-        prepared.sort(key=lambda p: len(p.tokens))
+        prepared.sort(key=lambda p: (len(p.sample.turns) > 0, len(p.tokens)))  # sheets first, for the encoder alone
         return [self._microbatch(group) for group in self._groups(prepared)]
 
     def count(self, step: int) -> int:
         """How many samples a step has, over all ranks."""
-        return self.data.sheets_per_step if self._on_sheets(step) else self.data.samples_per_step
+        if self._on_sheets(step):
+            return self.data.sheets_per_step
+        return self.data.samples_per_step + self.data.sheets_beside
 
     def _on_sheets(self, step: int) -> bool:
         return step < self.recipe.sheet_steps
@@ -95,7 +98,8 @@ class WorldSteps(Dataset[list[MicroBatch]]):
     def _groups(self, prepared: list[_Prepared]) -> Iterator[list[_Prepared]]:
         group: list[_Prepared] = []
         for one in prepared:
-            if group and len(one.tokens) * (len(group) + 1) > self.data.tokens_per_microbatch:
+            full = len(one.tokens) * (len(group) + 1) > self.data.tokens_per_microbatch
+            if group and (full or bool(one.sample.turns) != bool(group[0].sample.turns)):
                 yield group
                 group = []
             group.append(one)

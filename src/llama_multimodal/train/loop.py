@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError
-from ..loading import load
+from ..loading import load, locate
 from ..models import VisionLanguageModel
 from ..processing.tokenizer import Tokenizer
 from ..zoo.tokenizer import build_tokenizer
@@ -27,6 +28,7 @@ from .checkpoint import load_state, save_state
 from .config import OptimConfig, Recipe
 from .data import IGNORED, MicroBatch, WorldSteps, batches
 from .initial import initialise, share_between_ratios
+from .muon import Muon
 
 _INITIAL_STEPS = 4  # whose pictures the patch embedding starts from
 
@@ -43,11 +45,16 @@ class Progress:
 
 
 def prepare(recipe: Recipe) -> tuple[ModelConfig, Tokenizer, Path]:
-    """The model's configuration with its tokenizer's ids, the tokenizer, and where its file lies."""
+    """The model's configuration with its tokenizer's ids, the tokenizer, and where its file lies.
+
+    A run that starts from a model takes its tokenizer, or the embeddings would belong to other words.
+    """
     folder = Path(recipe.output)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "tokenizer.json"
-    if not file.exists():
+    if not file.exists() and recipe.start_from is not None:
+        shutil.copyfile(locate(recipe.start_from) / "tokenizer.json", file)
+    elif not file.exists():
         build_tokenizer(corpus(recipe.vocabulary_samples, recipe.seed), recipe.vocabulary_words).save(str(file))
     tokenizer = Tokenizer.from_json(file)
     image = tokenizer.special("<|image|>")
@@ -187,7 +194,7 @@ def _optimizers(modules: nn.Module, optim: OptimConfig) -> list[torch.optim.Opti
     settings: dict[str, Any] = {"lr": optim.learning_rate, "weight_decay": optim.weight_decay}
     others: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
     return [
-        torch.optim.Muon(blocks, adjust_lr_fn="match_rms_adamw", **settings),
+        Muon(blocks, **settings),
         torch.optim.AdamW(others, betas=(optim.beta1, optim.beta2), fused=True, **settings),
     ]
 
@@ -209,10 +216,12 @@ def _step(
     product = torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.dtype == "bfloat16")
     for batch in micro:
         losses: list[Tensor] = []
+        learnt = batch.labels != IGNORED
+        asked = not vision_only and bool(learnt.any())
         with product:
             if batch.inputs.images:
                 features = model.vision(batch.inputs.tiles, batch.inputs.images, deduplicate=True)
-            if not vision_only:
+            if asked:
                 cross_cache = None
                 if batch.inputs.images:
                     cross_cache = model.cross_attention_cache(batch.inputs, features=features)
@@ -221,8 +230,7 @@ def _step(
             auxiliary = heads(features.float(), batch.inputs.images, batch.targets, totals)
             losses.append(recipe.auxiliary_weight * auxiliary)
             auxiliary_sum += float(auxiliary.detach())
-        if not vision_only:
-            learnt = batch.labels != IGNORED
+        if asked:
             chosen, labels = logits[learnt].float(), batch.labels[learnt]
             loss = F.cross_entropy(chosen, labels, reduction="sum")
             losses.append(loss / answers)

@@ -117,24 +117,15 @@ def paint_printed(rng: random.Random, plan: Printed) -> tuple[Image.Image, tuple
     least = min(12.0, 0.92 * width / across, 0.85 * height / down)  # below 12 pixels letters melt: take more width
     row = Row(text, face, max(7, int(max(size, least))), spacing)
 
-    mask = row.draw()
-    if angle:
-        mask = mask.rotate(math.degrees(angle), resample=Image.Resampling.BICUBIC, expand=True)
+    mask = row.draw(angle)
     # Anywhere, but with a margin where there is room for one.
     slack_x, slack_y = max(0.0, 0.97 * width - mask.width), max(0.0, 0.95 * height - mask.height)
     left = round((width - mask.width) / 2 + rng.uniform(-0.5, 0.5) * slack_x)
     top = round((height - mask.height) / 2 + rng.uniform(-0.5, 0.5) * slack_y)
     image = behind.paint()
     image.paste(ink, (left, top), mask)
-    middle = (left + mask.width / 2, top + mask.height / 2)
-    marks = []
-    for index, (char, (dx, dy), (half_w, half_h)) in enumerate(zip(text, *row.centers_and_halves(), strict=True)):
-        # Anticlockwise on the screen, where y points down.
-        x = middle[0] + dx * math.cos(angle) + dy * math.sin(angle)
-        y = middle[1] - dx * math.sin(angle) + dy * math.cos(angle)
-        box = (x - half_w, y - half_h, x + half_w, y + half_h)
-        marks.append(Mark("char", x, y, box, char=CHARS.index(char), index=index))
-    return finish(rng, image), tuple(marks)
+    marks = row.marks((left + mask.width / 2, top + mask.height / 2), angle)
+    return finish(rng, image), marks
 
 
 class Row:
@@ -154,19 +145,28 @@ class Row:
         self.top, self.bottom = min(b[1] for b in self.boxes), max(b[3] for b in self.boxes)
         self.width, self.height = self.right - self.left, self.bottom - self.top
 
-    def draw(self) -> Image.Image:
-        """Coverage of the characters, with a little room around."""
+    def draw(self, angle: float = 0.0) -> Image.Image:
+        """Coverage of the characters, with a little room around, turned anticlockwise by `angle` (radians)."""
         mask = Image.new("L", (math.ceil(self.width) + 2 * self._PAD, math.ceil(self.height) + 2 * self._PAD))
         pen = ImageDraw.Draw(mask)
         for char, start in zip(self.text, self.starts, strict=True):
             pen.text((start - self.left + self._PAD, self._PAD - self.top), char, font=self.font, fill=255)
+        if angle:
+            mask = mask.rotate(math.degrees(angle), resample=Image.Resampling.BICUBIC, expand=True)
         return mask
 
-    def centers_and_halves(self) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-        """The centre of each character, from the centre of what `draw` gives, and half its width and height."""
+    def marks(self, middle: tuple[float, float], angle: float = 0.0) -> tuple[Mark, ...]:
+        """A mark for each character where `draw`'s picture is centred on `middle`, in pixels."""
         half_w, half_h = math.ceil(self.width) / 2, math.ceil(self.height) / 2
-        centers = [((a + c) / 2 - self.left - half_w, (b + d) / 2 - self.top - half_h) for a, b, c, d in self.boxes]
-        return centers, [((c - a) / 2, (d - b) / 2) for a, b, c, d in self.boxes]
+        marks = []
+        for index, (char, (left, top, right, bottom)) in enumerate(zip(self.text, self.boxes, strict=True)):
+            dx, dy = (left + right) / 2 - self.left - half_w, (top + bottom) / 2 - self.top - half_h
+            # Anticlockwise on the screen, where y points down.
+            x = middle[0] + dx * math.cos(angle) + dy * math.sin(angle)
+            y = middle[1] - dx * math.sin(angle) + dy * math.cos(angle)
+            box = (x - (right - left) / 2, y - (bottom - top) / 2, x + (right - left) / 2, y + (bottom - top) / 2)
+            marks.append(Mark("char", x, y, box, char=CHARS.index(char), index=index))
+        return tuple(marks)
 
 
 def readable_ink(rng: random.Random, behind: Background) -> RGB:
