@@ -75,7 +75,7 @@ def test_rotary_rows_are_interleaved_in_metas_layout(tmp_path: Path) -> None:
     head_dim = CONFIG.text.head_dim
     for n, layer in enumerate(CONFIG.text.self_attention_layers):
         for name, heads in (("q", 4), ("k", 2)):
-            ours = getattr(model.decoder.layers[layer].attention, f"{name}_proj").weight
+            ours = getattr(model.decoder.layers[layer].attention.qkv, f"{name}_proj").weight
             stored = theirs[f"text_model.layers.{n}.attention.w{name}.weight"]
             for head in range(heads):
                 for i in range(head_dim // 2):

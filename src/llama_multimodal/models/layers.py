@@ -15,6 +15,20 @@ class Linear(nn.Linear):
         return ops.linear(x, self.weight, self.bias)
 
 
+class Projections(nn.Module):
+    """Linear layers without bias that read one input; packed, they run as one product (`quant.pack`)."""
+
+    def __init__(self, size: int, **outputs: int) -> None:
+        """outputs: how many outputs each layer has, by its name."""
+        super().__init__()
+        for name, count in outputs.items():
+            self.add_module(name, Linear(size, count, bias=False))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """One [..., outputs] a layer, in their order."""
+        return tuple(layer(x) for layer in self.children())
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation over the last axis."""
 

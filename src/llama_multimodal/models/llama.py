@@ -15,7 +15,7 @@ from ..cache import CrossAttentionCache, SelfAttentionCache
 from ..config import TextConfig
 from ..errors import PromptError
 from ..ops import KeyRanges, Span
-from .layers import Linear, RMSNorm, merge_heads, split_heads
+from .layers import Linear, Projections, RMSNorm, merge_heads, split_heads
 
 
 class SelfAttention(nn.Module):
@@ -25,9 +25,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         size, kv_size = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(size, size, bias=False)
-        self.k_proj = Linear(size, kv_size, bias=False)
-        self.v_proj = Linear(size, kv_size, bias=False)
+        self.qkv = Projections(size, q_proj=size, k_proj=kv_size, v_proj=kv_size)
         self.o_proj = Linear(size, size, bias=False)
 
     def forward(
@@ -39,9 +37,9 @@ class SelfAttention(nn.Module):
         cache: SelfAttentionCache | None,
         layer: int,
     ) -> Tensor:
-        q = split_heads(self.q_proj(x), self.num_heads)  # [B, H, T, D]
-        k = split_heads(self.k_proj(x), self.num_kv_heads)  # [B, Hkv, T, D]
-        v = split_heads(self.v_proj(x), self.num_kv_heads)
+        q, k, v = self.qkv(x)
+        q = split_heads(q, self.num_heads)  # [B, H, T, D]
+        k, v = split_heads(k, self.num_kv_heads), split_heads(v, self.num_kv_heads)  # [B, Hkv, T, D]
         q, k = ops.apply_rope(q, k, *angles)
         if cache is None:
             return self.o_proj(merge_heads(ops.attention(q, k, v, causal=True)))
@@ -64,16 +62,14 @@ class CrossAttention(nn.Module):
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         size, kv_size = config.hidden_size, config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(size, size, bias=False)
-        self.k_proj = Linear(size, kv_size, bias=False)
-        self.v_proj = Linear(size, kv_size, bias=False)
+        self.kv = Projections(size, k_proj=kv_size, v_proj=kv_size)
         self.o_proj = Linear(size, size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of vision tokens: [S, E] → two of [Hkv, S, D]."""
-        k = split_heads(self.k_proj(features)[None], self.num_kv_heads)[0]
-        v = split_heads(self.v_proj(features)[None], self.num_kv_heads)[0]
+        k, v = (split_heads(x[None], self.num_kv_heads)[0] for x in self.kv(features))
         return self.k_norm(k), v
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> Tensor:
@@ -86,12 +82,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        inner = config.intermediate_size
+        self.gate_up = Projections(config.hidden_size, gate_proj=inner, up_proj=inner)
+        self.down_proj = Linear(inner, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(ops.swiglu(*self.gate_up(x)))
 
 
 class SelfAttentionBlock(nn.Module):

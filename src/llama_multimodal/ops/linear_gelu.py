@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,4 +23,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: App
 
 
 def _torch(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: Approximation) -> Tensor:
-    return F.gelu(linear(x, weight, bias), approximate=approximate)
+    product = linear(x, weight, bias)
+    if product.requires_grad:
+        return F.gelu(product, approximate=approximate)
+    return torch.ops.aten.gelu_(product, approximate=approximate)  # the product is the largest tensor of a block

@@ -46,13 +46,17 @@ _HF_VISION_GATES = {"attention_gate": "gate_attn", "mlp_gate": "gate_ffn"}
 _HF_TEXT_BLOCK = {
     "input_norm.weight": "input_layernorm.weight",
     "post_attention_norm.weight": "post_attention_layernorm.weight",
-    "mlp.gate_proj.weight": "mlp.gate_proj.weight",
-    "mlp.up_proj.weight": "mlp.up_proj.weight",
+    "mlp.gate_up.gate_proj.weight": "mlp.gate_proj.weight",
+    "mlp.gate_up.up_proj.weight": "mlp.up_proj.weight",
     "mlp.down_proj.weight": "mlp.down_proj.weight",
 }
-_HF_SELF_ATTENTION = {f"attention.{x}_proj.weight": f"self_attn.{x}_proj.weight" for x in "qkvo"}
+_HF_SELF_ATTENTION = {
+    "attention.o_proj.weight": "self_attn.o_proj.weight",
+    **{f"attention.qkv.{x}_proj.weight": f"self_attn.{x}_proj.weight" for x in "qkv"},
+}
 _HF_CROSS_ATTENTION = {
-    **{f"attention.{x}_proj.weight": f"cross_attn.{x}_proj.weight" for x in "qkvo"},
+    **{f"attention.{x}_proj.weight": f"cross_attn.{x}_proj.weight" for x in "qo"},
+    **{f"attention.kv.{x}_proj.weight": f"cross_attn.{x}_proj.weight" for x in "kv"},
     "attention.q_norm.weight": "cross_attn.q_norm.weight",
     "attention.k_norm.weight": "cross_attn.k_norm.weight",
     "attention_gate": "cross_attn_attn_gate",
@@ -132,15 +136,16 @@ _META_VISION_GATES = {"attention_gate": "gate_attn", "mlp_gate": "gate_ffn"}
 _META_TEXT_BLOCK = {
     "input_norm.weight": "attention_norm.weight",
     "post_attention_norm.weight": "ffn_norm.weight",
-    "mlp.gate_proj.weight": "feed_forward.w1.weight",
+    "mlp.gate_up.gate_proj.weight": "feed_forward.w1.weight",
     "mlp.down_proj.weight": "feed_forward.w2.weight",
-    "mlp.up_proj.weight": "feed_forward.w3.weight",
-    "attention.v_proj.weight": "attention.wv.weight",
+    "mlp.gate_up.up_proj.weight": "feed_forward.w3.weight",
     "attention.o_proj.weight": "attention.wo.weight",
 }
+_META_SELF_ATTENTION = {"attention.qkv.v_proj.weight": "attention.wv.weight"}  # the rows of q and k lie otherwise
 _META_CROSS_ATTENTION = {  # no rotary positions, so queries and keys are as ours
     "attention.q_proj.weight": "attention.wq.weight",
-    "attention.k_proj.weight": "attention.wk.weight",
+    "attention.kv.k_proj.weight": "attention.wk.weight",
+    "attention.kv.v_proj.weight": "attention.wv.weight",
     "attention.q_norm.weight": "attention.q_norm.weight",
     "attention.k_norm.weight": "attention.k_norm.weight",
     "attention_gate": "gate_attn",
@@ -179,10 +184,10 @@ def meta_rules(config: ModelConfig) -> list[Rule]:
         yield Rename("decoder.embedding.weight", tables, rows)
         for n, i in enumerate(selves):
             ours, theirs = f"decoder.layers.{i}", f"text_model.layers.{n}"
-            yield from _renames(ours, theirs, _META_TEXT_BLOCK)
+            yield from _renames(ours, theirs, _META_TEXT_BLOCK | _META_SELF_ATTENTION)
             for name, heads in (("q", text.num_attention_heads), ("k", text.num_key_value_heads)):
                 place = (f"{theirs}.attention.w{name}.weight",)
-                yield Rename(f"{ours}.attention.{name}_proj.weight", place, interleave(heads), reshaped=True)
+                yield Rename(f"{ours}.attention.qkv.{name}_proj.weight", place, interleave(heads), reshaped=True)
         for n, i in enumerate(crosses):
             block = _META_TEXT_BLOCK | _META_CROSS_ATTENTION
             yield from _renames(f"decoder.layers.{i}", f"text_model.cross_attention_layers.{n}", block)

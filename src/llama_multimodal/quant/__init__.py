@@ -1,0 +1,1 @@
+"""Smaller and faster weights: a built model's linear layers, packed in place."""
