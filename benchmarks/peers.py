@@ -13,6 +13,7 @@ import os
 import platform
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,10 +70,10 @@ def random_mllama(folder: Path, *, text_hidden: int, text_layers: int, vision_la
 
 
 class PeakMemory:
-    """Peak resident memory inside a `with` block above what was resident before it, in MiB (Linux with glibc).
+    """Peak anonymous memory inside a `with` block above what was there before it, in MiB (Linux with glibc).
 
-    The allocator keeps what was freed, so a second run of anything would need nothing more: inside the block it asks
-    the system for every larger piece and gives it back at once, which is slow.
+    Sampled every millisecond. The allocator keeps what was freed, so a second run of anything would need nothing more:
+    inside the block it asks the system for every larger piece and gives it back at once, which is slow.
     """
 
     _MMAP_THRESHOLD, _AT_ONCE, _USUAL = -3, 1 << 16, 1 << 25  # mallopt's parameter, and bytes
@@ -81,20 +82,29 @@ class PeakMemory:
         self.libc = ctypes.CDLL(None)
         self.libc.mallopt(self._MMAP_THRESHOLD, self._AT_ONCE)
         self.libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        self.before, self.extra = self._read("VmRSS"), 0.0
+        self.before = self.peak = self._resident()
+        self.ended = threading.Event()
+        self.sampler = threading.Thread(target=self._sample)
+        self.sampler.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.extra = self._read("VmHWM") - self.before
+        self.ended.set()
+        self.sampler.join()
+        self.extra = self.peak - self.before
         self.libc.mallopt(self._MMAP_THRESHOLD, self._USUAL)
 
+    def _sample(self) -> None:
+        while not self.ended.wait(0.001):
+            self.peak = max(self.peak, self._resident())
+
     @staticmethod
-    def _read(key: str) -> float:
+    def _resident() -> float:
+        # Not VmHWM: it counts file pages too, which the system takes and gives as it likes.
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(key):
+            if line.startswith("RssAnon"):
                 return int(line.split()[1]) / 1024
-        raise RuntimeError(f"/proc/self/status has no {key}")
+        raise RuntimeError("/proc/self/status has no RssAnon")
 
 
 def interleaved(candidates: dict[str, Callable[[], Any]], repeats: int) -> Measured:

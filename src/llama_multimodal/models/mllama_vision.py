@@ -114,16 +114,19 @@ class TiledVisionEncoder(nn.Module):
         """
         if deduplicate is None:
             deduplicate = self.padding_tiles_are_equal()
+        counts = sorted({image.num_tiles for image in images})
+        if len(counts) == 1:  # nothing to sort, and no second copy of the features
+            return self._encode(tiles.unflatten(0, (-1, counts[0])), images, deduplicate).flatten(0, 1)
         starts, total = [], 0
         for image in images:
             starts.append(total)
             total += image.num_tiles
         features = tiles.new_empty(total, self.config.num_patches, self.config.output_size)
-        for count in sorted({image.num_tiles for image in images}):
+        for count in counts:
             group = [i for i, image in enumerate(images) if image.num_tiles == count]
             index = torch.tensor([starts[i] + t for i in group for t in range(count)], device=tiles.device)
             encoded = self._encode(tiles[index].unflatten(0, (-1, count)), [images[i] for i in group], deduplicate)
-            features = features.index_copy(0, index, encoded.flatten(0, 1))
+            features.index_copy_(0, index, encoded.flatten(0, 1))
         return features
 
     def padding_tiles_are_equal(self) -> bool:

@@ -12,6 +12,8 @@ from torch import Tensor
 from . import _dispatch
 from .linear import widens
 
+_WIDENED_AT_ONCE = 3 << 20  # values of q, k and v whose fp32 copies exist at a time, unless one head has more
+
 
 def attention(
     q: Tensor,
@@ -37,6 +39,15 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None
     dtype, heads, kv_heads = q.dtype, q.shape[1], k.shape[1]
     if key_bias is not None or widens(q):
         # A bias of log n needs more digits than bf16 has; a CPU without bf16 arithmetic is faster in fp32 anyway.
+        some = max(1, _WIDENED_AT_ONCE * kv_heads // max(1, q.numel() + k.numel() + v.numel()))  # key heads
+        if some < kv_heads and dtype.itemsize < 4 and not torch.is_grad_enabled():
+            out, group = torch.empty_like(q), heads // kv_heads
+            for first in range(0, kv_heads, some):
+                ours, theirs = slice(first * group, (first + some) * group), slice(first, first + some)
+                out[:, ours] = _torch(
+                    q[:, ours], k[:, theirs], v[:, theirs], causal=causal, mask=mask, key_bias=key_bias
+                )
+            return out
         q, k, v = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v))
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
