@@ -21,6 +21,11 @@ class PackedLinear(nn.Module):
     Stands in for a `Linear` (parts None), or for `Projections` (parts: how many outputs each layer has).
     """
 
+    values: Tensor
+    scales: Tensor | None
+    zeros: Tensor | None
+    bias: Tensor | None
+
     def __init__(self, weight: PackedWeight, bias: Tensor | None = None, parts: tuple[int, ...] | None = None) -> None:
         super().__init__()
         self.format, self.shape, self.group, self.layout = weight.format, weight.shape, weight.group, weight.layout
@@ -30,8 +35,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        tensors = self.values, self.scales, self.zeros
-        weight = PackedWeight(self.format, self.shape, *tensors, self.group, self.layout)
+        weight = PackedWeight(self.format, self.shape, self.values, self.scales, self.zeros, self.group, self.layout)
         out = ops.packed_linear(x, weight, self.bias)
         return out if self.parts is None else out.split(self.parts, dim=-1)
 

@@ -56,7 +56,9 @@ class Recipe:
     sheet_steps: int = 0  # first steps, of the vision encoder on sheets: small pictures full of things
     vision_steps: int = 0  # steps until here train the encoder alone, on its auxiliary targets
     auxiliary_weight: float = 1.0
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the products; weights and sums stay in float32
+    # Of the products; weights and sums stay in float32. A CPU without bf16 arithmetic, which would emulate it at a
+    # tenth of its speed, multiplies in float32 either way.
+    dtype: Literal["float32", "bfloat16"] = "float32"
     vocabulary_words: int = 740
     vocabulary_samples: int = 60_000  # conversations whose words are counted for the vocabulary
     seed: int = 0

@@ -20,6 +20,7 @@ from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError
 from ..loading import load, locate
 from ..models import VisionLanguageModel
+from ..ops.linear import cpu_multiplies
 from ..processing.tokenizer import Tokenizer
 from ..zoo.tokenizer import build_tokenizer
 from ..zoo.world import corpus
@@ -213,7 +214,8 @@ def _step(
     answers, *totals = _summed(torch.cat((learnable.double(), weights)), group)
     answers = max(answers, 1.0)
     answer_sum = auxiliary_sum = right = 0.0
-    product = torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.dtype == "bfloat16")
+    narrow = recipe.dtype == "bfloat16" and cpu_multiplies(torch.bfloat16)
+    product = torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow)
     for batch in micro:
         losses: list[Tensor] = []
         learnt = batch.labels != IGNORED
