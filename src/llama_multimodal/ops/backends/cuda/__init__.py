@@ -6,7 +6,7 @@ import importlib
 
 from . import library
 
-_MODULES = ("linear_gelu", "rms_norm", "rope", "swiglu")
+_MODULES = ("cross_attention", "decode_attention", "linear_gelu", "packed_linear", "rms_norm", "rope", "swiglu")
 
 
 def load() -> str | None:
