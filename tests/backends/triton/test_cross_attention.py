@@ -9,6 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from backends.cases import some_ranges
 from backends.references import FLOATS, close, cross_attention, name_of, poisoned, randn
 from llama_multimodal import ops
 from llama_multimodal.ops import KeyRanges
@@ -19,24 +20,6 @@ SHAPES = [
     (1, 2, 1, 70, 20, 33), (1, 2, 2, 9, 20, 256),
 ]  # fmt: skip
 """rows, query heads, key heads, text tokens, vision tokens, head dim"""
-
-
-def some_ranges(rows: int, tokens: int, keys: int, device: str) -> KeyRanges:
-    """Runs of a few tokens that read something, overlapping or not, or nothing."""
-    generator = torch.Generator().manual_seed(rows + tokens + keys)
-
-    def pick(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=generator))
-
-    table = torch.zeros(rows, tokens, 2, dtype=torch.int32)
-    for row in table:
-        t = 0
-        while t < tokens:
-            first = pick(0, keys)
-            run = torch.tensor((first, pick(first, keys)))
-            row[t : t + (length := pick(1, 9))] = run if pick(0, 3) else 0
-            t += length
-    return KeyRanges((), table.to(device))  # the kernels read the table only
 
 
 def some_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
+from backends.cases import some_lengths
 from backends.references import FLOATS, close, decode_attention, name_of, poisoned, randn, unpaged
 from llama_multimodal import ops
 from llama_multimodal.ops.backends.triton.decode_attention import count_splits
@@ -18,15 +18,6 @@ SHAPES = [
     (2, 2, 1, 12, 256),
 ]  # fmt: skip
 """rows, query heads, key heads, slots, head dim"""
-
-
-def some_lengths(rows: int, slots: int, device: str) -> Tensor:
-    """A full row, an empty one, and others between."""
-    lengths = torch.randint(0, slots + 1, (rows,), generator=torch.Generator().manual_seed(rows), dtype=torch.int32)
-    lengths[0] = slots
-    if rows > 1:
-        lengths[1] = 0
-    return lengths.to(device)
 
 
 @each_dtype

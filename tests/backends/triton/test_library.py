@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from backends.references import close, randn, rms_norm, swiglu
 from llama_multimodal import ops
 from llama_multimodal.errors import DeviceError
 from llama_multimodal.ops import KeyRanges, _dispatch
 from llama_multimodal.ops.backends import triton as backend
+from llama_multimodal.ops.backends.triton import library
 from llama_multimodal.ops.backends.triton.library import as_rows, empty_rows, order, power, tile
 
 KERNELS = {
@@ -41,6 +44,18 @@ def test_without_a_gpu_or_the_interpreter_the_reason_says_so(monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(knobs.runtime, "interpret", False)
     assert backend.load() == "there is no GPU, and TRITON_INTERPRET=1 is not set"
+
+
+def test_debugging_waits_for_each_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes wrong while a kernel runs is known only after waiting for it."""
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access\nand what torch says of it")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=fail))
+    kernel = importlib.import_module("llama_multimodal.ops.backends.triton.swiglu")._forward
+    with pytest.raises(DeviceError, match=r"^swiglu_forward: CUDA error: an illegal memory access$"):
+        library._wait(kernel)
 
 
 # --- the ops as torch sees them --------------------------------------------------------------------------------------
@@ -133,6 +148,23 @@ def test_compiled_without_a_graph_break(device: str) -> None:
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*arguments()), step(*arguments()))
+
+
+def test_prompts_of_other_lengths_need_no_other_graph(device: str) -> None:
+    def layer(x: Tensor, weight: Tensor, wide: Tensor, cos: Tensor) -> Tensor:
+        normed, summed = ops.add_rms_norm(ops.rms_norm(x, weight, 1e-5), x, weight, 1e-5)
+        q = normed.unflatten(-1, (2, 8)).transpose(1, 2)
+        q, _ = ops.apply_rope(q, q[:, :1], cos, cos)
+        return summed + ops.swiglu(ops.linear_gelu(q.transpose(1, 2).flatten(2), wide, None, "tanh"))
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    for tokens in (3, 5, 9):
+        x, cos = randn(2, tokens, 16, device=device), randn(2, tokens, 4, device=device)
+        fixed = randn(16, device=device), randn(32, 16, device=device)
+        torch.testing.assert_close(compiled(x, *fixed, cos), layer(x, *fixed, cos))
+    assert counter.frame_count == 1
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -26,8 +26,7 @@ def set_blocks(monkeypatch: pytest.MonkeyPatch, blocks: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("blocks, reduction", [*((blocks, "mean") for blocks in BLOCKS), ("both", "sum")])
 @pytest.mark.parametrize("shape", [(7, 5, 11), (7, 32, 150), (1, 3, 5)], ids=str)
 def test_loss_and_gradients(
     dtype: torch.dtype,

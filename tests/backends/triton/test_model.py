@@ -17,7 +17,7 @@ from llama_multimodal.ops import _dispatch
 ROWS = [[60, 5, 9, IMAGE, 4, 33, 2], [60, 7, 11], [IMAGE, 3, IMAGE, 8]]
 GRIDS: list[list[tuple[int, int]]] = [[(1, 2)], [], [(1, 1), (3, 1)]]
 # The model's logits go up to 8; a step of bf16 is 1/32 there, and the interpreter cuts off where a GPU rounds.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 3e-2, torch.bfloat16: 2.5e-1}
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-2, torch.bfloat16: 2.5e-1}
 
 
 def some_inputs(dtype: torch.dtype, device: str) -> ModelInputs:

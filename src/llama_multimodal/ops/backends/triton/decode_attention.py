@@ -211,7 +211,8 @@ def _run(
         DIM=dim,
         WIDTH=width,
         KEYS=keys,
-        warps=4,
+        # A product in fp32 is taken without tensor cores, and four warps would spill (255 registers each for sm_90).
+        warps=8 if q.element_size() > 2 and width > 64 else 4,
         stages=3 if q.element_size() == 2 else 2,
     )
     if splits > 1:

@@ -9,6 +9,7 @@ Shapes: R rows · D columns
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ....errors import DeviceError
 from ..operators import mismatch
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -30,6 +32,8 @@ WIDE = {
     torch.float64: tl.float64,
 }
 """What a kernel computes in, by what it reads."""
+
+_WAIT = os.environ.get("LLAMA_MM_DEBUG") == "1"  # after each launch, so that an error surfaces at its op
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 """Softmax is taken in powers of two: `exp2` is an instruction, `exp` is not."""
@@ -46,12 +50,26 @@ def upcasts(x: Tensor) -> bool:
 
 
 def launch(kernel: Any, programs: int, *args: Any, warps: int = 4, stages: int = 2, **constants: Any) -> None:
-    """Run a kernel's programs on the device and current stream of its first argument."""
+    """Run a kernel's programs on the device and current stream of its first argument.
+
+    Raises:
+        DeviceError: with LLAMA_MM_DEBUG=1, what went wrong while the kernel ran.
+    """
     if programs == 0:
         return
     first = args[0]
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
         kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)
+        if _WAIT and first.is_cuda:
+            _wait(kernel)
+
+
+def _wait(kernel: Any) -> None:
+    try:
+        torch.cuda.current_stream().synchronize()
+    except RuntimeError as error:
+        name = kernel.fn.__module__.rpartition(".")[2] + kernel.fn.__name__
+        raise DeviceError(f"{name}: {str(error).splitlines()[0]}") from error
 
 
 def power(n: int) -> int:

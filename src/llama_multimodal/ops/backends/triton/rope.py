@@ -183,7 +183,8 @@ def _refuses(
     if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or q.shape[3] % 2:
         return f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}; takes [B, H, T, D] and [B, Hkv, T, D], D even"
     batch, _, tokens, dim = q.shape
-    shapes = {(batch, tokens, dim // 2), (1, tokens, dim // 2)} if positions is None else {(cos.shape[0], dim // 2)}
+    # A list: to look a shape up in a set, torch.compile would fix every number of tokens in a graph of its own.
+    shapes = [(batch, tokens, dim // 2), (1, tokens, dim // 2)] if positions is None else [(cos.shape[0], dim // 2)]
     if cos.shape != sin.shape or tuple(cos.shape) not in shapes:
         wanted = "[B, T, D/2]" if positions is None else "a table [P, D/2]"
         return f"cos has shape {tuple(cos.shape)}, sin {tuple(sin.shape)}; takes {wanted} for q {tuple(q.shape)}"

@@ -1,0 +1,53 @@
+"""Every Triton kernel compiles for every generation of GPUs, and none needs more registers than there are."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "aot.py"
+ARCHS = (("90",), ("80", "bfloat16"), ("100", "bfloat16"))  # fp32 once; the script does all by itself
+KERNELS = {
+    "rms_norm": ("forward", "backward"),
+    "rope": ("rope",),
+    "swiglu": ("forward", "backward"),
+    "linear_gelu": ("bias_gelu",),
+    "decode_attention": ("attend", "join", "store"),
+    "cross_attention": ("forward", "backward_q", "backward_kv"),
+    "packed_linear": ("packed_linear",),
+    "linear_cross_entropy": ("meet", "slopes"),
+}
+
+
+def compile_for(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, in which triton compiles and does not interpret."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, SCRIPT, *arguments], env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiler() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+
+
+@pytest.mark.timeout(1800)  # a minute on two idle cores
+def test_no_kernel_spills() -> None:
+    with ThreadPoolExecutor(2) as pool:
+        done = dict(zip(ARCHS, pool.map(lambda arguments: compile_for(*arguments), ARCHS)))
+    for arguments, process in done.items():
+        assert process.returncode == 0, f"{arguments}\n{process.stdout}\n{process.stderr}"
+        for file, kernels in KERNELS.items():
+            for kernel in kernels:
+                assert f"| {file} | `{kernel}<" in process.stdout, f"{kernel} of {file} was not compiled: {arguments}"
+
+
+def test_a_spill_is_seen() -> None:
+    process = compile_for("90", "bfloat16", "swiglu", "maxnreg=24")
+    assert process.returncode == 1 and "B stack" in process.stdout, process.stderr
