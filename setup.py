@@ -45,7 +45,7 @@ ARCH_NAMES = {
     "Hopper": "9.0+PTX",
     "Blackwell": "10.0;10.3;12.0;12.1+PTX",
 }
-NVCC_FLAGS = ("-O3", "-std=c++17", "-Xcompiler", "-fPIC")
+NVCC_FLAGS = ("-O3", "-std=c++17", "--threads", "0", "-Xcompiler", "-fPIC")  # the architectures side by side
 CXX_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp")
 # What a file's ending allows it to use; it runs only where the processor has it.
 X86 = {

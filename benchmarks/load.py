@@ -16,13 +16,15 @@ from pathlib import Path
 from peers import arguments, random_mllama, write
 
 CHILD = """
-import json, resource, sys, time, torch
+import json, sys, time, torch
 folder = sys.argv[1]
 if sys.argv[2] == "ours":
     import llama_multimodal.loading as loader
 else:
     from transformers import MllamaForConditionalGeneration
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak_mib():  # not ru_maxrss, which a process inherits from the one that started it
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+base = peak_mib()
 start = time.perf_counter()
 if sys.argv[2] == "ours":
     model, _ = loader.load(folder, dtype=torch.bfloat16)
@@ -32,7 +34,7 @@ weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
 # Reading every weight once: a loader that only maps the file has not loaded it yet.
 total = sum(float(p.view(torch.int16).sum()) for p in model.parameters())
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = peak_mib()
 print(json.dumps({"seconds": seconds, "peak_mib": peak - base, "weights_mib": weights}))
 """
 

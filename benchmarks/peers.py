@@ -76,7 +76,8 @@ class PeakMemory:
     inside the block it asks the system for every larger piece and gives it back at once, which is slow.
     """
 
-    _MMAP_THRESHOLD, _AT_ONCE, _USUAL = -3, 1 << 16, 1 << 25  # mallopt's parameter, and bytes
+    _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's parameters
+    _AT_ONCE, _AT_MOST, _SELDOM = 1 << 16, 1 << 25, 1 << 30  # bytes
 
     def __enter__(self) -> PeakMemory:
         self.libc = ctypes.CDLL(None)
@@ -92,7 +93,9 @@ class PeakMemory:
         self.ended.set()
         self.sampler.join()
         self.extra = self.peak - self.before
-        self.libc.mallopt(self._MMAP_THRESHOLD, self._USUAL)
+        # Once set, neither follows the program any more as it does by default: what comes next keeps what it frees.
+        self.libc.mallopt(self._MMAP_THRESHOLD, self._AT_MOST)
+        self.libc.mallopt(self._TRIM_THRESHOLD, self._SELDOM)
 
     def _sample(self) -> None:
         while not self.ended.wait(0.001):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from small_model import IMAGE, make_inputs, random_model
+from small_model import CONFIG, IMAGE, make_inputs, one_row, random_model
 
 from llama_multimodal import ops
+from llama_multimodal.cache import SelfAttentionCache
 from llama_multimodal.ops import _dispatch
 
 ROWS = [[60, 5, 9, IMAGE, 4, 33, 2], [60, 7, 11]]
@@ -27,6 +29,21 @@ def test_logits_are_those_of_the_reference(dtype: torch.dtype) -> None:
             expected = model(inputs).logits
     scale = float(expected.float().abs().max())
     torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+@pytest.mark.usefixtures("cuda")
+@torch.inference_mode()
+def test_cached_steps_are_those_of_the_reference() -> None:
+    """A prompt, and two tokens after it: attention over both caches."""
+    model, row = random_model(dtype=torch.float32), one_row(make_inputs(ROWS, GRIDS), 0)
+    with ops.use_backend("torch"):
+        expected = model(row).logits
+    cross = model.cross_attention_cache(row)
+    cache = SelfAttentionCache.allocate(CONFIG.text, 1, 7, torch.float32, "cpu")
+    for cut in (slice(0, 5), slice(5, 6), slice(6, 7)):
+        part = replace(row, **{name: getattr(row, name)[:, cut] for name in ("tokens", "positions", "visible")})
+        ours = model(part, cross_cache=cross, self_cache=cache).logits
+        torch.testing.assert_close(ours, expected[:, cut], rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_gradients_are_those_of_the_reference(
