@@ -31,8 +31,8 @@ if sys.argv[2] == "ours":
 else:
     model = MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
 weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-# Reading every weight once: a loader that only maps the file has not loaded it yet.
-total = sum(float(p.view(torch.int16).sum()) for p in model.parameters())
+# Reading something of every page: a loader that only maps the file has not loaded it yet.
+total = sum(float(p.detach().view(torch.int16).flatten()[::2048].sum()) for p in model.parameters())
 seconds = time.perf_counter() - start
 peak = peak_mib()
 print(json.dumps({"seconds": seconds, "peak_mib": peak - base, "weights_mib": weights}))
