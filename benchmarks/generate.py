@@ -45,7 +45,9 @@ def random_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
         shapes = {name: value.shape for name, value in VisionLanguageModel(config).state_dict().items()}
     torch.manual_seed(0)
     return {
-        name: torch.ones(shape) if "norm" in name else torch.randn(shape, dtype=torch.bfloat16) * shape[-1] ** -0.5
+        name: torch.ones(shape, dtype=torch.bfloat16)
+        if "norm" in name
+        else torch.randn(shape, dtype=torch.bfloat16) * shape[-1] ** -0.5
         for name, shape in shapes.items()
     }
 
@@ -54,7 +56,7 @@ def ours(config: ModelConfig, weights: dict[str, torch.Tensor]) -> VisionLanguag
     """A model on these very tensors."""
     with torch.device("meta"):
         model = VisionLanguageModel(config)
-    model.load_state_dict({name: value.to(torch.bfloat16) for name, value in weights.items()}, assign=True)
+    model.load_state_dict(weights, assign=True)
     return model.eval()
 
 
@@ -77,12 +79,11 @@ def theirs(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Any:
         )
     ).to(torch.bfloat16)  # fmt: skip
     state = {
-        rule.theirs[0].removeprefix(PREFIX): weights[rule.ours][: text.vocab_size].to(torch.bfloat16)
-        if "embedding" in rule.ours
-        else weights[rule.ours].to(torch.bfloat16)
+        rule.theirs[0].removeprefix(PREFIX): weights[rule.ours]
         for rule in hf_rules(config)
         if rule.theirs[0].startswith(PREFIX)
     }
+    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"][: text.vocab_size]
     model.load_state_dict(state, assign=True)
     return model.eval()
 

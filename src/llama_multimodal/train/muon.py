@@ -36,7 +36,10 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
-                average = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                average = state["momentum"]
                 average.lerp_(weight.grad, 1 - group["momentum"])
                 alike[tuple(weight.shape)].append((weight, weight.grad.lerp(average, group["momentum"])))
             for shape, members in alike.items():
