@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": BASE,
     "models": BASE | {"ops"},
     "sampling": {"errors"},
-    "weights": MODEL,
+    "weights": MODEL | {"quant"},
     "adapters": MODEL,
     "quant": MODEL,
     "distributed": MODEL,

@@ -113,7 +113,8 @@ def test_not_enough_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     from llama_multimodal.weights import checkpoint
 
     opened = checkpoint.open_checkpoint(META)
-    monkeypatch.setattr(checkpoint, "build_on_meta", lambda config: None)
+    model = checkpoint.build_on_meta(opened.config)
+    monkeypatch.setattr(checkpoint, "build_on_meta", lambda config: model)
     monkeypatch.setattr(torch, "empty", full)
     with pytest.raises(DeviceError, match=r"cpu has not enough memory for this model's 0\.0 GiB in torch.float32"):
         checkpoint.read_model(opened, torch.float32, torch.device("cpu"))
@@ -152,7 +153,7 @@ def test_a_file_instead_of_a_folder() -> None:
 
 def test_the_embedded_model_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(loading, "EMBEDDED_FOLDER", tmp_path / "tiny")
-    with pytest.raises(CheckpointError, match="embedded model"):
+    with pytest.raises(CheckpointError, match="the embedded model is not in this copy; install"):
         lmm.load("tiny")
     convert(META, tmp_path / "tiny", "hf")
     assert lmm.load("tiny")[0].config.vision.hidden_size == 80

@@ -323,6 +323,20 @@ def test_linear_widens_long_half_inputs_only(monkeypatch: pytest.MonkeyPatch) ->
     assert not module.widens(x)
 
 
+@torch.no_grad()
+def test_linear_widens_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and outputs in pieces, the last ones shorter: no fp32 copy of the whole weight is made."""
+    module = importlib.import_module("llama_multimodal.ops.linear")
+    monkeypatch.setattr(module, "cpu_multiplies", lambda dtype: False)
+    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 32)
+    monkeypatch.setattr(module, "_VALUES_AT_ONCE", 40 * 96)  # 32 outputs
+    x, weight = randn(3, 25, 96, dtype=torch.bfloat16), randn(77, 96, dtype=torch.bfloat16, seed=1)
+    bias = randn(77, dtype=torch.bfloat16)
+    expected = (x.float() @ weight.float().T + bias.float()).to(torch.bfloat16)
+    close(ops.linear(x, weight, bias), expected.double(), torch.bfloat16)
+    assert ops.linear(x[:0], weight).shape == (0, 25, 77)
+
+
 def test_linear_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients(ops.linear, randn(2, 3, 5), randn(4, 5, seed=1), randn(4, seed=2))
     # Through the widened path the gradients come back in the dtype of what was given.

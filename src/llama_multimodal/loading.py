@@ -13,10 +13,12 @@ import torch
 from .config import ModelConfig
 from .errors import CheckpointError, DeviceError
 from .models import VisionLanguageModel
+from .ops import Format
 from .processing.processor import Processor
 from .processing.tokenizer import Tokenizer
+from .quant.pack import Packing
 from .weights.checkpoint import Progress, open_checkpoint, read_model
-from .zoo.registry import EMBEDDED_FOLDER, checkpoints, nearest_name
+from .zoo.registry import EMBEDDED_FOLDER, EMBEDDED_MEND, EMBEDDED_MISSING, checkpoints, nearest_name
 
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
@@ -32,6 +34,7 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
+    pack: Packing | Format | None = None,
     progress: Progress | None = None,
 ) -> tuple[VisionLanguageModel, Processor]:
     """Load a checkpoint in Hugging Face's or Meta's layout, found by itself; weights stream straight to the device.
@@ -39,6 +42,8 @@ def load(
     path_or_repo_id: a folder, a hub id, or `tiny` for the embedded model
     dtype: float32, bfloat16 or float16 (or its name); None takes the checkpoint's
     device: "meta" gives the model without its weights
+    pack: "bf16", "int8" or "int4" packs the decoder's linear layers as they come, so that the plain weights are never
+        all in memory; `quant.pack.Packing` has more to choose from. A checkpoint that was saved packed needs nothing
     progress: called with bytes done and bytes in all
 
     Returns:
@@ -55,7 +60,8 @@ def load(
         kind = checkpoint.dtype if checkpoint.dtype in DTYPES.values() else torch.float32
     tokenizer = Tokenizer.load(checkpoint.folder)
     checkpoint = replace(checkpoint, config=with_end_tokens(checkpoint.config, tokenizer))
-    model = read_model(checkpoint, kind, place, progress)
+    packing = Packing(pack) if isinstance(pack, str) else pack
+    model = read_model(checkpoint, kind, place, progress, packing)
     return model.eval(), Processor(checkpoint.config, tokenizer)
 
 
@@ -114,9 +120,7 @@ def locate(source: str | Path) -> Path:
     """
     if source == _EMBEDDED:
         if not EMBEDDED_FOLDER.is_dir():
-            raise CheckpointError(
-                f'the embedded model "{_EMBEDDED}" is not part of this installation; install it again'
-            )
+            raise CheckpointError(f"{EMBEDDED_MISSING}; {EMBEDDED_MEND}")
         return EMBEDDED_FOLDER
     try:
         path = Path(source).expanduser()

@@ -7,7 +7,15 @@ from .decode_attention import decode_attention, kv_write, paged_decode_attention
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_gelu import linear_gelu
-from .packed_linear import Format, PackedWeight, pack_weight, packed_linear, prepare_weight, unpack_weight
+from .packed_linear import (
+    Format,
+    PackedWeight,
+    pack_weight,
+    packed_linear,
+    prepare_weight,
+    restore_weight,
+    unpack_weight,
+)
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import apply_rope, rope_angles, rope_frequencies
 from .swiglu import swiglu
@@ -32,6 +40,7 @@ __all__ = [
     "packed_linear",
     "paged_decode_attention",
     "prepare_weight",
+    "restore_weight",
     "rms_norm",
     "rope_angles",
     "rope_frequencies",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from . import _dispatch
 # From this many rows on, widening a weight once costs less than multiplying in an emulated half precision.
 _MIN_ROWS_TO_WIDEN = 16
 _ROWS_AT_ONCE = 512  # that are widened together: their fp32 copies stay small and in the cache
+_VALUES_AT_ONCE = 1 << 21  # of a weight in another form than it lies in: still in the cache when they are multiplied
+_BLOCKS_BEGIN_AT = 16  # multiples of this
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -21,19 +24,36 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if widens(x):
-        return _widened(x, weight.float(), None if bias is None else bias.float())
-    return F.linear(x, weight, bias)
+    if not widens(x):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    return linear_in_blocks(
+        x, weight.shape[0], lambda first, end, room: room[: end - first].copy_(weight[first:end]), bias, torch.float32
+    )
 
 
-def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if torch.is_grad_enabled():
-        return F.linear(x.float(), weight, bias).to(x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    out = rows.new_empty(rows.shape[0], weight.shape[0])
-    for some, place in zip(rows.split(_ROWS_AT_ONCE), out.split(_ROWS_AT_ONCE), strict=True):
-        place.copy_(F.linear(some.float(), weight, bias))
-    return out.view(*x.shape[:-1], weight.shape[0])
+def linear_in_blocks(
+    x: Tensor, outputs: int, block: Callable[[int, int, Tensor], Tensor], bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`linear` in `dtype`, with a weight that is brought into it block by block; rounded once to x's dtype.
+
+    block: gives the weight's rows [first, end) in `dtype`, using a scratch tensor of at least that many rows; `first`
+    is a multiple of 16, and the scratch has room for as many rows as go to the next one.
+    """
+    inputs = x.shape[-1]
+    rows = x.reshape(-1, inputs)
+    out = rows.new_empty(rows.shape[0], outputs)
+    bias = None if bias is None else bias.to(dtype)
+    step = max(1, _VALUES_AT_ONCE // max(1, inputs) // _BLOCKS_BEGIN_AT) * _BLOCKS_BEGIN_AT
+    room = rows.new_empty(min(step, outputs + -outputs % _BLOCKS_BEGIN_AT), inputs, dtype=dtype)
+    at_once = max(1, len(rows)) if dtype == x.dtype else _ROWS_AT_ONCE
+    for some, place in zip(rows.split(at_once), out.split(at_once), strict=True):
+        some = some.to(dtype)
+        for first in range(0, outputs, step):
+            end = min(first + step, outputs)
+            place[:, first:end] = F.linear(some, block(first, end, room), None if bias is None else bias[first:end])
+    return out.view(*x.shape[:-1], outputs)
 
 
 def widens(x: Tensor) -> bool:

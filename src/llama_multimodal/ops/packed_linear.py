@@ -5,8 +5,9 @@ Shapes: N outputs · K inputs · G values of a group · T rows of x
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,7 +40,20 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.values, self.scales, self.zeros) if t is not None)
+        return sum(t.nbytes for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of values, scales and zeros that there are."""
+        found = {"values": self.values, "scales": self.scales, "zeros": self.zeros}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def to(self, device: torch.device) -> PackedWeight:
+        return self.mapped(lambda tensor: tensor.to(device))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> PackedWeight:
+        """With each of its tensors changed."""
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **changed)
 
 
 def pack_weight(weight: Tensor, format: Format, *, group: int = 32, symmetric: bool = True) -> PackedWeight:
@@ -55,7 +69,7 @@ def pack_weight(weight: Tensor, format: Format, *, group: int = 32, symmetric: b
     if weight.ndim != 2:
         raise ValueError(f"pack_weight takes a matrix [N, K], not shape {tuple(weight.shape)}")
     rows, columns = weight.shape
-    if not bool(torch.isfinite(weight).all()):
+    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
         raise ValueError("pack_weight: the weight holds values that are not finite")
     if format == "bf16":
         return PackedWeight("bf16", (rows, columns), weight.to(torch.bfloat16).contiguous())
@@ -69,7 +83,7 @@ def pack_weight(weight: Tensor, format: Format, *, group: int = 32, symmetric: b
     else:
         least, most = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
         scales = (most - least) / (high - low)
-    if bool((scales > torch.finfo(torch.float16).max).any()):
+    if not weight.is_meta and bool((scales > torch.finfo(torch.float16).max).any()):
         raise ValueError("pack_weight: the weight's values are too large for a scale in fp16")
     scales = scales.to(torch.float16)
     step = scales.float().clamp(min=torch.finfo(torch.float16).tiny)[..., None]
@@ -90,13 +104,8 @@ def pack_weight(weight: Tensor, format: Format, *, group: int = 32, symmetric: b
 
 
 def unpack_weight(packed: PackedWeight) -> Tensor:
-    """The fp32 values [N, K] that a plain packed weight stands for.
-
-    Raises:
-        ValueError: a kernel's own layout.
-    """
-    if packed.layout != "plain":
-        raise ValueError(f'unpack_weight takes the plain layout, not "{packed.layout}"')
+    """The fp32 values [N, K] that a packed weight stands for."""
+    packed = restore_weight(packed)
     if packed.scales is None:
         return packed.values.float()
     values = packed.values
@@ -112,12 +121,17 @@ def prepare_weight(packed: PackedWeight) -> PackedWeight:
     return _dispatch.call("prepare_weight", _prepare, packed.values, packed)
 
 
-def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """`x · weightᵀ + bias`; x: [..., K] → [..., N] in x's dtype. Made for few rows: a prompt's many are slower.
+RESTORED: dict[str, Callable[[PackedWeight], PackedWeight]] = {}
+"""Back to the plain layout, by the name of a layout; whoever lays weights out in his own way adds his."""
 
-    Raises:
-        ValueError: the weight has another backend's layout.
-    """
+
+def restore_weight(packed: PackedWeight) -> PackedWeight:
+    """The same weight in the plain layout: what `prepare_weight` did is undone, bit for bit."""
+    return packed if packed.layout == "plain" else RESTORED[packed.layout](packed)
+
+
+def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """`x · weightᵀ + bias`; x: [..., K] → [..., N] in x's dtype. Made for few rows: a prompt's many are slower."""
     return _dispatch.call("packed_linear", _torch, x, packed, bias)
 
 

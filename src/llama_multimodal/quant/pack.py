@@ -5,6 +5,11 @@ Shapes: N outputs · K inputs · G values of a group
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import get_args
+
 import torch
 from torch import Tensor, nn
 
@@ -15,10 +20,33 @@ from ..models.layers import Linear, Projections
 from ..ops import Format, PackedWeight
 
 
+@dataclass(frozen=True)
+class Packing:
+    """How a model's linear layers are packed.
+
+    format: "bf16" loses nothing on a bf16 model. group: values of a row that share a scale. symmetric: whether zero is
+    the middle of the range (see `ops.pack_weight`). lm_head: the LM head's format, which is the one whose rounding
+    hurts most; None takes `format`.
+
+    Raises:
+        ConfigError: no such format.
+    """
+
+    format: Format
+    group: int = 32
+    symmetric: bool = True
+    lm_head: Format | None = None
+
+    def __post_init__(self) -> None:
+        for format in (self.format, self.lm_head or self.format):
+            if format not in get_args(Format):
+                raise ConfigError(f'weights are packed as {", ".join(get_args(Format))}, not as "{format}"')
+
+
 class PackedLinear(nn.Module):
     """A linear layer with a packed weight [N, K], or several of them whose outputs lie side by side.
 
-    Stands in for a `Linear` (parts None), or for `Projections` (parts: how many outputs each layer has).
+    Stands in for a `Linear` (parts None), or for `Projections` (parts: how many outputs each layer has, by its name).
     """
 
     values: Tensor
@@ -26,59 +54,101 @@ class PackedLinear(nn.Module):
     zeros: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None = None, parts: tuple[int, ...] | None = None) -> None:
+    def __init__(self, weight: PackedWeight, bias: Tensor | None = None, parts: dict[str, int] | None = None) -> None:
         super().__init__()
         self.format, self.shape, self.group, self.layout = weight.format, weight.shape, weight.group, weight.layout
         self.parts = parts
+        self._sizes = None if parts is None else tuple(parts.values())
         for name, tensor in (("values", weight.values), ("scales", weight.scales), ("zeros", weight.zeros)):
             self.register_buffer(name, tensor)
         self.register_buffer("bias", bias)
 
+    @property
+    def weight(self) -> PackedWeight:
+        """In the layout that this machine computes with."""
+        return PackedWeight(self.format, self.shape, self.values, self.scales, self.zeros, self.group, self.layout)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """[N, K] of the weight of each layer it stands for, by the parameter's name within this module."""
+        if self.parts is None:
+            return {"weight": self.shape}
+        return {f"{part}.weight": (rows, self.shape[1]) for part, rows in self.parts.items()}
+
+    def weights(self) -> dict[str, PackedWeight]:
+        """The weights that `shapes` names, in the plain layout."""
+        whole = ops.restore_weight(self.weight)
+        rows = [shape[0] for shape in self.shapes.values()]
+        cut = {name: tensor.split(rows) for name, tensor in whole.tensors().items()}
+        return {
+            name: dataclasses.replace(whole, shape=shape, **{key: pieces[i] for key, pieces in cut.items()})
+            for i, (name, shape) in enumerate(self.shapes.items())
+        }
+
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        weight = PackedWeight(self.format, self.shape, self.values, self.scales, self.zeros, self.group, self.layout)
-        out = ops.packed_linear(x, weight, self.bias)
-        return out if self.parts is None else out.split(self.parts, dim=-1)
+        out = ops.packed_linear(x, self.weight, self.bias)
+        return out if self._sizes is None else out.split(self._sizes, dim=-1)
 
     def extra_repr(self) -> str:
-        return f"{self.shape[1]} → {self.parts or self.shape[0]}, {self.format}"
+        outputs = self.shape[0] if self.parts is None else " + ".join(f"{n} {name}" for name, n in self.parts.items())
+        return f"{self.shape[1]} → {outputs}, {self.format}"
 
 
-@torch.no_grad()
-def pack(
-    model: VisionLanguageModel,
-    format: Format,
-    *,
-    group: int = 32,
-    symmetric: bool = True,
-    lm_head: Format | None = None,
-) -> VisionLanguageModel:
+def pack(model: VisionLanguageModel, packing: Packing | Format) -> VisionLanguageModel:
     """Pack the decoder's linear layers in place, each as soon as its plain weight can be freed; returns the model.
 
     Queries, keys and values become one product, gate and up another. The vision encoder and the projector run once an
     image over many rows, where a plain product is faster: they stay as they are.
-
-    format: "bf16" loses nothing on a bf16 model. group: values that share a scale. lm_head: the LM head's format, which
-    is the one that hurts most; None takes `format`.
 
     Raises:
         ConfigError: a width that does not divide into groups, or weights that are packed already.
     """
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise ConfigError("the model's weights are packed already; load it again to pack it otherwise")
-    for parent in [m for m in model.decoder.modules() if not isinstance(m, Linear | Projections)]:
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Linear | Projections):
-                wanted = lm_head or format if child is model.decoder.lm_head else format
-                setattr(parent, name, _packed(child, wanted, group, symmetric))
+    for path in packable_layers(model):
+        pack_layer(model, path, packing)
     return model
 
 
-def _packed(layer: Linear | Projections, format: Format, group: int, symmetric: bool) -> PackedLinear:
+def packable_layers(model: VisionLanguageModel) -> dict[str, tuple[str, ...]]:
+    """Dotted path of every layer that `pack` replaces → the parameters it holds."""
+    return {path: tuple(f"{path}.{name}" for name, _ in layer.named_parameters()) for path, layer in _outermost(model)}
+
+
+def _outermost(model: VisionLanguageModel) -> Iterator[tuple[str, Linear | Projections]]:
+    within = "\0"
+    for path, module in model.decoder.named_modules(prefix="decoder"):
+        if isinstance(module, Linear | Projections) and not path.startswith(within):
+            within = path + "."
+            yield path, module
+
+
+@torch.no_grad()
+def pack_layer(model: VisionLanguageModel, path: str, packing: Packing | Format) -> None:
+    """Replace one of `packable_layers` by its packed form.
+
+    Raises:
+        ConfigError: its width does not divide into groups, or its values do not fit the format.
+    """
+    packing = packing if isinstance(packing, Packing) else Packing(packing)
+    layer = model.get_submodule(path)
+    assert isinstance(layer, Linear | Projections)
+    format = packing.lm_head or packing.format if layer is model.decoder.lm_head else packing.format
     linears = [layer] if isinstance(layer, Linear) else [x for x in layer.children() if isinstance(x, Linear)]
-    weight = torch.cat([x.weight for x in linears])
+    weight = linears[0].weight if len(linears) == 1 else torch.cat([x.weight for x in linears])
     try:
-        packed = ops.pack_weight(weight, format, group=group, symmetric=symmetric)
+        packed = ops.pack_weight(weight, format, group=packing.group, symmetric=packing.symmetric)
     except ValueError as error:
         raise ConfigError(f"{error}; choose another group or format") from error
-    parts = tuple(x.out_features for x in linears) if isinstance(layer, Projections) else None
-    return PackedLinear(ops.prepare_weight(packed), linears[0].bias, parts)
+    put_packed(model, path, packed)
+
+
+def put_packed(model: VisionLanguageModel, path: str, weight: PackedWeight) -> None:
+    """Replace one of `packable_layers` by a packed weight of its shape, in the plain layout."""
+    layer = model.get_submodule(path)
+    parts = None
+    if isinstance(layer, Projections):
+        parts = {name: x.out_features for name, x in layer.named_children() if isinstance(x, Linear)}
+    bias = layer.bias if isinstance(layer, Linear) else None
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, PackedLinear(ops.prepare_weight(weight), bias, parts))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,11 +15,14 @@ from torch.overrides import TorchFunctionMode
 from ..config import ModelConfig, config_from_hf
 from ..errors import CheckpointError, ConfigError, DeviceError, UserError
 from ..models import VisionLanguageModel
+from ..ops import PackedWeight
+from ..quant.pack import Packing, pack_layer, packable_layers, put_packed
 from .io import SafetensorsFile, TensorInfo, empty_parameter, read_json
 from .meta_params import config_from_meta
 from .meta_pth import MetaShards, shard_paths
 from .mllama import hf_names, hf_rules, meta_rules
-from .rules import Rule
+from .packed import StoredPacked, check_config, find_packed, side_by_side
+from .rules import Held, Rule, Source
 
 Layout = Literal["hf", "meta"]
 Progress = Callable[[int, int], None]
@@ -63,12 +67,14 @@ class Checkpoint:
     rules: tuple[Rule, ...]
     shapes: Mapping[str, tuple[int, ...]]  # of our parameters
     store: Store
+    packed: Mapping[str, StoredPacked]  # of our parameters, those that are not stored as plain numbers
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that most of the weights have."""
+        """The dtype that most of the plain weights have."""
         sizes: dict[torch.dtype, int] = {}
-        for info in self.store.entries.values():
+        for name in (name for rule in self.rules if rule.ours not in self.packed for name in rule.theirs):
+            info = self.store.entries[name]
             sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
         return max(sizes, key=lambda dtype: sizes[dtype])
 
@@ -101,8 +107,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     config = _read_config(folder, layout, store)
     rules = hf_rules(config, hf_names(store.entries)) if layout == "hf" else meta_rules(config)
     shapes = parameter_shapes(config)
-    _check_tensors(folder, store.entries, rules, shapes)
-    return Checkpoint(folder, layout, config, tuple(rules), shapes, store)
+    packed = find_packed(store.entries, rules, shapes) if layout == "hf" else {}
+    _check_tensors(folder, store.entries, rules, shapes, packed)
+    return Checkpoint(folder, layout, config, tuple(rules), shapes, store, packed)
 
 
 def find_layout(folder: Path) -> Layout | None:
@@ -175,7 +182,9 @@ def _read_config(folder: Path, layout: Layout, store: Store) -> ModelConfig:
             if isinstance(tiles, int) and not 1 <= tiles <= _MAX_TILES:
                 raise ConfigError(f"vision_config: max_num_tiles must lie between 1 and {_MAX_TILES}, not {tiles}")
             generation = folder / "generation_config.json"
-            config = config_from_hf(raw, read_json(generation) if generation.exists() else None)
+            check_config(raw)
+            plain = {key: value for key, value in raw.items() if key != "quantization_config"}
+            config = config_from_hf(plain, read_json(generation) if generation.exists() else None)
             if config.text.pad_token_id >= config.text.vocab_size:  # never read, but it must have an embedding
                 config = replace(config, text=replace(config.text, pad_token_id=0))
     except UserError as error:
@@ -217,11 +226,17 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _check_tensors(
-    folder: Path, found: Mapping[str, TensorInfo], rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]
+    folder: Path,
+    found: Mapping[str, TensorInfo],
+    rules: Sequence[Rule],
+    shapes: Mapping[str, tuple[int, ...]],
+    packed: Mapping[str, StoredPacked],
 ) -> None:
-    wanted = {
-        name: shape for rule in rules for name, shape in zip(rule.theirs, rule.shapes(shapes[rule.ours]), strict=True)
-    }
+    integers = {name: info for stored in packed.values() for name, info in stored.infos().items()}
+    wanted = {name: info.shape for name, info in integers.items()}
+    for rule in rules:
+        if rule.ours not in packed:
+            wanted |= dict(zip(rule.theirs, rule.shapes(shapes[rule.ours]), strict=True))
     problems = [f"missing {name}: {list(shape)} expected" for name, shape in wanted.items() if name not in found]
     problems += [f"unknown {name}: {list(info.shape)}" for name, info in found.items() if name not in wanted]
     for name, shape in wanted.items():
@@ -230,8 +245,11 @@ def _check_tensors(
             continue
         if info.shape != shape and not (info.num_bytes == info.dtype.itemsize and shape == (1,)):
             problems.append(f"misshaped {name}: {list(info.shape)} found, {list(shape)} expected")
+        elif name in integers and not integers[name].dtype.is_floating_point:
+            if info.dtype != integers[name].dtype:
+                problems.append(f"wrong dtype {name}: {info.dtype} found, {integers[name].dtype} expected")
         elif not info.dtype.is_floating_point or info.dtype.itemsize == 1:
-            problems.append(f"quantized {name}: {info.dtype} found; only floating-point checkpoints are read")
+            problems.append(f"quantized {name}: {info.dtype} found, a floating-point dtype expected")
     if problems:
         rest = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
         lines = "\n  ".join([*problems[:_LISTED], *rest])
@@ -242,32 +260,79 @@ def _check_tensors(
 
 
 def read_model(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+    packing: Packing | None = None,
 ) -> VisionLanguageModel:
     """Build the model without memory, then give it one parameter at a time, straight in its dtype and on its device.
 
+    packing: pack each of the decoder's linear layers as soon as it is there; its plain weight is freed
+
     Raises:
         DeviceError: the device has not enough memory.
+        ConfigError: weights that cannot be packed, or are packed already.
+        CheckpointError: layers that run as one product are packed in different ways.
     """
+    if packing is not None and checkpoint.packed:
+        raise ConfigError(f"the weights in {checkpoint.folder} are packed already; load them without `pack`")
     model = build_on_meta(checkpoint.config)
+    layers = packable_layers(model)
+    waiting = {path: set(names) for path, names in layers.items()} if packing is not None else {}
+    owner = {name: path for path, names in layers.items() for name in names}
+    stored_packed = {owner[name] for name in checkpoint.packed if name in owner}
     total = sum(dtype.itemsize * _numel(shape) for shape in checkpoint.shapes.values())
     done = 0
     for rule in checkpoint.rules:
-        shape = checkpoint.shapes[rule.ours]
-        try:
-            value = empty_parameter(shape, dtype, device)
-        except RuntimeError as error:
-            raise DeviceError(
-                f"{device} has not enough memory for this model's {total / 2**30:.1f} GiB in {dtype}; use a smaller"
-                " dtype, another device or a smaller model"
-            ) from error
-        if device.type != "meta":
-            rule.read(checkpoint.sources(rule), value)
-        set_parameter(model, rule.ours, value)
-        done += dtype.itemsize * _numel(shape)
+        path = owner.get(rule.ours, "")
+        if path not in stored_packed:
+            with _allocating(device, dtype, total):
+                value = empty_parameter(checkpoint.shapes[rule.ours], dtype, device)
+            if device.type != "meta":
+                rule.read(checkpoint.sources(rule), value)
+            set_parameter(model, rule.ours, value)
+        elif rule.ours == layers[path][0]:  # the first of its layer brings the others
+            weight = _read_packed(checkpoint, layers[path], device)
+            with _allocating(device, dtype, total):
+                put_packed(model, path, weight.to(device))
+        if packing is not None and path in waiting:
+            waiting[path].discard(rule.ours)
+            if not waiting[path]:
+                pack_layer(model, path, packing)
+        done += dtype.itemsize * _numel(checkpoint.shapes[rule.ours])
         if progress is not None:
             progress(done, total)
     return model
+
+
+@contextmanager
+def _allocating(device: torch.device, dtype: torch.dtype, total: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise DeviceError(
+            f"{device} has not enough memory for this model's {total / 2**30:.1f} GiB in {dtype}; use a smaller"
+            " dtype, another device or a smaller model"
+        ) from error
+
+
+def _read_packed(checkpoint: Checkpoint, names: Sequence[str], device: torch.device) -> PackedWeight:
+    """The weights of one layer of the model, side by side, on the CPU; without values for the meta device."""
+    weights = []
+    for stored in (checkpoint.packed.get(name) for name in names):
+        if stored is not None:
+            sources = {name: _source(checkpoint.store, name, info, device) for name, info in stored.infos().items()}
+            weights.append(stored.read(sources))
+    if len(weights) < len(names) or len({(one.format, one.group, one.zeros is None) for one in weights}) > 1:
+        raise CheckpointError(f"{', '.join(names)} run as one product and must be packed alike; they are not")
+    return side_by_side(weights)
+
+
+def _source(store: Store, name: str, info: TensorInfo, device: torch.device) -> Source:
+    return (
+        Held(torch.empty(info.shape, dtype=info.dtype, device=device)) if device.type == "meta" else Stored(store, name)
+    )
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:

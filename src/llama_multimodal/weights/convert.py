@@ -38,6 +38,8 @@ def convert(
     if target.exists() and target.resolve() == source.resolve():
         raise CheckpointError(f"{target} is the source itself; choose another folder for the result")
     checkpoint = open_checkpoint(source)
+    if checkpoint.packed:
+        raise CheckpointError(f"{source} holds packed weights; convert the checkpoint that it was made from")
     written = hf_rules(checkpoint.config) if layout == "hf" else meta_rules(checkpoint.config)
     by_name = {rule.ours: rule for rule in checkpoint.rules}
     infos = {name: TensorInfo(shape, _dtype(checkpoint, by_name[name])) for name, shape in checkpoint.shapes.items()}

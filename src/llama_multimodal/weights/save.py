@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import shutil
 import tempfile
@@ -15,13 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..config import ModelConfig, config_to_hf
 from ..errors import CheckpointError
 from ..models import VisionLanguageModel
+from ..ops import PackedWeight
+from ..quant.pack import PackedLinear
 from .checkpoint import INDEX, SINGLE, Layout, find_layout
 from .io import TensorInfo, flush, write_json, write_safetensors
 from .meta_params import config_to_meta
 from .mllama import hf_rules, meta_rules
+from .packed import StoredPacked, quantization_config
 from .rules import Rule, TileGrid
 
 TOKENIZER_FILES = (
@@ -37,11 +42,16 @@ them but the way back."""
 
 @dataclass(frozen=True)
 class Weights:
-    """What to write: our parameters, one at a time, and the unused cells of Meta's tile grids by Meta's names."""
+    """What to write: our parameters, one at a time, and the unused cells of Meta's tile grids by Meta's names.
+
+    packed: those of the parameters that are written packed; `infos` and `get` leave them out.
+    """
 
     infos: Mapping[str, TensorInfo]
     get: Callable[[str], Tensor]
     leftovers: Mapping[str, Tensor] = field(default_factory=dict)
+    packed: Mapping[str, StoredPacked] = field(default_factory=dict)
+    get_packed: Callable[[str], PackedWeight] | None = None
 
 
 def save_checkpoint(
@@ -49,13 +59,16 @@ def save_checkpoint(
     folder: str | Path,
     layout: Layout = "hf",
     *,
+    unpacked: bool = False,
     tokenizer_from: str | Path | None = None,
     max_shard_size: int = 5_000_000_000,
 ) -> None:
     """Write a model so that it, transformers (`hf`) or Meta's reference (`meta`) can load it.
 
-    A checkpoint of the same layout that lies in the folder is replaced; other files there are left alone.
+    A checkpoint of the same layout that lies in the folder is replaced; other files there are left alone. int8 and int4
+    layers of a packed model are written as they are (`weights/packed.py`) and load that way.
 
+    unpacked: write the plain numbers that packed layers stand for, in the model's dtype
     tokenizer_from: a folder whose tokenizer and processor files are copied along
     max_shard_size: bytes; a larger model becomes several safetensors files and an index
 
@@ -63,18 +76,45 @@ def save_checkpoint(
         CheckpointError: the layout cannot hold this model, or the folder cannot be written.
     """
     rules = hf_rules(model.config) if layout == "hf" else meta_rules(model.config)
-    parameters = {name: value.detach() for name, value in model.named_parameters()}
-    if parameters.keys() != {rule.ours for rule in rules}:
-        raise CheckpointError(
-            "this model's layers were changed (adapters, quantization); undo or merge that before saving"
-        )
-    if any(value.is_meta for value in parameters.values()):
+    weights = _weights_of(model, rules, unpacked)
+    if weights.infos.keys() | weights.packed.keys() != {rule.ours for rule in rules}:
+        raise CheckpointError("this model's layers were changed (adapters); undo or merge that before saving")
+    if any(value.is_meta for value in model.parameters()):
         raise CheckpointError("this model was built without weights, so there is nothing to save")
-    infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in parameters.items()}
-    weights = Weights(infos, parameters.__getitem__)
+    if weights.packed and layout == "meta":
+        raise CheckpointError("Meta's layout holds no packed weights; save this model in the Hugging Face layout")
     with writing(folder, layout) as aside:
         write_weights(aside, layout, model.config, rules, weights, max_shard_size)
         copy_tokenizer(tokenizer_from, aside)
+
+
+def _weights_of(model: VisionLanguageModel, rules: Sequence[Rule], unpacked: bool) -> Weights:
+    """A model's parameters, and its packed layers' weights by the names of the plain layers' parameters."""
+    plain = {name: value.detach() for name, value in model.named_parameters()}
+    infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in plain.items()}
+    theirs = {rule.ours: rule.theirs[0] for rule in rules}
+    layers: dict[str, tuple[PackedLinear, str]] = {}
+    packed: dict[str, StoredPacked] = {}
+    for path, layer in model.named_modules():
+        for part, shape in layer.shapes.items() if isinstance(layer, PackedLinear) else ():
+            assert isinstance(layer, PackedLinear)
+            name = f"{path}.{part}"
+            layers[name] = layer, part
+            if layer.format == "bf16":
+                infos[name] = TensorInfo(shape, torch.bfloat16)
+            elif unpacked:
+                infos[name] = TensorInfo(shape, model.dtype)
+            else:
+                packed[name] = StoredPacked(theirs[name], layer.format, shape, layer.group, layer.zeros is None)
+
+    def get_packed(name: str) -> PackedWeight:
+        layer, part = layers[name]
+        return layer.weights()[part]
+
+    def get(name: str) -> Tensor:
+        return plain[name] if name in plain else ops.unpack_weight(get_packed(name)).to(infos[name].dtype)
+
+    return Weights(infos, get, packed=packed, get_packed=get_packed)
 
 
 @contextmanager
@@ -145,14 +185,19 @@ def write_weights(
 
 
 def _write_hf(folder: Path, config: ModelConfig, rules: Sequence[Rule], weights: Weights, max_shard_size: int) -> None:
-    placed = {}  # their name → rule and info: in this layout every parameter is one tensor
-    for rule in rules:
-        info = weights.infos[rule.ours]
-        placed[rule.theirs[0]] = rule, TensorInfo(rule.shapes(info.shape)[0], info.dtype)
+    placed: dict[str, tuple[TensorInfo, Callable[[], Tensor]]] = {}  # by their name
+    for rule in rules:  # in this layout every plain parameter is one tensor
+        if rule.ours in weights.packed:
+            for name, info in weights.packed[rule.ours].infos().items():
+                placed[name] = info, functools.partial(_packed_tensor, weights, rule.ours, name)
+        else:
+            info = weights.infos[rule.ours]
+            info = TensorInfo(rule.shapes(info.shape)[0], info.dtype)
+            placed[rule.theirs[0]] = info, functools.partial(_their_tensor, rule, weights.get)
     shards: list[list[str]] = [[]]
     size = total = 0
-    for name in sorted(placed, key=lambda name: -placed[name][1].dtype.itemsize):  # stable: model order within a width
-        num_bytes = placed[name][1].num_bytes
+    for name in sorted(placed, key=lambda name: -placed[name][0].dtype.itemsize):  # stable: model order within a width
+        num_bytes = placed[name][0].num_bytes
         if shards[-1] and size + num_bytes > max_shard_size:
             shards.append([])
             size = 0
@@ -163,10 +208,8 @@ def _write_hf(folder: Path, config: ModelConfig, rules: Sequence[Rule], weights:
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, start=1):
         file = SINGLE if many == 1 else f"model-{i:05d}-of-{many:05d}.safetensors"
-        tensors = (
-            (name, value) for name in names for value in placed[name][0].write(weights.get(placed[name][0].ours))
-        )
-        write_safetensors(folder / file, {name: placed[name][1] for name in names}, tensors)
+        tensors = ((name, placed[name][1]()) for name in names)
+        write_safetensors(folder / file, {name: placed[name][0] for name in names}, tensors)
         weight_map |= dict.fromkeys(names, file)
     if many > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -175,11 +218,22 @@ def _write_hf(folder: Path, config: ModelConfig, rules: Sequence[Rule], weights:
         infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in weights.leftovers.items()}
         write_safetensors(folder / LEFTOVERS, infos, weights.leftovers.items())
     raw: dict[str, Any] = config_to_hf(config)
-    dtypes = {info.dtype for _, info in placed.values()}
+    dtypes = {info.dtype for info in weights.infos.values()}
     if len(dtypes) == 1:
         raw["torch_dtype"] = str(dtypes.pop()).removeprefix("torch.")
+    if weights.packed:
+        raw["quantization_config"] = quantization_config(list(weights.packed.values()))
     write_json(folder / "config.json", raw)
     write_json(folder / "generation_config.json", _generation(config))
+
+
+def _their_tensor(rule: Rule, get: Callable[[str], Tensor]) -> Tensor:
+    return rule.write(get(rule.ours))[0]
+
+
+def _packed_tensor(weights: Weights, ours: str, theirs: str) -> Tensor:
+    assert weights.get_packed is not None
+    return weights.packed[ours].write(weights.get_packed(ours))[theirs]
 
 
 def _generation(config: ModelConfig) -> dict[str, Any]:

@@ -13,15 +13,16 @@ whole numbers. A row that holds inf or NaN gives NaN.
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _dispatch
-from ...linear import linear, widens
-from ...packed_linear import PackedWeight, unpack_weight
+from ...linear import cpu_multiplies, linear, linear_in_blocks
+from ...packed_linear import RESTORED, PackedWeight, unpack_weight
 from ..operators import define
 from .library import DTYPES, functions, instruction_set, pointer
 
@@ -30,7 +31,6 @@ _TILE, _BLOCK = 16, 32  # outputs that lie interleaved, inputs that are rounded 
 # Rows up to which a kernel is faster than torch's product, on the instruction set's kind of machine.
 _FEW_BF16 = {"avx512": 4, "avx2": 8, "plain": 2}
 _FEW_INTEGER = {"avx512": 96, "avx2": 24, "plain": 2}
-_BLOCK_VALUES = 1 << 20  # of a weight that is unpacked for many rows: it stays in the cache until it is multiplied
 
 
 @_dispatch.register("prepare_weight", "cpu")
@@ -66,6 +66,28 @@ def _tiled(rows: Tensor, missing: int) -> Tensor:
     """[N, C, …] → [N/16, C, 16, …], with zeros for what is missing."""
     filled = torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:])))
     return filled.unflatten(0, (-1, _TILE)).transpose(1, 2).contiguous()
+
+
+def _restore(packed: PackedWeight) -> PackedWeight:
+    rows, columns = packed.shape
+    fours = _untiled(packed.values, rows)  # [N, K/4 or K/8, 4]
+    zeros = None if packed.zeros is None else _untiled(packed.zeros, rows)
+    assert packed.scales is not None
+    if packed.format == "int8":
+        values = (fours ^ 128).view(torch.int8).view(rows, columns)
+        zeros = None if zeros is None else (zeros ^ 128).view(torch.int8)
+    else:
+        eights = torch.stack((fours & 15, fours >> 4), dim=-2).view(rows, columns // 2, 2)
+        values = eights[..., 0] | eights[..., 1] << 4
+    return replace(packed, values=values, scales=_untiled(packed.scales, rows), zeros=zeros, layout="plain")
+
+
+RESTORED[LAYOUT] = _restore
+
+
+def _untiled(tiles: Tensor, rows: int) -> Tensor:
+    """[N/16, C, 16, …] → [N, C, …], without what filled the last tile."""
+    return tiles.transpose(1, 2).flatten(0, 1)[:rows].contiguous()
 
 
 def _refuses(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> str | None:
@@ -107,19 +129,18 @@ def cpu_packed_linear(
     group: int,
 ) -> Tensor:
     inputs = x.shape[-1]
-    out = x.new_empty(*x.shape[:-1], outputs)
-    rows = out.numel() // max(1, outputs)
+    rows = math.prod(x.shape[:-1])
     no_kernel = x.dtype == torch.float64 or (format != "bf16" and layout == "plain")
     few = (_FEW_BF16 if format == "bf16" else _FEW_INTEGER)[instruction_set()]
     if no_kernel or rows > few:
         packed = PackedWeight(format, (outputs, inputs), values, scales, zeros, group, layout)  # type: ignore[arg-type]
-        _many_rows(x.reshape(rows, inputs), packed, bias, out.view(rows, outputs))
-        return out
+        return _many_rows(x, packed, bias)
     if x.dtype not in DTYPES:  # fp16
         return cpu_packed_linear(x.float(), values, scales, zeros, bias, format, layout, outputs, group).to(x.dtype)
     x = x.contiguous()
     if bias is not None:
         bias = (bias if bias.dtype in DTYPES else bias.float()).contiguous()
+    out = x.new_empty(*x.shape[:-1], outputs)
     x_in_c = (x.data_ptr(), DTYPES[x.dtype], rows, inputs)
     rest = (pointer(bias), 0 if bias is None else DTYPES[bias.dtype], outputs, out.data_ptr(), torch.get_num_threads())
     if format == "bf16":
@@ -132,33 +153,26 @@ def cpu_packed_linear(
     return out
 
 
-def _many_rows(x: Tensor, packed: PackedWeight, bias: Tensor | None, out: Tensor) -> None:
-    """x: [T, K], out: [T, N]"""
-    outputs, inputs = packed.shape
-    if packed.format == "bf16" and x.dtype == torch.bfloat16:
-        out.copy_(linear(x, packed.values, None if bias is None else bias.to(x.dtype)))
-        return
-    dtype = torch.float32 if widens(x) else x.dtype
-    x = x.to(dtype)
-    step = max(_TILE, _BLOCK_VALUES // max(1, inputs) // _TILE * _TILE)
-    room = x.new_empty(min(step, outputs + -outputs % _TILE), inputs, dtype=dtype if dtype in DTYPES else torch.float32)
-    for first in range(0, outputs, step):
-        end = min(first + step, outputs)
-        block = _unpacked(packed, first, end, room).to(dtype)  # [end - first, K]
-        out[:, first:end] = F.linear(x, block, None if bias is None else bias[first:end].to(dtype))
+def _many_rows(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+    # However few the rows are: unpacking a block into fp32 costs no more than into a dtype that would be emulated.
+    widens = x.dtype in (torch.bfloat16, torch.float16) and not cpu_multiplies(x.dtype)
+    dtype = torch.float32 if widens else x.dtype
+    if packed.values.dtype == dtype:
+        return linear(x, packed.values, None if bias is None else bias.to(dtype))
+    return linear_in_blocks(x, packed.shape[0], functools.partial(_unpacked, packed), bias, dtype)
 
 
 def _unpacked(packed: PackedWeight, first: int, end: int, room: Tensor) -> Tensor:
-    """Outputs [first, end) as values, in `room` where a kernel unpacks them; `first` is a multiple of 16."""
-    inputs = packed.shape[1]
+    """Outputs [first, end) as values in room's dtype, and in `room` where it can be; `first` is a multiple of 16."""
     if packed.layout == "plain":
-        part = {
-            name: tensor[first:end]
-            for name in ("values", "scales", "zeros")
-            if (tensor := getattr(packed, name)) is not None
-        }
-        return unpack_weight(replace(packed, shape=(end - first, inputs), **part))
+        values = packed.values[first:end]
+        if packed.scales is not None:
+            zeros = None if packed.zeros is None else packed.zeros[first:end]
+            shape, scales = (end - first, packed.shape[1]), packed.scales[first:end]
+            values = unpack_weight(replace(packed, shape=shape, values=values, scales=scales, zeros=zeros))
+        return room[: end - first].copy_(values)
+    unpacked = room if room.dtype in DTYPES else torch.empty_like(room, dtype=torch.float32)
     weight = (packed.values.data_ptr(), pointer(packed.scales), pointer(packed.zeros), packed.format == "int4")
-    where = (inputs, first // _TILE, -(-end // _TILE), DTYPES[room.dtype], room.data_ptr())
+    where = (packed.shape[1], first // _TILE, -(-end // _TILE), DTYPES[unpacked.dtype], unpacked.data_ptr())
     functions().unpack_tiles(*weight, packed.group, *where, torch.get_num_threads())
-    return room[: end - first]
+    return unpacked[: end - first].to(room.dtype)

@@ -1,0 +1,203 @@
+"""Packed weights in files: the format "pack-quantized" of compressed-tensors, which transformers and vLLM read too.
+
+In the place of a linear layer's `weight` [N, K] there are
+
+    weight_packed      int32 [N, K·bits/32]: values + 2^(bits-1), the first in the lowest bits
+    weight_scale       [N, K/G], here fp16; [N, 1] where a row has one scale
+    weight_zero_point  int32 [⌈N·bits/32⌉, K/G], packed like the values but down the rows; only where zero is not the
+                       middle of the range
+    weight_shape       int64 [2]: N and K
+
+Which layers are packed, by how many bits and in which groups, all follows from the tensors; `quantization_config` in
+config.json is checked when reading and written for others.
+
+Shapes: N outputs · K inputs · G values of a group
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, ConfigError
+from ..ops import Format, PackedWeight
+from .io import TensorInfo
+from .rules import Rule, Source
+
+METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+BITS: dict[Format, int] = {"int8": 8, "int4": 4}
+_NEVER_PACKED = ("re:.*vision_model.*", "re:.*multi_modal_projector.*")
+_DECODER, _LM_HEAD = "re:.*language_model.*_proj$", "re:.*lm_head$"
+
+
+@dataclass(frozen=True)
+class StoredPacked:
+    """How one weight [N, K] of the decoder is packed in the files."""
+
+    name: str  # of the plain weight in the files, "….weight"
+    format: Format
+    shape: tuple[int, int]
+    group: int
+    symmetric: bool
+    scale_dtype: torch.dtype = torch.float16
+
+    def infos(self) -> dict[str, TensorInfo]:
+        """The stored tensors, widest dtype first."""
+        (rows, columns), per_word = self.shape, 32 // BITS[self.format]
+        groups = columns // self.group
+        found = {
+            "shape": TensorInfo((2,), torch.int64),
+            "packed": TensorInfo((rows, -(-columns // per_word)), torch.int32),
+            "zero_point": TensorInfo((-(-rows // per_word), groups), torch.int32),
+            "scale": TensorInfo((rows, groups), self.scale_dtype),
+        }
+        if self.symmetric:
+            del found["zero_point"]
+        return {f"{self.name}_{part}": info for part, info in found.items()}
+
+    def read(self, sources: Mapping[str, Source]) -> PackedWeight:
+        """From tensors by their names in the files; the values may share their memory.
+
+        Raises:
+            CheckpointError: a shape or scales that contradict the rest.
+        """
+        shape, packed = (sources[f"{self.name}_{part}"].tensor() for part in ("shape", "packed"))
+        if not shape.is_meta and tuple(shape.tolist()) != self.shape:
+            raise CheckpointError(f"{self.name}_shape says {shape.tolist()}, and the model needs {list(self.shape)}")
+        scales = sources[f"{self.name}_scale"].tensor().to(torch.float16)
+        if not scales.is_meta and not bool(torch.isfinite(scales).all()):
+            raise CheckpointError(f"{self.name}_scale holds values that are not finite or too large for fp16")
+        zeros = None
+        if not self.symmetric:
+            down = sources[f"{self.name}_zero_point"].tensor().T.contiguous()
+            zeros = self._from_words(down, self.shape[0], nibbles=False).T.contiguous()
+        values = self._from_words(packed, self.shape[1], nibbles=True)
+        return PackedWeight(self.format, self.shape, values, scales, zeros, self.group)
+
+    def write(self, weight: PackedWeight) -> dict[str, Tensor]:
+        """The stored tensors of a weight in the plain layout."""
+        assert weight.scales is not None
+        found = {"packed": self._to_words(weight.values), "scale": weight.scales, "shape": torch.tensor(self.shape)}
+        if weight.zeros is not None:
+            down = weight.zeros.T.contiguous()  # [K/G, N], a byte each
+            if self.format == "int4":
+                down = torch.nn.functional.pad(down, (0, down.shape[1] % 2))
+                down = down[:, ::2] | down[:, 1::2] << 4
+            found["zero_point"] = self._to_words(down).T.contiguous()
+        return {f"{self.name}_{part}": tensor for part, tensor in found.items()}
+
+    def _from_words(self, words: Tensor, count: int, *, nibbles: bool) -> Tensor:
+        """int32 [R, W] → bytes [R, count]; with `nibbles`, int4 stays two to a byte as `PackedWeight` holds it."""
+        bytes_ = words.contiguous().view(torch.uint8)
+        if self.format == "int8":
+            return (bytes_[:, :count] ^ 128).view(torch.int8)
+        if nibbles:
+            return bytes_[:, : count // 2].contiguous()
+        return torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).flatten(1)[:, :count]
+
+    def _to_words(self, values: Tensor) -> Tensor:
+        """Bytes [R, C], int4 two to a byte → int32 [R, ⌈C/4⌉]."""
+        bytes_ = values.view(torch.uint8) ^ 128 if self.format == "int8" else values
+        return torch.nn.functional.pad(bytes_, (0, -bytes_.shape[1] % 4)).contiguous().view(torch.int32)
+
+
+def side_by_side(weights: Sequence[PackedWeight]) -> PackedWeight:
+    """Plain weights [N₁, K], [N₂, K], … of one format and group as one [N₁ + N₂ + …, K]."""
+    if len(weights) == 1:
+        return weights[0]
+    tensors: dict[str, Any] = {
+        name: torch.cat([weight.tensors()[name] for weight in weights]) for name in weights[0].tensors()
+    }
+    rows = sum(weight.shape[0] for weight in weights)
+    return dataclasses.replace(weights[0], shape=(rows, weights[0].shape[1]), **tensors)
+
+
+def find_packed(
+    entries: Mapping[str, TensorInfo], rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, StoredPacked]:
+    """Our names of the weights that lie packed in the files, and how: of the decoder's linear layers, as `quant.pack`
+    packs no others. Only their sizes are read.
+
+    Raises:
+        CheckpointError: sizes that no packing of the weight has.
+    """
+    found = {}
+    for rule in rules:
+        name, shape = rule.theirs[0], shapes[rule.ours]
+        packed, scale = entries.get(f"{name}_packed"), entries.get(f"{name}_scale")
+        if packed is None or scale is None or not rule.ours.startswith("decoder.") or "embedding" in rule.ours:
+            continue
+        if len(shape) != 2 or packed.shape[:1] != shape[:1] or len(packed.shape) != 2 or len(scale.shape) != 2:
+            raise CheckpointError(f"{name}_packed is {list(packed.shape)}, no packing of {list(shape)}")
+        rows, columns = shape
+        by_width = {-(-columns * bits // 32): format for format, bits in BITS.items()}
+        format, groups = by_width.get(packed.shape[1]), scale.shape[1]
+        if format is None or groups < 1 or columns % groups:
+            raise CheckpointError(
+                f"{name}_packed is {list(packed.shape)} with scales {list(scale.shape)}: neither int8 nor int4 in equal"
+                f" groups of {list(shape)}"
+            )
+        symmetric = f"{name}_zero_point" not in entries
+        found[rule.ours] = StoredPacked(name, format, (rows, columns), columns // groups, symmetric, scale.dtype)
+    return found
+
+
+def check_config(raw: Mapping[str, Any]) -> None:
+    """Whether `quantization_config` is of a kind that is read.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    table = raw.get("quantization_config")
+    if table is None:
+        return
+    if not isinstance(table, Mapping):
+        raise ConfigError("quantization_config must be a table")
+    method, format = table.get("quant_method"), table.get("format")
+    if method != METHOD or format != FORMAT:
+        raise ConfigError(
+            f'the weights are quantized as "{method}" (format "{format}"); only {METHOD} with the format {FORMAT} is'
+            " read, so take another checkpoint, such as the one it was made from"
+        )
+    groups = table.get("config_groups")
+    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+        raise ConfigError("quantization_config: config_groups must be a table of tables")
+    for group in groups.values():
+        for part in ("input_activations", "output_activations"):
+            if group.get(part) is not None:
+                raise ConfigError(f"quantization_config asks for quantized {part}; only weights are read quantized")
+
+
+def quantization_config(packed: Sequence[StoredPacked]) -> dict[str, Any]:
+    """`quantization_config` for a model whose decoder is packed: its LM head may differ from the rest."""
+    kinds: dict[StoredPacked, list[str]] = {}
+    for one in packed:
+        kind = dataclasses.replace(one, name="", shape=(0, 0))
+        kinds.setdefault(kind, []).append(_LM_HEAD if one.name.endswith("lm_head.weight") else _DECODER)
+    ignored = list(_NEVER_PACKED)
+    if not any(_LM_HEAD in targets for targets in kinds.values()):
+        ignored.append(_LM_HEAD)
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{i}": {
+                "targets": sorted(set(targets)),
+                "weights": {
+                    "num_bits": BITS[kind.format],
+                    "type": "int",
+                    "symmetric": kind.symmetric,
+                    "strategy": "group",
+                    "group_size": kind.group,
+                },
+            }
+            for i, (kind, targets) in enumerate(kinds.items())
+        },
+        "ignore": ignored,
+    }
