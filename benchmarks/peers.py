@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +73,22 @@ class PeakMemory:
     """Peak anonymous memory inside a `with` block above what was there before it, in MiB (Linux with glibc).
 
     Sampled every millisecond. The allocator keeps what was freed, so a second run of anything would need nothing more:
-    inside the block it asks the system for every larger piece and gives it back at once, which is slow.
+    inside the block it asks the system for every larger piece and gives it back at once, which is slow. The holes that
+    earlier runs left in its heap are held for so long: a piece that fell into one would stay resident once freed, and
+    the peak would grow by the holes it visits.
     """
 
     _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's parameters
     _AT_ONCE, _AT_MOST, _SELDOM = 1 << 16, 1 << 25, 1 << 30  # bytes
+    _IS_MMAPPED = 2  # a bit of the word before each piece, which holds its size
 
     def __enter__(self) -> PeakMemory:
         self.libc = ctypes.CDLL(None)
+        self.libc.malloc.restype, self.libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        self.libc.free.restype, self.libc.free.argtypes = None, [ctypes.c_void_p]
         self.libc.mallopt(self._MMAP_THRESHOLD, self._AT_ONCE)
         self.libc.malloc_trim(0)
+        self.holes = list(self._holes())
         self.before = self.peak = self._resident()
         self.ended = threading.Event()
         self.sampler = threading.Thread(target=self._sample)
@@ -93,9 +99,26 @@ class PeakMemory:
         self.ended.set()
         self.sampler.join()
         self.extra = self.peak - self.before
+        for hole in self.holes:
+            self.libc.free(hole)
         # Once set, neither follows the program any more as it does by default: what comes next keeps what it frees.
         self.libc.mallopt(self._MMAP_THRESHOLD, self._AT_MOST)
         self.libc.mallopt(self._TRIM_THRESHOLD, self._SELDOM)
+
+    def _holes(self) -> Iterator[int]:
+        """Allocate every free piece of the heap that is large enough for a tensor, without touching its pages."""
+        size = self._SELDOM
+        while size >= self._AT_ONCE:
+            place = self.libc.malloc(size)
+            if place and not self._size_word(place) & self._IS_MMAPPED:
+                yield place
+            else:  # no hole of this size is left
+                self.libc.free(place)
+                size = size * 3 // 4
+
+    @staticmethod
+    def _size_word(place: int) -> int:
+        return ctypes.c_size_t.from_address(place - ctypes.sizeof(ctypes.c_size_t)).value
 
     def _sample(self) -> None:
         while not self.ended.wait(0.001):

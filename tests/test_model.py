@@ -13,7 +13,7 @@ from llama_multimodal.cache import SelfAttentionCache
 from llama_multimodal.config import LLAMA_3_2_11B_VISION, LLAMA_3_2_90B_VISION, ModelConfig
 from llama_multimodal.errors import PromptError
 from llama_multimodal.inputs import ModelInputs
-from llama_multimodal.models import VisionLanguageModel
+from llama_multimodal.models import VisionLanguageModel, mllama_vision
 
 LAYOUTS = CONFIG.vision.aspect_ratios
 ROWS = [[60, 5, 9, IMAGE, 4, 33, 2], [60, 7, 11], [IMAGE, 3, IMAGE, 8, 8, 21, 30, 1, 2], [60, IMAGE, IMAGE, 17, 50]]
@@ -81,6 +81,39 @@ def test_tables_of_unused_tiles_choose_the_plain_path(model) -> None:
         chosen = encoder(inputs.tiles, inputs.images)
         assert torch.equal(chosen, encoder(inputs.tiles, inputs.images, deduplicate=False)), name
         assert (chosen - encoder(inputs.tiles, inputs.images, deduplicate=True)).abs().max() > 1e-4, name
+
+
+def test_tile_tables_are_looked_at_again_only_after_a_change(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = copy.deepcopy(model.vision)
+    looks = []
+    look = type(encoder)._unused_rows_are_zero
+    monkeypatch.setattr(type(encoder), "_unused_rows_are_zero", lambda *args: looks.append(0) or look(*args))
+    before = copy.deepcopy(encoder.state_dict())
+    for _ in range(3):
+        assert encoder.padding_tiles_are_equal()
+    assert len(looks) == 1
+    optimizer = torch.optim.SGD([encoder.pre_tile_embedding], lr=1.0)
+    encoder.pre_tile_embedding.grad = torch.ones_like(encoder.pre_tile_embedding)
+    optimizer.step()
+    assert not encoder.padding_tiles_are_equal()
+    encoder.load_state_dict(before)
+    assert encoder.padding_tiles_are_equal()
+    with torch.inference_mode():
+        encoder.post_tile_embedding[1, 1:] = 1  # a view of the table
+    assert not encoder.padding_tiles_are_equal()
+    encoder.post_tile_embedding = torch.nn.Parameter(before["post_tile_embedding"])
+    assert encoder.padding_tiles_are_equal()
+    encoder.float()
+    assert encoder.padding_tiles_are_equal()
+    assert len(looks) == 6
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 7])
+def test_the_mlp_in_pieces_changes_nothing(model, batch, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    whole = model.vision(batch.tiles, batch.images)  # with gradients: not in pieces
+    monkeypatch.setattr(mllama_vision, "_MLP_TOKENS", tokens)
+    with torch.no_grad():
+        assert (model.vision(batch.tiles, batch.images) - whole).abs().max() < 1e-12
 
 
 def test_row_0_of_a_tile_table_is_not_an_unused_tile(model) -> None:

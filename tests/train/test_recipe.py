@@ -38,6 +38,11 @@ def test_the_embedded_model_is_at_most_12_million_parameters() -> None:
         ({"vision": 3}, "vision must be a table"),
         ({"vision": {"image_size": 100, "patch_size": 16}}, "image_size must be a multiple of patch_size"),
         ({"text": {"hidden_size": "wide"}}, "hidden_size must be a number"),
+        ({"processes": 2, "data": {"samples_per_step": 1}}, "data.samples_per_step: a step has 1 and processes is 2;"),
+        (
+            {"processes": 3, "sheet_steps": 1, "data": {"sheets_per_step": 2}},
+            "data.sheets_per_step: a step has 2 and processes is 3;",
+        ),
     ],
 )
 def test_mistakes_are_named(change: dict[str, object], message: str) -> None:

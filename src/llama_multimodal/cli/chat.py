@@ -25,22 +25,13 @@ Ctrl-C stops an answer."""
 _COMMANDS = ("/image", "/clear", "/help", "/quit")
 
 
+@common.answer_options(max_new_tokens=512)
 def chat(
     image: Annotated[
         list[str] | None, typer.Option("--image", "-i", help="A picture for the first message. May be repeated.")
     ] = None,
-    model: common.Model = "tiny",
-    dtype: common.DType = "auto",
-    device: common.Device = "auto",
-    max_new_tokens: common.MaxNewTokens = 512,
-    temperature: common.Temperature = 0.0,
-    top_p: common.TopP = 1.0,
-    top_k: common.TopK = 0,
-    min_p: common.MinP = 0.0,
-    repetition_penalty: common.RepetitionPenalty = 1.0,
-    stop: common.Stop = None,
-    seed: common.Seed = None,
-    system: common.System = None,
+    *,
+    options: common.AnswerOptions,
 ) -> None:
     """Talk about pictures, in several turns.
 
@@ -52,12 +43,10 @@ def chat(
     from ..processing.images import open_image
 
     pictures = [open_image(common.expand(path)) for path in image or ()]
-    params = common.sampling_params(
-        max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, seed
-    )  # fmt: skip
-    loaded, processor = common.load_model(model, dtype, device)
-    conversation = Conversation(loaded, processor, params, system, pictures)
-    common.say(f"{model} is ready. /image PATH adds a picture, /help lists the commands, Ctrl-D ends the chat.")
+    params = options.sampling_params()
+    loaded, processor = common.load_model(options.model, options.dtype, options.device)
+    conversation = Conversation(loaded, processor, params, options.system, pictures)
+    common.say(f"{options.model} is ready. /image PATH adds a picture, /help lists the commands, Ctrl-D ends the chat.")
     if pictures:
         common.say(f"({_pictures(len(pictures))} with your first message)")
     while True:

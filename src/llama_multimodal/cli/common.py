@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -30,46 +33,80 @@ DType = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps. auto: a GPU where there is one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-System = Annotated[str | None, typer.Option(help="A system message, before the first question.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; 1 draws as the model was trained.")]
-TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens that make up this probability.")]
-TopK = Annotated[int, typer.Option(help="Draw among this many tokens; 0 is all.")]
-MinP = Annotated[float, typer.Option(help="Leave out tokens less likely than this share of the likeliest.")]
-RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: tokens that were there before become less likely.")]
-Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text. May be repeated.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
 
 _SMALL = 2 * 2**30  # bytes of weights
 
 
-def sampling_params(
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    min_p: float,
-    repetition_penalty: float,
-    stop: list[str] | None,
-    seed: int | None,
-) -> SamplingParams:
-    """Raises:
-    PromptError: a value out of range.
-    """
-    from ..sampling import SamplingParams
+@dataclass(frozen=True)
+class AnswerOptions:
+    """The options of every command that answers questions; `answer_options` declares them."""
 
-    if seed is not None and not -(2**63) <= seed < 2**63:
-        raise PromptError(f"seed must fit 64 bits, not {seed}")
-    return SamplingParams(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        stop=tuple(stop or ()),
-        seed=seed,
-    )
+    model: Model = "tiny"
+    dtype: DType = "auto"
+    device: Device = "auto"
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token; 1 draws as the model was trained.")
+    ] = 0.0
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that make up this probability.")] = 1.0
+    top_k: Annotated[int, typer.Option(help="Draw among this many tokens; 0 is all.")] = 0
+    min_p: Annotated[float, typer.Option(help="Leave out tokens less likely than this share of the likeliest.")] = 0.0
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens that were there before become less likely.")
+    ] = 1.0
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text. May be repeated.")] = None
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None
+    system: Annotated[str | None, typer.Option(help="A system message, before the first question.")] = None
+
+    def sampling_params(self) -> SamplingParams:
+        """Raises:
+        PromptError: a value out of range.
+        """
+        from ..sampling import SamplingParams
+
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise PromptError(f"seed must fit 64 bits, not {self.seed}")
+        return SamplingParams(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            stop=tuple(self.stop or ()),
+            seed=self.seed,
+        )
+
+
+def answer_options(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: a command's keyword `options: AnswerOptions` becomes one option of typer's for each field.
+
+    defaults: the command's own, by field
+    """
+
+    def declare(command: Callable[..., None]) -> Callable[..., None]:
+        shared = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=defaults.get(field.name, field.default),
+                annotation=get_type_hints(AnswerOptions, include_extras=True)[field.name],
+            )
+            for field in fields(AnswerOptions)
+        ]
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            options = AnswerOptions(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+            command(**given, options=options)
+
+        parameters = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            parameters += shared if parameter.name == "options" else [parameter]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
+        return run
+
+    return declare
 
 
 def choose_device(name: str) -> str:

@@ -16,24 +16,15 @@ from ..errors import PromptError
 from . import common
 
 
+@common.answer_options(max_new_tokens=256)
 def describe(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture: PNG, JPEG, WebP, GIF, …")],
     question: Annotated[str, typer.Argument(metavar="QUESTION")] = "Describe the picture.",
     more: Annotated[
         list[str] | None, typer.Option("--image", "-i", help="One more picture, after the first. May be repeated.")
     ] = None,
-    model: common.Model = "tiny",
-    dtype: common.DType = "auto",
-    device: common.Device = "auto",
-    max_new_tokens: common.MaxNewTokens = 256,
-    temperature: common.Temperature = 0.0,
-    top_p: common.TopP = 1.0,
-    top_k: common.TopK = 0,
-    min_p: common.MinP = 0.0,
-    repetition_penalty: common.RepetitionPenalty = 1.0,
-    stop: common.Stop = None,
-    seed: common.Seed = None,
-    system: common.System = None,
+    *,
+    options: common.AnswerOptions,
     as_json: common.AsJson = False,
 ) -> None:
     """Answer a question about a picture.
@@ -47,17 +38,15 @@ def describe(
 
     # Before the model is loaded, which may take minutes: a wrong path or a wrong option shows at once.
     pictures = [open_image(common.expand(path)) for path in (image, *(more or ()))]
-    params = common.sampling_params(
-        max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, stop, seed
-    )  # fmt: skip
+    params = options.sampling_params()
     started = time.perf_counter()
-    loaded, processor = common.load_model(model, dtype, device)
+    loaded, processor = common.load_model(options.model, options.dtype, options.device)
     load_seconds = time.perf_counter() - started
 
     content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
     conversation: list[dict[str, Any]] = [{"role": "user", "content": content}]
-    if system is not None:
-        conversation.insert(0, {"role": "system", "content": system})
+    if options.system is not None:
+        conversation.insert(0, {"role": "system", "content": options.system})
     result = _answer(loaded, processor, conversation, params, None if as_json else _show)
     result["timings"]["load_seconds"] = round(load_seconds, 4)
     if as_json:
@@ -66,7 +55,7 @@ def describe(
         result |= {
             "question": question,
             "images": [image, *(more or ())],
-            "model": model,
+            "model": options.model,
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "device": str(loaded.device),
             "versions": {

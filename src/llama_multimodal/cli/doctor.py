@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from .. import __version__
-from ..zoo.registry import EMBEDDED_FOLDER, checkpoints
+from ..zoo.registry import EMBEDDED_FOLDER, EMBEDDED_MEND, EMBEDDED_MISSING, checkpoints
 from . import common
 from .zoo import size
 
@@ -98,7 +98,7 @@ def examine(threads_bound: bool | None) -> dict[str, Any]:
     embedded = next(checkpoint for checkpoint in checkpoints() if checkpoint.embedded)
     report["embedded_model"] = {"name": embedded.name, "available": embedded.available, "folder": str(EMBEDDED_FOLDER)}
     if not embedded.available:
-        problem("the embedded model is not in this copy", "llama-mm train recipes/tiny.yaml", "warning")
+        problem(EMBEDDED_MISSING, EMBEDDED_MEND, "warning")
     report["problems"] = problems
     return report
 
@@ -261,7 +261,7 @@ def _print(report: dict[str, Any]) -> None:
     section(
         "Models",
         [
-            (embedded["name"], embedded["folder"] if embedded["available"] else "not built into this copy"),
+            (embedded["name"], embedded["folder"] if embedded["available"] else "not in this copy"),
             ("hub token", "there" if hub["token"] else "none"),
             ("hub cache", hub["cache"] + (" (offline)" if hub["offline"] else "")),
             ("free space", None if hub["free_bytes"] is None else size(hub["free_bytes"])),

@@ -27,6 +27,7 @@ from ..inputs import ImageLayout
 from .layers import Linear, merge_heads, split_heads
 
 _TOKEN_MULTIPLE = 8  # Meta pads the tokens of a tile to a multiple of this
+_MLP_TOKENS = 2048  # of an image that go through the MLP at a time: its hidden values are a block's largest tensor
 
 
 class VisionAttention(nn.Module):
@@ -40,11 +41,11 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, num_real: int, key_bias: Tensor | None) -> Tensor:
         q, k, v = (split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = ops.attention(q[:, :, :num_real], k, v, key_bias=key_bias)
+        out = merge_heads(ops.attention(q[:, :, :num_real], k, v, key_bias=key_bias))
         if num_real < x.shape[1]:
             padding = ops.attention(q[:, :, num_real:], k[:, :, :num_real], v[:, :, :num_real])
-            out = torch.cat((out, padding), dim=2)
-        return self.o_proj(merge_heads(out))
+            out = torch.cat((out, merge_heads(padding)), dim=1)
+        return self.o_proj(out)
 
 
 class VisionMLP(nn.Module):
@@ -56,6 +57,15 @@ class VisionMLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        pieces = math.ceil(x.shape[1] / _MLP_TOKENS)
+        if pieces == 1 or torch.is_grad_enabled():  # autograd keeps every hidden value anyway
+            return self._feed(x)
+        out = torch.empty_like(x)
+        for some, place in zip(x.chunk(pieces, dim=1), out.chunk(pieces, dim=1), strict=True):
+            place.copy_(self._feed(some))
+        return out
+
+    def _feed(self, x: Tensor) -> Tensor:
         return self.fc2(ops.linear_gelu(x, self.fc1.weight, self.fc1.bias))
 
 
@@ -103,6 +113,8 @@ class TiledVisionEncoder(nn.Module):
         self.layers = nn.ModuleList(VisionBlock(config, gated=False) for _ in range(config.num_hidden_layers))
         self.post_norm = nn.LayerNorm(size, eps=config.norm_eps)
         self.global_layers = nn.ModuleList(VisionBlock(config, gated=True) for _ in range(config.num_global_layers))
+        # State of the tile tables when their unused rows were last looked at, and what was found.
+        self._tables_seen: tuple[tuple[tuple[int, int], ...], bool] | None = None
 
     def forward(self, tiles: Tensor, images: Sequence[ImageLayout], *, deduplicate: bool | None = None) -> Tensor:
         """Features of every real tile's tokens, in the order of the tiles.
@@ -130,10 +142,23 @@ class TiledVisionEncoder(nn.Module):
         return features
 
     def padding_tiles_are_equal(self) -> bool:
-        """Whether no unused tile carries an embedding, as in every checkpoint in Meta's layout."""
+        """Whether no unused tile carries an embedding, as in every checkpoint in Meta's layout.
+
+        The tables are large: they are looked at again only once one was replaced or written to.
+        """
         if self.pre_tile_embedding.device.type == "meta":
             return True
         tables = (self.tile_position_embedding, self.pre_tile_embedding, self.post_tile_embedding)
+        if torch.is_grad_enabled() or any(table.is_inference() for table in tables):
+            # Inference tensors do not count their changes, and not every optimizer's step is counted.
+            self._tables_seen = None
+            return self._unused_rows_are_zero(tables)
+        state = tuple((table.data_ptr(), table._version) for table in tables)
+        if self._tables_seen is None or self._tables_seen[0] != state:
+            self._tables_seen = (state, self._unused_rows_are_zero(tables))
+        return self._tables_seen[1]
+
+    def _unused_rows_are_zero(self, tables: Sequence[Tensor]) -> bool:
         return not any(
             bool(table[ratio_id, rows * columns :].any())
             for ratio_id, (rows, columns) in enumerate(self.config.aspect_ratios, start=1)
@@ -163,16 +188,16 @@ class TiledVisionEncoder(nn.Module):
             x = block(x, num_real, key_bias)
         x = self.post_norm(x)
         grid = self.post_tile_gate.tanh() * self.post_tile_embedding[ids, : num_tiles + distinct]  # [N, tiles, E]
-        added = grid[:, :, None].expand(-1, -1, config.num_patches, -1).flatten(1, 2)
         # Every token of a tile gets its embedding, the zero tokens too: from here on they differ from tile to tile.
-        x = torch.cat((x[:, : added.shape[1]] + added, x[:, added.shape[1] :] + grid), dim=1) if zeros else x + added
+        x = self._add_to_tiles(x, grid, bool(zeros))
         copies = [zeros] * num_tiles + [zeros * spare // max(distinct, 1)] * distinct
         key_bias = self._key_bias(num_real, distinct, spare, copies, x)
         for block in self.global_layers:
             x = block(x, num_real, key_bias)
-        # Meta stacks the taps on a new last axis and flattens it: feature-major, tap-minor.
-        tapped = torch.stack(taps, dim=-1).flatten(2) if taps else x[:, :0]
-        features = torch.cat((x[:, :num_real], tapped), dim=-1) if taps else x[:, :num_real]
+        features = x.new_empty(num_images, num_real, config.output_size)
+        features[..., : config.hidden_size] = x[:, :num_real]
+        for i, tap in enumerate(taps):  # Meta stacks them on a new last axis and flattens it: feature-major, tap-minor
+            features[..., config.hidden_size + i :: len(taps)] = tap
         return features.unflatten(1, (num_tiles, config.num_patches))
 
     def _embed(self, tiles: Tensor, ids: Tensor, distinct: int) -> Tensor:
@@ -188,6 +213,12 @@ class TiledVisionEncoder(nn.Module):
         gate = self.position_gate.tanh()
         x = x + (1 - gate) * self.position_embedding
         return x + gate * self.tile_position_embedding[ids, :used]
+
+    def _add_to_tiles(self, x: Tensor, grid: Tensor, zeros: bool) -> Tensor:
+        """Each tile's row of grid [N, tiles, E] added to its tokens, and to its zero token where there are any."""
+        used = grid.shape[1] * self.config.num_patches
+        added = (x[:, :used].unflatten(1, (-1, self.config.num_patches)) + grid[:, :, None]).flatten(1, 2)
+        return torch.cat((added, x[:, used:] + grid), dim=1) if zeros else added
 
     def patches(self, tiles: Tensor) -> Tensor:
         """Tiles cut into patches, row by row, each channel by channel: [tiles, 3, S, S] → [tiles, side², 3·patch²]"""

@@ -131,7 +131,7 @@ def restore_weight(packed: PackedWeight) -> PackedWeight:
 
 
 def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """`x · weightᵀ + bias`; x: [..., K] → [..., N] in x's dtype. Made for few rows: a prompt's many are slower."""
+    """`x · weightᵀ + bias`; x: [..., K] → [..., N] in x's dtype. Made for few rows; many gain nothing by it."""
     return _dispatch.call("packed_linear", _torch, x, packed, bias)
 
 

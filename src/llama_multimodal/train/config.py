@@ -66,6 +66,17 @@ class Recipe:
     threads: int = 1  # of each process
     save_every: int = 100
 
+    def __post_init__(self) -> None:
+        sizes = {"samples_per_step": self.data.samples_per_step + self.data.sheets_beside}
+        if self.sheet_steps:
+            sizes["sheets_per_step"] = self.data.sheets_per_step
+        for name, count in sizes.items():
+            if count < self.processes:
+                raise ConfigError(
+                    f"data.{name}: a step has {count} and processes is {self.processes}; each process needs at least"
+                    " one of every step: raise it, or run fewer processes"
+                )
+
 
 def read_recipe(path: str | Path) -> Recipe:
     """Raises:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 EMBEDDED_FOLDER = Path(__file__).parent / "tiny"
 """Where the embedded model's files lie."""
+EMBEDDED_MISSING = "the embedded model is not in this copy"
+EMBEDDED_MEND = "install the package again, or train the model: llama-mm train recipes/tiny.yaml"
 
 _LLAMA_LICENSE = "Llama 3.2 Community License"
 _LLAMA_LICENSE_URL = "https://huggingface.co/meta-llama/Llama-3.2-11B-Vision-Instruct/blob/main/LICENSE.txt"
