@@ -22,6 +22,7 @@ bench:
 	OMP_PROC_BIND=true $(PYTHON) benchmarks/vision.py --scratch $(SCRATCH)
 	OMP_PROC_BIND=true $(PYTHON) benchmarks/load.py --scratch $(SCRATCH)
 	OMP_PROC_BIND=true $(PYTHON) benchmarks/linear.py
+	OMP_PROC_BIND=true $(PYTHON) benchmarks/generate.py --scratch $(SCRATCH)
 
 # On a machine with an NVIDIA GPU, from the source tree. Without one, the tests and the benchmark are skipped.
 gpu:

@@ -1,31 +1,46 @@
-"""Text generation on the CPU, batch 1: prefill and decoding, plain and packed, against transformers on equal weights.
+"""Text generation on the CPU, batch 1: prefill and decoding against transformers and llama.cpp on equal weights.
 
     OMP_PROC_BIND=true python benchmarks/generate.py --output benchmarks/results
 
 The decoder has the shape of Llama 3.2 1B (1.24 G parameters a token, the LM head among them) and random weights; every
-candidate continues the same prompt greedily, in turn. A packed model is `quant.pack`'s; "int4" keeps its LM head in
-int8.
+candidate continues the same prompt greedily, in turn. A packed model is `quant.pack`'s. "int4" keeps its LM head in
+int8, and so does Q4_0, whose usual files have it in Q6_K or Q8_0. llama.cpp takes part where llama-cpp-python and gguf
+are installed, after its logits on a small model were found to be ours; it reads GGUF files in --scratch, 5.6 GB.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from ggml import Ggml
+from gguf_model import as_stored, write_gguf
+from llamacpp import LlamaCpp, missing
 from peers import Measured, interleaved, write
 
 import llama_multimodal as lmm
 from llama_multimodal.config import ModelConfig, RopeScaling, TextConfig, TiledVisionConfig
 from llama_multimodal.models import VisionLanguageModel
+from llama_multimodal.ops import Format
 from llama_multimodal.processing.processor import Processor
-from llama_multimodal.quant.pack import pack
+from llama_multimodal.quant.pack import Packing, pack
 from llama_multimodal.weights.mllama import HF_RELEASED, hf_rules
 
+ROUNDING = 0.04
+"""What llama.cpp's logits may be off by on a small model, for its activations in bf16 or 8 bits."""
 PREFIX = HF_RELEASED.text.removesuffix(".model") + "."
+TRANSFORMERS = "transformers bf16"
+LLAMA_CPP = {"bf16": "llama.cpp BF16", "int8": "llama.cpp Q8_0", "int4": "llama.cpp Q4_0"}
+"""The format of the same width as each of ours."""
+LM_HEAD: dict[str, Format] = {"int4": "int8"}
+"""The LM head's format where it is another one than the model's."""
 
 
 def configuration(layers: int, hidden: int, vocabulary: int) -> ModelConfig:
@@ -78,18 +93,75 @@ def theirs(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Any:
             rms_norm_eps=text.rms_norm_eps, rope_parameters=scaling, bos_token_id=0, eos_token_id=None, pad_token_id=0,
         )
     ).to(torch.bfloat16)  # fmt: skip
+    model.load_state_dict(text_state(config, weights), assign=True)
+    return model.eval()
+
+
+def text_state(config: ModelConfig, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The decoder's tensors under the names of Hugging Face's Llama."""
     state = {
         rule.theirs[0].removeprefix(PREFIX): weights[rule.ours]
         for rule in hf_rules(config)
         if rule.theirs[0].startswith(PREFIX)
     }
-    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"][: text.vocab_size]
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"][: config.text.vocab_size]
+    return state
+
+
+@contextmanager
+def scratch_folder(folder: Path | None) -> Iterator[Path]:
+    """The folder, or a temporary one."""
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+def llama_cpp(
+    config: ModelConfig, weights: dict[str, torch.Tensor], scratch: Path, threads: int, context: int
+) -> dict[str, LlamaCpp]:
+    """llama.cpp's models of the same tensors, by name."""
+    state, quantize, found = text_state(config, weights), Ggml(threads).quantize, {}
+    for format, name in LLAMA_CPP.items():
+        file = scratch / f"{format}.gguf"
+        file.unlink(missing_ok=True)  # another model may still be mapped to what it holds
+        write_gguf(file, config.text, state, format, quantize, LM_HEAD.get(format))
+        found[name] = LlamaCpp(file, threads, context)
+    return found
+
+
+def check_llama_cpp(scratch: Path, threads: int) -> None:
+    """Raise where llama.cpp's logits on a small model are not ours in fp32 on its rounded weights."""
+    # A short original context: rope's scaled frequencies differ much from the plain ones within a few tokens.
+    scaling = RopeScaling(factor=32.0, original_max_position_embeddings=64)
+    config = configuration(2, 256, 512)
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, rope_scaling=scaling))
+    weights, tokens, quantize = random_weights(config), list(range(100)), Ggml(threads).quantize
+    inputs = Processor(config, None).encode_tokens([tokens])
+    peers = llama_cpp(config, weights, scratch, threads, len(tokens))
+    for format, name in LLAMA_CPP.items():
+        stored = dict.fromkeys(weights, format) | {"decoder.lm_head.weight": LM_HEAD.get(format, format)}
+        rounded = {
+            key: as_stored(value, stored[key], quantize) if key.startswith("decoder") and value.ndim == 2 else value
+            for key, value in weights.items()
+        }
+        with torch.inference_mode():
+            expected = ours(config, {key: value.float() for key, value in rounded.items()})(inputs).logits[0, -1]
+            error = float((peers[name].logits(tokens) - expected).norm() / expected.norm())
+        print(f"{name}: logits on a small model {error:.1%} from ours")
+        if not error <= ROUNDING:
+            raise RuntimeError(f"{name} computes another model: its logits may be {ROUNDING:.0%} off")
 
 
 def runs(
-    models: dict[str, VisionLanguageModel], peer: Any, processor: Processor, prompt: list[int], count: int
+    models: dict[str, VisionLanguageModel],
+    peer: Any,
+    llama_cpp_peers: dict[str, LlamaCpp],
+    processor: Processor,
+    prompt: list[int],
+    count: int,
 ) -> dict[str, Callable[[], list[int]]]:
     """What continues the prompt by `count` tokens and returns them, by name."""
 
@@ -103,13 +175,19 @@ def runs(
         return out
 
     found: dict[str, Callable[[], list[int]]] = {name: functools.partial(run_ours, m) for name, m in models.items()}
-    return {**found, "transformers bf16": run_theirs}
+    found[TRANSFORMERS] = run_theirs
+    return found | {name: functools.partial(p.generate, prompt, count) for name, p in llama_cpp_peers.items()}
 
 
 def show(title: str, rates: dict[str, float]) -> None:
+    """Each rate, and its ratio to transformers' and to that of llama.cpp's format of the same width."""
     print(f"\n{title}")
     for name, rate in rates.items():
-        print(f"  {name:20s} {rate:8.1f} tokens/s   {rate / rates['transformers bf16']:5.2f} x transformers")
+        line = f"  {name:20s} {rate:8.1f} tokens/s   {rate / rates[TRANSFORMERS]:5.2f} x transformers"
+        same_width = next((peer for format, peer in LLAMA_CPP.items() if format in name), "")
+        if same_width in rates:
+            line += f"   {rate / rates[same_width]:5.2f} x {same_width}"
+        print(line)
 
 
 def main() -> None:
@@ -121,29 +199,42 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--scratch", type=Path, help="folder for the GGUF files (default: a temporary one)")
     parser.add_argument("--output", type=Path, help="folder for the JSON result")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    with scratch_folder(args.scratch) as scratch:
+        measure(args, scratch)
+
+
+def measure(args: argparse.Namespace, scratch: Path) -> None:
     config = configuration(args.layers, args.hidden, args.vocabulary)
     weights = random_weights(config)
     models = {
         "bf16": ours(config, weights),
         "bf16 packed": pack(ours(config, weights), "bf16"),
         "int8": pack(ours(config, weights), "int8"),
-        "int4": pack(ours(config, weights), "int4", lm_head="int8"),
+        "int4": pack(ours(config, weights), Packing("int4", lm_head=LM_HEAD["int4"])),
     }
     peer, processor = theirs(config, weights), Processor(config, None)
+    others: dict[str, LlamaCpp] = {}
+    if packages := missing():
+        print(f"llama.cpp is left out: {' and '.join(packages)} not installed")
+    else:
+        check_llama_cpp(scratch, args.threads)
+        others = llama_cpp(config, weights, scratch, args.threads, max(args.prompt, 16 + args.tokens) + 1)
     del weights
     long = torch.randint(0, args.vocabulary, (args.prompt,), generator=torch.Generator().manual_seed(1)).tolist()
     short = long[:16]
-    one, many = (runs(models, peer, processor, short, count) for count in (1, args.tokens + 1))
+    one, many = (runs(models, peer, others, processor, short, count) for count in (1, args.tokens + 1))
     chosen = {name: run() for name, run in many.items()}
-    same = sum(a == b for a, b in zip(chosen["bf16"], chosen["transformers bf16"]))
-    print(f"{same} of {len(chosen['bf16'])} greedy tokens are transformers'")
+    for name in (TRANSFORMERS, *others):
+        same = sum(a == b for a, b in zip(chosen["bf16"], chosen[name]))
+        print(f"{same} of {len(chosen['bf16'])} of our greedy tokens in bf16 are those of {name}")
     with torch.inference_mode():
         first: Measured = interleaved(one, args.repeats)
         whole = interleaved(many, args.repeats)
-        prefill = interleaved(runs(models, peer, processor, long, 1), max(3, args.repeats // 2))
+        prefill = interleaved(runs(models, peer, others, processor, long, 1), max(3, args.repeats // 2))
     decode = {name: args.tokens / (whole[name]["seconds"] - first[name]["seconds"]) for name in whole}
     show(f"decoding, {args.tokens} tokens", decode)
     filled = {name: args.prompt / row["seconds"] for name, row in prefill.items()}

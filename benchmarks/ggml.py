@@ -20,6 +20,9 @@ _F32 = 0
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 
 
+_SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, _POINTER)(lambda level, text, data: None)
+
+
 class _Memory(ctypes.Structure):
     """ggml_init_params: tensors' heads only, their data lies in buffers of a backend."""
 
@@ -40,6 +43,7 @@ class Ggml:
         self._libraries = [
             ctypes.CDLL(str(folder / f"libggml{part}.so"), mode=ctypes.RTLD_GLOBAL) for part in ("-base", "-cpu", "")
         ]
+        self._call("ggml_log_set", _SILENT, None)
         self._backend = self._call("ggml_backend_cpu_init")
         self._call("ggml_backend_cpu_set_n_threads", self._backend, threads)
 
@@ -66,6 +70,16 @@ class Ggml:
             index += 1
         return None
 
+    def quantize(self, weight: Tensor, format: str) -> Tensor:
+        """Rows as they lie in a GGUF file: [N, K] → uint8 [N, bytes of a row]."""
+        if format == "bf16":
+            return weight.bfloat16().contiguous().view(torch.uint8)
+        (outputs, inputs), kind = weight.shape, TYPES[format]
+        source = weight.float().contiguous()
+        stored = torch.empty(outputs, self._call("ggml_row_size", kind, inputs), dtype=torch.uint8)
+        self._call("ggml_quantize_chunk", kind, source.data_ptr(), stored.data_ptr(), 0, outputs, inputs, None)
+        return stored
+
     def product(self, x: Tensor, weight: Tensor, format: str) -> Callable[[], Any]:
         """x: [T, K], weight: [N, K], both fp32 → a function that runs ggml's mul_mat of the rounded weight."""
         rows, (outputs, inputs), kind = x.shape[0], weight.shape, TYPES[format]
@@ -77,12 +91,7 @@ class Ggml:
             self._call("ggml_backend_alloc_ctx_tensors_from_buft", holder, repacked)
         else:
             self._call("ggml_backend_alloc_ctx_tensors", holder, self._backend)
-        stored = torch.empty(nbytes, dtype=torch.uint8)
-        if format == "bf16":
-            stored = weight.bfloat16().contiguous()
-        else:
-            source = weight.contiguous()
-            self._call("ggml_quantize_chunk", kind, source.data_ptr(), stored.data_ptr(), 0, outputs, inputs, None)
+        stored = self.quantize(weight, format)
         self._call("ggml_backend_tensor_set", packed, stored.data_ptr(), 0, nbytes)
 
         steps = self._context(8, graph=True)

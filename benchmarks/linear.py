@@ -26,6 +26,7 @@ from torch import Tensor
 from llama_multimodal import ops
 from llama_multimodal.ops import PackedWeight
 from llama_multimodal.ops.backends.cpu import library
+from llama_multimodal.ops.linear import cpu_multiplies
 
 GROUP = 32
 READ = "memory read"
@@ -68,11 +69,14 @@ def candidates(x: Tensor, weight: Tensor, ggml: Ggml | None) -> dict[str, Candid
 
     half = weight.bfloat16()
     found["bf16 torch"] = in_turn(lambda w: F.linear(x, w), half.clone, half.nbytes)
-    found["bf16 torch, packed by oneDNN"] = in_turn(
-        lambda w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
-        lambda: torch.ops.mkldnn._reorder_linear_weight(half, len(x)),
-        half.nbytes,
-    )
+    wide = x.float()
+    found["fp32 torch"] = in_turn(lambda w: F.linear(wide, w), weight.clone, weight.nbytes)
+    if cpu_multiplies(torch.bfloat16):  # oneDNN refuses to pack for a CPU without
+        found["bf16 torch, packed by oneDNN"] = in_turn(
+            lambda w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
+            lambda: torch.ops.mkldnn._reorder_linear_weight(half, len(x)),
+            half.nbytes,
+        )
     stored = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
     scales = torch.rand(outputs).bfloat16()
     found["int8 torch (int8pack)"] = in_turn(
@@ -91,7 +95,7 @@ def candidates(x: Tensor, weight: Tensor, ggml: Ggml | None) -> dict[str, Candid
         for format, name in LLAMA_CPP.items():
             found[name] = in_turn(
                 lambda product: product(),
-                functools.partial(ggml.product, x.float(), weight, format),
+                functools.partial(ggml.product, wide, weight, format),
                 int(weight.numel() * BITS[format] / 8),
             )
     return found
