@@ -116,6 +116,7 @@ BAD = {
     "empty question": (["describe", "{photo}", "  "], "the question is empty"),
     "empty model": (["describe", "{photo}", "--model", ""], "the model's name is empty"),
     "unknown dtype": (["describe", "{photo}", "--dtype", "bf61"], 'not in "bf61"'),
+    "unknown packing": (["describe", "{photo}", "--pack", "int5"], 'not as "int5"'),
     "unknown device": (["describe", "{photo}", "--device", "cdua"], 'the device "cdua" is not there'),
     "unsupported device": (["describe", "{photo}", "--device", "xla"], 'the device "xla" is not there'),
     "absent device": (["describe", "{photo}", "--device", "cuda:97"], 'the device "cuda:97" is not there'),

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -34,7 +35,7 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
-    pack: Packing | Format | None = None,
+    pack: Packing | str | None = None,
     progress: Progress | None = None,
 ) -> tuple[VisionLanguageModel, Processor]:
     """Load a checkpoint in Hugging Face's or Meta's layout, found by itself; weights stream straight to the device.
@@ -60,7 +61,7 @@ def load(
         kind = checkpoint.dtype if checkpoint.dtype in DTYPES.values() else torch.float32
     tokenizer = Tokenizer.load(checkpoint.folder)
     checkpoint = replace(checkpoint, config=with_end_tokens(checkpoint.config, tokenizer))
-    packing = Packing(pack) if isinstance(pack, str) else pack
+    packing = Packing(cast(Format, pack)) if isinstance(pack, str) else pack  # other names are refused there
     model = read_model(checkpoint, kind, place, progress, packing)
     return model.eval(), Processor(checkpoint.config, tokenizer)
 

@@ -190,5 +190,5 @@ def test_what_cannot_be_done_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="packed already"):
         load(tmp_path / "packed", pack="int8")
     with pytest.raises(UserError, match='not as "int3"'):
-        load(tmp_path / "packed", pack="int3")  # type: ignore[arg-type]
+        load(tmp_path / "packed", pack="int3")
     assert not (tmp_path / "meta").exists() or not list((tmp_path / "meta").iterdir())
