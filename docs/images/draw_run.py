@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 FOLDER = Path(__file__).parent
 PICTURES = FOLDER.parent.parent / "examples" / "images"
 RUNS = (
-    ("shelf.png", ("How many red circles are there?", "Is there a yellow star?", "How many objects are there?")),
+    ("shelf.png", ("How many red circles are there?", "Is there a yellow star?", "What shape is the purple thing?")),
     ("chart.png", ("Which bar is the highest?", "What is the value of bar B?")),
     ("word.png", ("What does it say?",)),
 )
