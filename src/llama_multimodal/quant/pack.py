@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from ..models import VisionLanguageModel
 from ..models.layers import Linear, Projections
 from ..ops import Format, PackedWeight
+from ..ops.huge_pages import empty_parameter
 
 
 @dataclass(frozen=True)
@@ -151,4 +152,9 @@ def put_packed(model: VisionLanguageModel, path: str, weight: PackedWeight) -> N
         parts = {name: x.out_features for name, x in layer.named_children() if isinstance(x, Linear)}
     bias = layer.bias if isinstance(layer, Linear) else None
     parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, PackedLinear(ops.prepare_weight(weight), bias, parts))
+    packed = PackedLinear(ops.prepare_weight(weight).mapped(_in_huge_pages), bias, parts)
+    setattr(model.get_submodule(parent), name, packed)
+
+
+def _in_huge_pages(tensor: Tensor) -> Tensor:
+    return empty_parameter(tuple(tensor.shape), tensor.dtype, tensor.device).copy_(tensor)

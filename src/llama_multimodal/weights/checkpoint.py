@@ -16,8 +16,9 @@ from ..config import ModelConfig, config_from_hf
 from ..errors import CheckpointError, ConfigError, DeviceError, UserError
 from ..models import VisionLanguageModel
 from ..ops import PackedWeight
+from ..ops.huge_pages import empty_parameter
 from ..quant.pack import Packing, pack_layer, packable_layers, put_packed
-from .io import SafetensorsFile, TensorInfo, empty_parameter, read_json
+from .io import SafetensorsFile, TensorInfo, read_json
 from .meta_params import config_from_meta
 from .meta_pth import MetaShards, shard_paths
 from .mllama import hf_names, hf_rules, meta_rules

@@ -5,13 +5,11 @@ The header is validated against the file's size before anything is allocated.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import mmap
 import os
 import struct
-import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -208,21 +206,6 @@ class FileReader:
             if not count:
                 raise CheckpointError(f"{self.path} ends {left.nbytes} bytes too early; download it again")
             left = left[count:]
-
-
-def empty_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for a parameter, on the CPU in huge pages where the system has them: filling it and reading it are
-    faster."""
-    value = torch.empty(shape, dtype=dtype, device=device)
-    if _LIBC is not None and device.type == "cpu" and value.nbytes >= _HUGE_PAGE:
-        first = -(-value.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        last = (value.data_ptr() + value.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_HUGEPAGE)
-    return value
-
-
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-_HUGE_PAGE = 2 << 20
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
