@@ -68,7 +68,7 @@ def test_all_problems_in_one_error(hf: Path) -> None:
         "  missing multi_modal_projector.bias: [32] expected",
         "  unknown what.is.this: [2, 3]",
         "  misshaped language_model.model.norm.weight: [31] found, [32] expected",
-        "  quantized language_model.lm_head.weight: torch.int8 found; only floating-point checkpoints are read",
+        "  quantized language_model.lm_head.weight: torch.int8 found, a floating-point dtype expected",
     ]
 
 
