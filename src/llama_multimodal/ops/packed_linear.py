@@ -95,12 +95,18 @@ def pack_weight(weight: Tensor, format: Format, *, group: int = 32, symmetric: b
         zeros = shift[..., 0].to(torch.int8 if format == "int8" else torch.uint8)
         stored = (grouped / step).round() + shift
     stored = stored.clamp(low, high).view(rows, columns)
-    if format == "int8":
-        values = stored.to(torch.int8)
-    else:
-        nibbles = stored.to(torch.uint8)
-        values = nibbles[:, ::2] | nibbles[:, 1::2] << 4
+    values = stored.to(torch.int8) if format == "int8" else join_nibbles(stored.to(torch.uint8))
     return PackedWeight(format, (rows, columns), values.contiguous(), scales, zeros, group)
+
+
+def join_nibbles(values: Tensor) -> Tensor:
+    """Two 4-bit values to a byte, the even column in the low bits: uint8 [N, K] → [N, K/2]"""
+    return values[:, ::2] | values[:, 1::2] << 4
+
+
+def split_nibbles(values: Tensor) -> Tensor:
+    """The reverse of `join_nibbles`: uint8 [N, K/2] → [N, K]"""
+    return torch.stack((values & 15, values >> 4), dim=-1).flatten(1)
 
 
 def unpack_weight(packed: PackedWeight) -> Tensor:
@@ -110,7 +116,7 @@ def unpack_weight(packed: PackedWeight) -> Tensor:
         return packed.values.float()
     values = packed.values
     if packed.format == "int4":
-        values = torch.stack((values & 15, values >> 4), dim=-1).flatten(1)
+        values = split_nibbles(values)
     grouped = values.float().view(packed.shape[0], -1, packed.group)
     zeros = _MIDDLE[packed.format] if packed.zeros is None else packed.zeros.float()[..., None]
     return ((grouped - zeros) * packed.scales.float()[..., None]).view(packed.shape)

@@ -157,4 +157,6 @@ def put_packed(model: VisionLanguageModel, path: str, weight: PackedWeight) -> N
 
 
 def _in_huge_pages(tensor: Tensor) -> Tensor:
+    if not tensor.is_cpu:  # nothing to gain by a copy
+        return tensor
     return empty_parameter(tuple(tensor.shape), tensor.dtype, tensor.device).copy_(tensor)

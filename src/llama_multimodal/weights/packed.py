@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
 from ..ops import Format, PackedWeight
+from ..ops.packed_linear import join_nibbles, split_nibbles
 from .io import TensorInfo
 from .rules import Rule, Source
 
@@ -87,7 +88,7 @@ class StoredPacked:
             down = weight.zeros.T.contiguous()  # [K/G, N], a byte each
             if self.format == "int4":
                 down = torch.nn.functional.pad(down, (0, down.shape[1] % 2))
-                down = down[:, ::2] | down[:, 1::2] << 4
+                down = join_nibbles(down)
             found["zero_point"] = self._to_words(down).T.contiguous()
         return {f"{self.name}_{part}": tensor for part, tensor in found.items()}
 
@@ -98,7 +99,7 @@ class StoredPacked:
             return (bytes_[:, :count] ^ 128).view(torch.int8)
         if nibbles:
             return bytes_[:, : count // 2].contiguous()
-        return torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).flatten(1)[:, :count]
+        return split_nibbles(bytes_)[:, :count]
 
     def _to_words(self, values: Tensor) -> Tensor:
         """Bytes [R, C], int4 two to a byte → int32 [R, ⌈C/4⌉]."""

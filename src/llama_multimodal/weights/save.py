@@ -93,13 +93,13 @@ def _weights_of(model: VisionLanguageModel, rules: Sequence[Rule], unpacked: boo
     plain = {name: value.detach() for name, value in model.named_parameters()}
     infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in plain.items()}
     theirs = {rule.ours: rule.theirs[0] for rule in rules}
-    layers: dict[str, tuple[PackedLinear, str]] = {}
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+    places: dict[str, tuple[str, str]] = {}  # of a layer, and of the parameter within it
     packed: dict[str, StoredPacked] = {}
-    for path, layer in model.named_modules():
-        for part, shape in layer.shapes.items() if isinstance(layer, PackedLinear) else ():
-            assert isinstance(layer, PackedLinear)
+    for path, layer in layers.items():
+        for part, shape in layer.shapes.items():
             name = f"{path}.{part}"
-            layers[name] = layer, part
+            places[name] = path, part
             if layer.format == "bf16":
                 infos[name] = TensorInfo(shape, torch.bfloat16)
             elif unpacked:
@@ -107,9 +107,13 @@ def _weights_of(model: VisionLanguageModel, rules: Sequence[Rule], unpacked: boo
             else:
                 packed[name] = StoredPacked(theirs[name], layer.format, shape, layer.group, layer.zeros is None)
 
+    @functools.lru_cache(maxsize=1)  # what is cut from one layer is asked for in a row
+    def weights_in(path: str) -> dict[str, PackedWeight]:
+        return layers[path].weights()
+
     def get_packed(name: str) -> PackedWeight:
-        layer, part = layers[name]
-        return layer.weights()[part]
+        path, part = places[name]
+        return weights_in(path)[part]
 
     def get(name: str) -> Tensor:
         return plain[name] if name in plain else ops.unpack_weight(get_packed(name)).to(infos[name].dtype)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ... import _dispatch
 from ...linear import cpu_multiplies, linear, linear_in_blocks
-from ...packed_linear import RESTORED, PackedWeight, unpack_weight
+from ...packed_linear import RESTORED, PackedWeight, join_nibbles, split_nibbles, unpack_weight
 from ..operators import define
 from .library import DTYPES, functions, instruction_set, pointer
 
@@ -48,7 +48,7 @@ def prepare_weight(values: Tensor, packed: PackedWeight) -> PackedWeight:
     if packed.format == "int8":
         fours = (bytes_ ^ 128).view(rows, columns // 4, 4)
     else:
-        eights = torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).view(rows, columns // 8, 2, 4)
+        eights = split_nibbles(bytes_).view(rows, columns // 8, 2, 4)
         fours = eights[:, :, 0] | eights[:, :, 1] << 4
     zeros = packed.zeros
     if zeros is not None and packed.format == "int8":
@@ -77,8 +77,7 @@ def _restore(packed: PackedWeight) -> PackedWeight:
         values = (fours ^ 128).view(torch.int8).view(rows, columns)
         zeros = None if zeros is None else (zeros ^ 128).view(torch.int8)
     else:
-        eights = torch.stack((fours & 15, fours >> 4), dim=-2).view(rows, columns // 2, 2)
-        values = eights[..., 0] | eights[..., 1] << 4
+        values = join_nibbles(torch.stack((fours & 15, fours >> 4), dim=-2).view(rows, columns))
     return replace(packed, values=values, scales=_untiled(packed.scales, rows), zeros=zeros, layout="plain")
 
 
