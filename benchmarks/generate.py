@@ -3,14 +3,16 @@
     OMP_PROC_BIND=true python benchmarks/generate.py --output benchmarks/results
 
 The decoder has the shape of Llama 3.2 1B (1.24 G parameters a token, the LM head among them) and random weights; every
-candidate continues the same prompt greedily, in turn. A packed model is `quant.pack`'s. "int4" keeps its LM head in
-int8, and so does Q4_0, whose usual files have it in Q6_K or Q8_0. llama.cpp takes part where llama-cpp-python and gguf
+candidate continues the same prompt greedily, in turn. A packed model is `quant.pack`'s; "a8" stands for activations in
+8 bits as well, which llama.cpp always has with these formats. "int4" keeps its LM head in int8, and so does Q4_0, whose
+usual files have it in Q6_K or Q8_0. llama.cpp takes part where llama-cpp-python and gguf
 are installed, after its logits on a small model were found to be ours; it reads GGUF files in --scratch, 5.6 GB.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import functools
 import tempfile
@@ -30,7 +32,7 @@ from llama_multimodal.config import ModelConfig, RopeScaling, TextConfig, TiledV
 from llama_multimodal.models import VisionLanguageModel
 from llama_multimodal.ops import Format
 from llama_multimodal.processing.processor import Processor
-from llama_multimodal.quant.pack import Packing, pack
+from llama_multimodal.quant.pack import Packing, pack, use_int8_activations
 from llama_multimodal.weights.mllama import HF_RELEASED, hf_rules
 
 ROUNDING = 0.04
@@ -216,6 +218,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> None:
         "int8": pack(ours(config, weights), "int8"),
         "int4": pack(ours(config, weights), Packing("int4", lm_head=LM_HEAD["int4"])),
     }
+    models |= {f"{name} a8": use_int8_activations(copy.deepcopy(models[name])) for name in ("int8", "int4")}
     peer, processor = theirs(config, weights), Processor(config, None)
     others: dict[str, LlamaCpp] = {}
     if packages := missing():

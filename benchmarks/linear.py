@@ -4,7 +4,8 @@
 
 All candidates run in turn, each over enough copies of its weight that no cache holds them; medians are compared, since
 the memory's speed changes while the benchmark runs. int8 and int4 have a scale for 32 values (torch's int8: for a row).
-llama.cpp takes part where llama-cpp-python is installed.
+"a8" stands for activations in 8 bits as well. llama.cpp, which always has them so, takes part where llama-cpp-python is
+installed.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ def memory_read() -> Candidate:
     return in_turn(lambda part: part.amax(), iter(itertools.cycle(values)).__next__, values[0].nbytes)
 
 
-def ours(x: Tensor, packed: PackedWeight) -> Candidate:
+def ours(x: Tensor, packed: PackedWeight, int8_activations: bool = False) -> Candidate:
     def copy() -> PackedWeight:
         tensors = {name: getattr(packed, name) for name in ("values", "scales", "zeros")}
         return replace(packed, **{name: t.clone() for name, t in tensors.items() if t is not None})
 
-    return in_turn(lambda weight: ops.packed_linear(x, weight), copy, packed.nbytes)
+    return in_turn(lambda weight: ops.packed_linear(x, weight, None, int8_activations), copy, packed.nbytes)
 
 
 BITS = {"bf16": 16, "int8": 8 + 16 / GROUP, "int4": 4 + 16 / GROUP}
@@ -65,7 +66,10 @@ def candidates(x: Tensor, weight: Tensor, ggml: Ggml | None) -> dict[str, Candid
     outputs, inputs = weight.shape
     found = {READ: memory_read()}
     for format in ("bf16", "int8", "int4"):
-        found[f"{format} ours"] = ours(x, ops.prepare_weight(ops.pack_weight(weight, format, group=GROUP)))
+        packed = ops.prepare_weight(ops.pack_weight(weight, format, group=GROUP))
+        found[f"{format} ours"] = ours(x, packed)
+        if format != "bf16":
+            found[f"{format} ours, a8"] = ours(x, packed, int8_activations=True)
 
     half = weight.bfloat16()
     found["bf16 torch"] = in_turn(lambda w: F.linear(x, w), half.clone, half.nbytes)

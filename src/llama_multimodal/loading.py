@@ -17,7 +17,7 @@ from .models import VisionLanguageModel
 from .ops import Format
 from .processing.processor import Processor
 from .processing.tokenizer import Tokenizer
-from .quant.pack import Packing
+from .quant.pack import Packing, use_int8_activations
 from .weights.checkpoint import Progress, open_checkpoint, read_model
 from .zoo.registry import EMBEDDED_FOLDER, EMBEDDED_MEND, EMBEDDED_MISSING, checkpoints, nearest_name
 
@@ -36,6 +36,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     pack: Packing | str | None = None,
+    int8_activations: bool = False,
     progress: Progress | None = None,
 ) -> tuple[VisionLanguageModel, Processor]:
     """Load a checkpoint in Hugging Face's or Meta's layout, found by itself; weights stream straight to the device.
@@ -45,6 +46,7 @@ def load(
     device: "meta" gives the model without its weights
     pack: "bf16", "int8" or "int4" packs the decoder's linear layers as they come, so that the plain weights are never
         all in memory; `quant.pack.Packing` has more to choose from. A checkpoint that was saved packed needs nothing
+    int8_activations: round the activations to 8 bits as well, see `quant.pack.use_int8_activations`
     progress: called with bytes done and bytes in all
 
     Returns:
@@ -63,6 +65,8 @@ def load(
     checkpoint = replace(checkpoint, config=with_end_tokens(checkpoint.config, tokenizer))
     packing = Packing(cast(Format, pack)) if isinstance(pack, str) else pack  # other names are refused there
     model = read_model(checkpoint, kind, place, progress, packing)
+    if int8_activations:
+        use_int8_activations(model)
     return model.eval(), Processor(checkpoint.config, tokenizer)
 
 

@@ -44,7 +44,9 @@ def chat(
 
     pictures = [open_image(common.expand(path)) for path in image or ()]
     params = options.sampling_params()
-    loaded, processor = common.load_model(options.model, options.dtype, options.device, options.pack)
+    loaded, processor = common.load_model(
+        options.model, options.dtype, options.device, options.pack, options.int8_activations
+    )
     conversation = Conversation(loaded, processor, params, options.system, pictures)
     common.say(f"{options.model} is ready. /image PATH adds a picture, /help lists the commands, Ctrl-D ends the chat.")
     if pictures:

@@ -32,6 +32,13 @@ DType = Annotated[
     str, typer.Option(help="auto, fp32, bf16 or fp16. auto: the checkpoint's own; fp32 for a small one on a CPU.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps. auto: a GPU where there is one.")]
+Pack = Annotated[
+    str | None, typer.Option(help="bf16, int8 or int4: pack the weights while they load, for faster answers.")
+]
+Int8Activations = Annotated[
+    bool,
+    typer.Option("--int8-activations", help="With int8 or int4 weights on a CPU: round activations to 8 bits too."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 _SMALL = 2 * 2**30  # bytes of weights
@@ -44,9 +51,8 @@ class AnswerOptions:
     model: Model = "tiny"
     dtype: DType = "auto"
     device: Device = "auto"
-    pack: Annotated[
-        str | None, typer.Option(help="bf16, int8 or int4: pack the weights while they load, for faster answers.")
-    ] = None
+    pack: Pack = None
+    int8_activations: Int8Activations = False
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256
     temperature: Annotated[
         float, typer.Option(help="0 takes the likeliest token; 1 draws as the model was trained.")
@@ -179,7 +185,9 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def load_model(model: str, dtype: str, device: str, pack: str | None = None) -> tuple[VisionLanguageModel, Processor]:
+def load_model(
+    model: str, dtype: str, device: str, pack: str | None, int8_activations: bool
+) -> tuple[VisionLanguageModel, Processor]:
     """Load with a progress bar on stderr, which goes away when it is done.
 
     Raises:
@@ -192,7 +200,9 @@ def load_model(model: str, dtype: str, device: str, pack: str | None = None) -> 
     device = choose_device(device)
     with progress_bar(f"loading {Path(model).name[:32]}", bytes_=True) as progress:
         kind = choose_dtype(dtype, model, device)
-        return loading.load(model, dtype=kind, device=device, pack=pack, progress=progress)
+        return loading.load(
+            model, dtype=kind, device=device, pack=pack, int8_activations=int8_activations, progress=progress
+        )
 
 
 @contextlib.contextmanager

@@ -40,7 +40,9 @@ def describe(
     pictures = [open_image(common.expand(path)) for path in (image, *(more or ()))]
     params = options.sampling_params()
     started = time.perf_counter()
-    loaded, processor = common.load_model(options.model, options.dtype, options.device, options.pack)
+    loaded, processor = common.load_model(
+        options.model, options.dtype, options.device, options.pack, options.int8_activations
+    )
     load_seconds = time.perf_counter() - started
 
     content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]

@@ -20,6 +20,8 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 16,
     dtype: common.DType = "auto",
     device: common.Device = "auto",
+    pack: common.Pack = None,
+    int8_activations: common.Int8Activations = False,
     as_json: common.AsJson = False,
 ) -> None:
     """Ask held-out questions of every kind and print the share of exact answers, with 95 % intervals."""
@@ -28,7 +30,7 @@ def evaluate(
     from ..zoo.world.fonts import faces
 
     faces()  # without the fonts there are no pictures to ask about; say so before the model is loaded
-    loaded, processor = common.load_model(model, dtype, device)
+    loaded, processor = common.load_model(model, dtype, device, pack, int8_activations)
     with common.progress_bar("answering") as progress:
         report = ask(
             loaded, processor, per_kind=per_kind, first_seed=seed, batch_size=batch_size, progress=progress

@@ -14,8 +14,8 @@ from .. import ops
 from ..cache import CrossAttentionCache, SelfAttentionCache
 from ..config import TextConfig
 from ..errors import PromptError
-from ..ops import KeyRanges, Span
-from .layers import Linear, Projections, RMSNorm, merge_heads, split_heads
+from ..ops import DecoderBlock, KeyRanges, Span
+from .layers import Linear, PackedLinear, Projections, RMSNorm, merge_heads, split_heads
 
 
 class SelfAttention(nn.Module):
@@ -109,9 +109,25 @@ class SelfAttentionBlock(nn.Module):
         cache: SelfAttentionCache | None,
         layer: int,
     ) -> Tensor:
+        if cache is not None and x.shape[1] == 1 and (packed := self._packed()) is not None:
+            cos, sin = (angle[:, 0] for angle in angles)
+            lengths = (positions[:, 0] + 1).to(torch.int32)
+            return ops.decode_block(x[:, 0], packed, cos, sin, *cache.layer(layer), lengths)[:, None]
         attended = self.attention(self.input_norm(x), angles, positions, mask, cache, layer)
         normed, x = self.post_attention_norm.after_adding(attended, x)
         return x + self.mlp(normed)
+
+    def _packed(self) -> DecoderBlock | None:
+        """The block with its packed weights, if all of them are."""
+        attention, mlp = self.attention, self.mlp
+        layers = (attention.qkv, attention.o_proj, mlp.gate_up, mlp.down_proj)
+        products = [layer.product for layer in layers if isinstance(layer, PackedLinear)]
+        if len(products) < len(layers):
+            return None
+        qkv, output, gate_up, down = products
+        norms = (self.input_norm.weight, self.post_attention_norm.weight)
+        heads = (attention.num_heads, attention.num_kv_heads)
+        return DecoderBlock(qkv, output, gate_up, down, *norms, self.input_norm.eps, *heads)
 
 
 class CrossAttentionBlock(nn.Module):

@@ -4,16 +4,19 @@ from ._dispatch import BACKENDS, available, use_backend
 from .attention import attention
 from .cross_attention import KeyRanges, Span, cross_attention
 from .decode_attention import decode_attention, kv_write, paged_decode_attention
+from .decode_block import DecoderBlock, PackedProduct, decode_block
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_gelu import linear_gelu
 from .packed_linear import (
+    ACTIVATION_BLOCK,
     Format,
     PackedWeight,
     pack_weight,
     packed_linear,
     prepare_weight,
     restore_weight,
+    round_activations,
     unpack_weight,
 )
 from .rms_norm import add_rms_norm, rms_norm
@@ -21,9 +24,12 @@ from .rope import apply_rope, rope_angles, rope_frequencies
 from .swiglu import swiglu
 
 __all__ = [
+    "ACTIVATION_BLOCK",
     "BACKENDS",
+    "DecoderBlock",
     "Format",
     "KeyRanges",
+    "PackedProduct",
     "PackedWeight",
     "Span",
     "add_rms_norm",
@@ -32,6 +38,7 @@ __all__ = [
     "available",
     "cross_attention",
     "decode_attention",
+    "decode_block",
     "kv_write",
     "linear",
     "linear_cross_entropy",
@@ -44,6 +51,7 @@ __all__ = [
     "rms_norm",
     "rope_angles",
     "rope_frequencies",
+    "round_activations",
     "swiglu",
     "unpack_weight",
     "use_backend",

@@ -18,6 +18,8 @@ from .linear import linear
 Format = Literal["bf16", "int8", "int4"]
 _LIMITS = {"int8": (-128, 127), "int4": (0, 15)}  # of what is stored
 _MIDDLE = {"int8": 0, "int4": 8}  # what a symmetric weight's zero is stored as
+ACTIVATION_BLOCK = 32
+"""Inputs that share a step where activations are rounded to 8 bits; groups are then of a multiple of it."""
 
 
 @dataclass(frozen=True)
@@ -136,14 +138,35 @@ def restore_weight(packed: PackedWeight) -> PackedWeight:
     return packed if packed.layout == "plain" else RESTORED[packed.layout](packed)
 
 
-def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """`x · weightᵀ + bias`; x: [..., K] → [..., N] in x's dtype. Made for few rows; many gain nothing by it."""
-    return _dispatch.call("packed_linear", _torch, x, packed, bias)
+def packed_linear(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None = None, int8_activations: bool = False
+) -> Tensor:
+    """`x · weightᵀ + bias`; x: [..., K] → [..., N] in x's dtype. Made for few rows; many gain nothing by it.
+
+    int8_activations: round x too, see `round_activations`. A CPU is faster at it then, with many rows as well.
+    """
+    return _dispatch.call("packed_linear", _torch, x, packed, bias, int8_activations)
+
+
+def round_activations(x: Tensor) -> Tensor:
+    """x [..., K] in blocks of 32, each value a whole multiple, -127 to 127, of 1/127 of its block's largest; in fp32.
+
+    A block with inf or NaN is NaN; one whose largest magnitude is below 1e-30 counts as zeros.
+    """
+    blocks = x.float().unflatten(-1, (-1, ACTIVATION_BLOCK))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    step = torch.where(largest < 1e-30, 0.0, largest / 127)
+    scaled = blocks * torch.where(step > 0, 1 / step, 0.0)
+    whole = (scaled + torch.where(scaled < 0, -0.5, 0.5)).trunc().clamp(-127, 127)
+    return (whole * torch.where(largest.isfinite(), step, torch.nan)).flatten(-2)
 
 
 def _prepare(values: Tensor, packed: PackedWeight) -> PackedWeight:
     return replace(packed, values=values)
 
 
-def _torch(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-    return linear(x, unpack_weight(packed).to(x.dtype), bias)
+def _torch(x: Tensor, packed: PackedWeight, bias: Tensor | None, int8_activations: bool) -> Tensor:
+    if not int8_activations:
+        return linear(x, unpack_weight(packed).to(x.dtype), bias)
+    rounded = x.float() + (round_activations(x) - x.float()).detach()  # the gradient passes as if nothing was rounded
+    return linear(rounded, unpack_weight(packed), None if bias is None else bias.float()).to(x.dtype)

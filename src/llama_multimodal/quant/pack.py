@@ -5,18 +5,17 @@ Shapes: N outputs · K inputs · G values of a group
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
-from ..errors import ConfigError
+from ..errors import ConfigError, DeviceError
 from ..models import VisionLanguageModel
-from ..models.layers import Linear, Projections
+from ..models.layers import Linear, PackedLinear, Projections
 from ..ops import Format, PackedWeight
 from ..ops.huge_pages import empty_parameter
 
@@ -44,57 +43,6 @@ class Packing:
                 raise ConfigError(f'weights are packed as {", ".join(get_args(Format))}, not as "{format}"')
 
 
-class PackedLinear(nn.Module):
-    """A linear layer with a packed weight [N, K], or several of them whose outputs lie side by side.
-
-    Stands in for a `Linear` (parts None), or for `Projections` (parts: how many outputs each layer has, by its name).
-    """
-
-    values: Tensor
-    scales: Tensor | None
-    zeros: Tensor | None
-    bias: Tensor | None
-
-    def __init__(self, weight: PackedWeight, bias: Tensor | None = None, parts: dict[str, int] | None = None) -> None:
-        super().__init__()
-        self.format, self.shape, self.group, self.layout = weight.format, weight.shape, weight.group, weight.layout
-        self.parts = parts
-        self._sizes = None if parts is None else tuple(parts.values())
-        for name, tensor in (("values", weight.values), ("scales", weight.scales), ("zeros", weight.zeros)):
-            self.register_buffer(name, tensor)
-        self.register_buffer("bias", bias)
-
-    @property
-    def weight(self) -> PackedWeight:
-        """In the layout that this machine computes with."""
-        return PackedWeight(self.format, self.shape, self.values, self.scales, self.zeros, self.group, self.layout)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """[N, K] of the weight of each layer it stands for, by the parameter's name within this module."""
-        if self.parts is None:
-            return {"weight": self.shape}
-        return {f"{part}.weight": (rows, self.shape[1]) for part, rows in self.parts.items()}
-
-    def weights(self) -> dict[str, PackedWeight]:
-        """The weights that `shapes` names, in the plain layout."""
-        whole = ops.restore_weight(self.weight)
-        rows = [shape[0] for shape in self.shapes.values()]
-        cut = {name: tensor.split(rows) for name, tensor in whole.tensors().items()}
-        return {
-            name: dataclasses.replace(whole, shape=shape, **{key: pieces[i] for key, pieces in cut.items()})
-            for i, (name, shape) in enumerate(self.shapes.items())
-        }
-
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        out = ops.packed_linear(x, self.weight, self.bias)
-        return out if self._sizes is None else out.split(self._sizes, dim=-1)
-
-    def extra_repr(self) -> str:
-        outputs = self.shape[0] if self.parts is None else " + ".join(f"{n} {name}" for name, n in self.parts.items())
-        return f"{self.shape[1]} → {outputs}, {self.format}"
-
-
 def pack(model: VisionLanguageModel, packing: Packing | Format) -> VisionLanguageModel:
     """Pack the decoder's linear layers in place, each as soon as its plain weight can be freed; returns the model.
 
@@ -108,6 +56,28 @@ def pack(model: VisionLanguageModel, packing: Packing | Format) -> VisionLanguag
         raise ConfigError("the model's weights are packed already; load it again to pack it otherwise")
     for path in packable_layers(model):
         pack_layer(model, path, packing)
+    return model
+
+
+def use_int8_activations(model: VisionLanguageModel) -> VisionLanguageModel:
+    """Round what goes into the int8 and int4 layers to 8 bits too ("W8A8", "W4A8"), token by token and 32 inputs at a
+    time (`ops.round_activations`), which is faster on a CPU. A choice of this run: files do not hold it.
+
+    Raises:
+        ConfigError: no layer has int8 or int4 weights, or their groups do not go with it.
+        DeviceError: the model is not on a CPU.
+    """
+    layers = [x for x in model.modules() if isinstance(x, PackedLinear) and x.format != "bf16"]
+    if not layers:
+        raise ConfigError("8-bit activations go with int8 or int4 weights, which the model lacks; pack it as one")
+    if model.device.type not in ("cpu", "meta"):
+        raise DeviceError(f"8-bit activations are for CPUs, and the model is on {model.device}; leave them out there")
+    if groups := {x.group for x in layers if x.group % ops.ACTIVATION_BLOCK}:
+        raise ConfigError(
+            f"8-bit activations take groups of a multiple of {ops.ACTIVATION_BLOCK}, not {min(groups)}; pack it so"
+        )
+    for layer in layers:
+        layer.int8_activations = True
     return model
 
 

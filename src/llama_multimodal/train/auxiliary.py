@@ -1,9 +1,11 @@
-"""Auxiliary supervision: what each patch shows, and how many of each thing there are.
+"""Auxiliary supervision: what each patch shows, how many of each thing there are, where a named thing is.
 
 Answers alone teach a vision encoder slowly: a count is one number for a whole picture. The renderer knows where
-everything is, so small linear heads, thrown away after training, ask the encoder's final state for it directly.
+everything is, so small linear heads, thrown away after training, ask the encoder's final state for it directly. And
+whether one thing is left of another takes two places and a comparison, which an answer of one bit hardly teaches at
+once: the decoder's state half way up, at the words that name a thing, is asked for the thing's place.
 
-Shapes: M tiles of the batch · P² patches of a tile · N pictures
+Shapes: M tiles of the batch · P² patches of a tile · N pictures · K things named · E text hidden size
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import TiledVisionConfig
+from ..config import ModelConfig, TiledVisionConfig
 from ..inputs import ImageLayout
+from ..models import VisionLanguageModel
 from ..zoo.world import CHARS, COLORS, SHAPES, Mark, count_matching
 
 # Classes of each patch head; class 0 is "nothing of the kind covers this patch", for "center" that none has it here.
@@ -34,6 +37,7 @@ PATCH_HEADS = {
 }
 _NUMBERS = ("index", "value", "same", "same_color", "same_shape")  # heads that ask about the picture as a whole
 _NOTHING_WEIGHT = 0.1  # most patches show nothing
+_PLACE_WEIGHT = 2.0
 _MOST = 10  # counts 0 … 9
 _COUNTS = 1 + len(COLORS) + len(SHAPES)
 _UNKNOWN = -100
@@ -41,15 +45,22 @@ _UNKNOWN = -100
 
 @dataclass(frozen=True)
 class Targets:
-    """patches: int64 [heads, M, P²]; counts: int64 [N, 1 + colours + shapes], -100 for pictures without objects."""
+    """patches: int64 [heads, M, P²]; counts: int64 [N, 1 + colours + shapes], -100 for pictures without objects.
+
+    mentions: int64 [K, 2], batch row and position of the last token that names a thing; places: fp32 [K, 2], the
+    thing's x and y on its canvas, in tiles.
+    """
 
     patches: Tensor
     counts: Tensor
+    mentions: Tensor
+    places: Tensor
 
     def weights(self) -> Tensor:
-        """What each loss term is a mean over: fp64 [heads + 1], weighted patches and counts."""
+        """What each loss term is a mean over: fp64 [heads + 2], weighted patches, counts and things named."""
         shown = (self.patches > 0).sum((1, 2)) + _NOTHING_WEIGHT * (self.patches == 0).sum((1, 2))
-        return torch.cat((shown.double(), (self.counts != _UNKNOWN).sum().double()[None]))
+        others = torch.stack(((self.counts != _UNKNOWN).sum(), torch.tensor(len(self.mentions))))
+        return torch.cat((shown, others)).double()
 
 
 def picture_targets(
@@ -113,21 +124,22 @@ def _covered(mark: Mark, pixels: float, rows: int, columns: int) -> Tensor:
 
 
 class AuxiliaryHeads(nn.Module):
-    """Linear read-outs of the encoder's final state."""
+    """Linear read-outs of the encoder's final state and of the decoder's state half way up."""
 
-    def __init__(self, vision: TiledVisionConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.size = vision.hidden_size
+        self.size = config.vision.hidden_size
         self.norm = nn.LayerNorm(self.size)
         self.patch = nn.Linear(self.size, sum(PATCH_HEADS.values()))
         self.count = nn.Linear(self.size, _COUNTS * _MOST)
+        self.place = nn.Sequential(nn.LayerNorm(config.text.hidden_size), nn.Linear(config.text.hidden_size, 2))
 
     def forward(
         self, features: Tensor, images: Sequence[ImageLayout], targets: Targets, totals: Sequence[float]
     ) -> Tensor:
-        """This micro-batch's part of the step's loss, scalar; features [M, tokens, output_size] of the encoder.
+        """The encoder's part of the step's loss, scalar; features [M, tokens, output_size] of the encoder.
 
-        totals: `Targets.weights` summed over the whole step, so that its parts add up to its mean.
+        totals: `Targets.weights` summed over the whole step, so that its micro-batches add up to its mean.
         """
         state = self.norm(features[..., : self.size])
         loss = features.new_zeros(())
@@ -139,4 +151,17 @@ class AuxiliaryHeads(nn.Module):
         pooled = torch.stack([part[:, 0].mean(0) for part in state.split([i.num_tiles for i in images])])
         counted = self.count(pooled).unflatten(-1, (_COUNTS, _MOST))
         summed = F.cross_entropy(counted.flatten(0, 1), targets.counts.flatten(), reduction="sum")
-        return loss + 2.0 * summed / max(totals[-1], 1.0)
+        return loss + 2.0 * summed / max(totals[-2], 1.0)
+
+    def places(self, state: Tensor, targets: Targets, totals: Sequence[float]) -> Tensor:
+        """The decoder's part, scalar; state [B, T, E] of `middle_block`."""
+        rows, positions = targets.mentions.unbind(1)
+        found = self.place(state[rows, positions])
+        summed = F.smooth_l1_loss(found, targets.places, reduction="sum", beta=0.1)
+        return _PLACE_WEIGHT * summed / max(totals[-1], 1.0)
+
+
+def middle_block(model: VisionLanguageModel) -> nn.Module:
+    """The gated block whose state is asked for places; the blocks after it are left to compare them."""
+    gated = model.config.text.cross_attention_layers
+    return model.decoder.layers[gated[len(gated) // 2]]

@@ -18,7 +18,7 @@ from ..inputs import ImageLayout, ModelInputs, batch_inputs
 from ..processing.prompt import encode_header, encode_message
 from ..processing.tiles import fitted_size, image_tiles
 from ..processing.tokenizer import Tokenizer
-from ..zoo.world import Sample, sample
+from ..zoo.world import Mark, Sample, sample
 from .auxiliary import PATCH_HEADS, Targets, picture_targets
 from .config import Recipe
 
@@ -36,15 +36,19 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class _Prepared:
+    """A conversation's token ids, its labels (answers and their `<|eot_id|>` only), the things that its tokens name."""
+
     tokens: list[int]
     labels: list[int]
+    named: list[tuple[int, Mark]]  # position of a name's last token
     sample: Sample
 
 
-def encode_sample(item: Sample, tokenizer: Tokenizer, config: ModelConfig) -> tuple[list[int], list[int]]:
-    """The conversation as token ids, and the labels: answers and their `<|eot_id|>` only."""
+def prepare_sample(item: Sample, tokenizer: Tokenizer, config: ModelConfig) -> _Prepared:
+    """The sample as the decoder reads it."""
     eot = tokenizer.special("<|eot_id|>")
     tokens, learnt = [tokenizer.special("<|begin_of_text|>")], [False]
+    named = []
     for number, turn in enumerate(item.turns):
         content: list[dict[str, object]] = [{"type": "text", "text": turn.question}]
         if number == 0 and item.image is not None:
@@ -52,6 +56,10 @@ def encode_sample(item: Sample, tokenizer: Tokenizer, config: ModelConfig) -> tu
         asked = encode_message(tokenizer, {"role": "user", "content": content}, config.image_token_id)
         prompt = asked.tokens + encode_header(tokenizer, "assistant")
         answer = [*tokenizer.encode(turn.answer), eot]
+        start = len(tokens) + len(asked.tokens) - 1 - len(tokenizer.encode(turn.question))
+        for mention in turn.mentions:
+            end = turn.question.index(mention.words) + len(mention.words)
+            named.append((start + len(tokenizer.encode(turn.question[:end])) - 1, mention.mark))
         tokens += prompt + answer
         learnt += [False] * len(prompt) + [True] * len(answer)
     if not item.turns and item.image is not None:  # a sheet: nothing is asked
@@ -59,7 +67,7 @@ def encode_sample(item: Sample, tokenizer: Tokenizer, config: ModelConfig) -> tu
         tokens += encode_message(tokenizer, shown, config.image_token_id).tokens
         learnt += [False] * (len(tokens) - len(learnt))
     labels = [tokens[i + 1] if learnt[i + 1] else IGNORED for i in range(len(tokens) - 1)] + [IGNORED]
-    return tokens, labels
+    return _Prepared(tokens, labels, named, item)
 
 
 class WorldSteps(Dataset[list[MicroBatch]]):
@@ -82,7 +90,7 @@ class WorldSteps(Dataset[list[MicroBatch]]):
         for i in range(self.rank, count, self.world):
             family = "sheet" if i < sheets else None
             item = sample(base + i, family=family, turns=self.data.turns_per_scene, small=self.data.small_pictures)
-            prepared.append(_Prepared(*encode_sample(item, self.tokenizer, self.config), item))
+            prepared.append(prepare_sample(item, self.tokenizer, self.config))
         prepared.sort(key=lambda p: (len(p.sample.turns) > 0, len(p.tokens)))  # sheets first, for the encoder alone
         return [self._microbatch(group) for group in self._groups(prepared)]
 
@@ -109,6 +117,7 @@ class WorldSteps(Dataset[list[MicroBatch]]):
         vision = self.config.vision
         side = vision.image_size
         tiles, layouts, patches, counts = [np.empty((0, 3, side, side), np.float32)], [], [], []
+        mentions, places = [], []
         for row, one in enumerate(group):
             image = one.sample.image
             if image is None:
@@ -123,6 +132,9 @@ class WorldSteps(Dataset[list[MicroBatch]]):
             layouts.append(layout)
             patches.append(shown)
             counts.append(counted)
+            for position, mark in one.named:
+                mentions.append((row, position))
+                places.append((mark.x * scale / side, mark.y * scale / side))
         inputs = batch_inputs(
             [one.tokens for one in group],
             torch.from_numpy(np.concatenate(tiles)),
@@ -133,12 +145,12 @@ class WorldSteps(Dataset[list[MicroBatch]]):
         labels = torch.full_like(inputs.tokens, IGNORED)
         for row, one in enumerate(group):
             labels[row, : len(one.labels)] = torch.tensor(one.labels)
-        if patches:
-            targets = Targets(torch.cat(patches, dim=1), torch.stack(counts))
-        else:
-            targets = Targets(
-                torch.zeros(len(PATCH_HEADS), 0, 0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.int64)
-            )
+        targets = Targets(
+            torch.cat(patches, dim=1) if patches else torch.zeros(len(PATCH_HEADS), 0, 0, dtype=torch.int64),
+            torch.stack(counts) if counts else torch.zeros(0, 0, dtype=torch.int64),
+            torch.tensor(mentions, dtype=torch.int64).view(-1, 2),
+            torch.tensor(places, dtype=torch.float32).view(-1, 2),
+        )
         return MicroBatch(inputs, labels, targets)
 
 

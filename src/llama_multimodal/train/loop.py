@@ -24,7 +24,7 @@ from ..ops.linear import cpu_multiplies
 from ..processing.tokenizer import Tokenizer
 from ..zoo.tokenizer import build_tokenizer
 from ..zoo.world import corpus
-from .auxiliary import AuxiliaryHeads
+from .auxiliary import AuxiliaryHeads, middle_block
 from .checkpoint import load_state, save_state
 from .config import OptimConfig, Recipe
 from .data import IGNORED, MicroBatch, WorldSteps, batches
@@ -115,7 +115,7 @@ def _run(rank: int, recipe: Recipe, report: Callable[[Progress], None], group: A
     torch.set_num_threads(recipe.threads)
     config, tokenizer, _ = prepare(recipe)
     folder = Path(recipe.output)
-    model, heads = VisionLanguageModel(config), AuxiliaryHeads(config.vision)
+    model, heads = VisionLanguageModel(config), AuxiliaryHeads(config)
     state_file, first = folder / "state.pt", 0
     state = load_state(state_file)
     if state is None and recipe.start_from is not None:
@@ -216,6 +216,8 @@ def _step(
     answer_sum = auxiliary_sum = right = 0.0
     narrow = recipe.dtype == "bfloat16" and cpu_multiplies(torch.bfloat16)
     product = torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow)
+    middle: list[Tensor] = []
+    hook = middle_block(model).register_forward_hook(lambda block, given, state: middle.append(state))
     for batch in micro:
         losses: list[Tensor] = []
         learnt = batch.labels != IGNORED
@@ -237,9 +239,15 @@ def _step(
             loss = F.cross_entropy(chosen, labels, reduction="sum")
             losses.append(loss / answers)
             answer_sum += float(loss.detach())
+            if len(batch.targets.mentions):
+                found = heads.places(middle.pop().float(), batch.targets, totals)
+                losses.append(recipe.auxiliary_weight * found)
+                auxiliary_sum += float(found.detach())
+            middle.clear()
             right += int((chosen.argmax(-1) == labels).sum())
         if losses:
             torch.stack(losses).sum().backward()
+    hook.remove()
     if group is not None:
         _sum_gradients([*model.parameters(), *heads.parameters()], group)
     answer_sum, auxiliary_sum, right = _summed(torch.tensor([answer_sum, auxiliary_sum, right]).double(), group)

@@ -54,7 +54,7 @@ def guarded(packed: PackedWeight, guards: Guards) -> PackedWeight:
 @pytest.fixture
 def kernels_only(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many rows, and whatever would be fastest."""
-    for few in (packed_linear._FEW_BF16, packed_linear._FEW_INTEGER):
+    for few in (packed_linear.FEW_BF16, packed_linear._FEW_INTEGER):
         monkeypatch.setitem(few, instruction_set, 100)
 
 

@@ -11,6 +11,7 @@ from .types import (
     SHAPES,
     SIZES,
     Mark,
+    Mention,
     Sample,
     Turn,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "SHAPES",
     "SIZES",
     "Mark",
+    "Mention",
     "Sample",
     "Turn",
     "corpus",

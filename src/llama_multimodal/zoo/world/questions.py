@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from .outside import outside_question
 from .phrases import SIDES, article, phrase, thing_words
 from .scenes import Scene
-from .types import COLORS, OUTSIDE_ANSWER, SHAPES, SIZES, Mark, Turn
+from .types import COLORS, OUTSIDE_ANSWER, SHAPES, SIZES, Mark, Mention, Turn
 
+_ROWS, _COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 _WHERE = ("left", "right", "above", "below")
 _PLURALS = {name: name + ("es" if name == "cross" else "s") for name in SHAPES}
 _OUTSIDE_SHARE = 0.05
@@ -124,16 +125,19 @@ def _attribute(kind: str) -> Callable[[random.Random, Scene], _Asked | None]:
             values = {value(m) for m in marks if key[:2] in ((m.shape, -1), (-1, m.color))}
             if count_matching(marks, *key) > 1 and len(values) == 1:
                 several.append(key)
+        mentions: tuple[Mention, ...] = ()
         if several and (not single or rng.random() < 0.25):
             key = rng.choice(sorted(several))
             question = phrase(rng, f"{kind}_plural", "word", nouns=names(rng, *key)[1])
         elif single:
             key = rng.choice(single)
-            question = phrase(rng, kind, "word", noun=names(rng, *key)[0])
+            noun, _ = names(rng, *key)
+            question = phrase(rng, kind, "word", noun=noun)
+            mentions = tuple(Mention(noun, m) for m in marks if count_matching((m,), *key))
         else:
             return None
         answer = next(words[value(m)] for m in marks if count_matching((m,), *key))
-        return _Asked(Turn(question, answer, kind), (kind, *key))
+        return _Asked(Turn(question, answer, kind, mentions), (kind, *key))
 
     return make
 
@@ -176,6 +180,42 @@ def _sizes_clear(scene: Scene) -> bool:
     return all(mark.size >= 0 for mark in scene.marks)
 
 
+def place_name(x: float, y: float) -> str | None:
+    """Which of nine parts of a picture a point lies in, "top left" or "center"; None near a border between parts.
+
+    x, y: 0 to 1 from the left and the top.
+    """
+    row, column = (_third(share) for share in (y, x))
+    if row is None or column is None:
+        return None
+    return " ".join(word for word in (_ROWS[row], _COLUMNS[column]) if word) or "center"
+
+
+def _third(share: float) -> int | None:
+    """0, 1 or 2 for a share of a side; None within 0.06 of where one third meets the next."""
+    if min(abs(share - 1 / 3), abs(share - 2 / 3)) < 0.06:
+        return None
+    return min(int(3 * share), 2)
+
+
+def _place(rng: random.Random, scene: Scene) -> _Asked | None:
+    by_place: dict[str, list[Mark]] = {}
+    for mark in scene.marks:
+        name = place_name(mark.x / scene.width, mark.y / scene.height)
+        if name is not None:
+            by_place.setdefault(name, []).append(mark)
+    if not by_place:
+        return None
+    answer = rng.choice(list(by_place))
+    mark = rng.choice(by_place[answer])
+    noun = _referent(rng, scene, mark)
+    if noun is None:
+        return None
+    return _Asked(
+        Turn(phrase(rng, "place", noun=noun), answer, "place", (Mention(noun, mark),)), ("place", mark.x, mark.y)
+    )
+
+
 def _relation(rng: random.Random, scene: Scene) -> _Asked | None:
     marks = scene.marks
     if len(marks) < 2:
@@ -197,12 +237,13 @@ def _relation(rng: random.Random, scene: Scene) -> _Asked | None:
             continue
         truth = 2 * axis + int(along > 0)  # index into SIDES and _WHERE
         if where:
-            turn = Turn(phrase(rng, "relation_where", "word", one=one, other=other), _WHERE[truth], "relation")
+            question, answer = phrase(rng, "relation_where", "word", one=one, other=other), _WHERE[truth]
         else:
             said = rng.choice((truth, truth ^ 1))
             question = phrase(rng, "relation_yes_no", "yes", one=one, other=other, side=rng.choice(SIDES[said]))
-            turn = Turn(question, "yes" if said == truth else "no", "relation")
-        return _Asked(turn, ("relation", axis, min(i, j), max(i, j)))
+            answer = "yes" if said == truth else "no"
+        mentions = (Mention(one, marks[i]), Mention(other, marks[j]))
+        return _Asked(Turn(question, answer, "relation", mentions), ("relation", axis, min(i, j), max(i, j)))
     return None
 
 
@@ -232,6 +273,6 @@ def _description(rng: random.Random, scene: Scene) -> _Asked | None:
 _Maker = Callable[[random.Random, Scene], _Asked | None]
 _MAKERS: tuple[_Maker, ...] = (
     _counting("count_all"), _counting("count_color"), _counting("count_shape"), _counting("count_both"),
-    _attribute("color"), _attribute("shape"), _existence, _relation, _description,
+    _attribute("color"), _attribute("shape"), _existence, _place, _relation, _description,
 )  # fmt: skip
-_WEIGHTS = (1.2, 1.2, 1.2, 1.6, 1.0, 1.0, 1.2, 4.0, 0.5)
+_WEIGHTS = (1.2, 1.2, 1.2, 1.6, 1.0, 1.0, 1.2, 1.5, 4.0, 0.5)

@@ -19,6 +19,7 @@ KINDS = (
     "color",
     "shape",
     "existence",
+    "place",
     "relation",
     "description",
     "text",
@@ -58,12 +59,24 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class Mention:
+    """Words of a question that name one thing: "small red circle", and the thing."""
+
+    words: str
+    mark: Mark
+
+
+@dataclass(frozen=True)
 class Turn:
-    """One question about the picture and its canonical answer."""
+    """One question about the picture and its canonical answer.
+
+    mentions: the things that its words name, one each: supervision for the decoder.
+    """
 
     question: str
     answer: str
     kind: str
+    mentions: tuple[Mention, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ Shapes: N outputs · K inputs · G values of a group · T rows of x
 bf16 weights stay as they lie, [N, K], and their products are fp32 sums of exact values. int8 and int4 weights lie in
 tiles of 16 outputs, so that a lane of a vector is an output, and meet x in whole numbers: each row of x is rounded, by
 blocks of 32 inputs, to 14 bits (bf16) or 23 (fp32, fp16) below the block's largest value, so bf16 values down to 1/64
-of that one stay exact. Nothing is lost to 8-bit activations. Measured over normal values, K from 64 to 8192, relative
+of that one stay exact. Measured over normal values, K from 64 to 8192, relative
 to |x| and the weight's root mean square, the sums are off by at most 3e-5 (bf16, whose rounding of the results makes
 1.6e-3 on average) and 2e-6 (fp32, where torch's own products are off by as much). Every instruction set sums the same
-whole numbers. A row that holds inf or NaN gives NaN.
+whole numbers. A row that holds inf or NaN gives NaN. Where 8-bit activations are asked for, x is rounded to those
+instead, and the kernel takes any number of rows.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .library import DTYPES, functions, instruction_set, pointer
 LAYOUT = "cpu tiles"
 _TILE, _BLOCK = 16, 32  # outputs that lie interleaved, inputs that are rounded together
 # Rows up to which a kernel is faster than torch's product, on the instruction set's kind of machine.
-_FEW_BF16 = {"avx512": 4, "avx2": 8, "plain": 2}
+FEW_BF16 = {"avx512": 4, "avx2": 8, "plain": 2}
 _FEW_INTEGER = {"avx512": 96, "avx2": 24, "plain": 2}
 
 
@@ -89,18 +90,22 @@ def _untiled(tiles: Tensor, rows: int) -> Tensor:
     return tiles.transpose(1, 2).flatten(0, 1)[:rows].contiguous()
 
 
-def _refuses(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> str | None:
+def _refuses(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, int8_activations: bool = False) -> str | None:
     if not (x.is_cpu and packed.values.is_cpu and (bias is None or bias.is_cpu)):
         return f"takes CPU tensors; x is on {x.device}, the weight on {packed.values.device}"
     if not x.is_floating_point():
         return f"takes x in a floating-point dtype, not {x.dtype}"
     if packed.layout not in ("plain", LAYOUT):
         return f'the weight has the layout "{packed.layout}", not "plain" or "{LAYOUT}"'
+    if int8_activations and (packed.layout == "plain" or x.dtype == torch.float64):
+        return f"with 8-bit activations takes a prepared weight and x in 32 bits or fewer, not {x.dtype}"
     return None
 
 
 @_dispatch.register("packed_linear", "cpu", refuses=_refuses)
-def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def packed_linear(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None = None, int8_activations: bool = False
+) -> Tensor:
     """Raises ValueError where x or bias does not fit the weight."""
     outputs, inputs = packed.shape
     if x.ndim == 0 or x.shape[-1] != inputs:
@@ -108,12 +113,13 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"packed_linear: bias has shape {tuple(bias.shape)}, and the weight takes [{outputs}]")
     return cpu_packed_linear(
-        x, packed.values, packed.scales, packed.zeros, bias, packed.format, packed.layout, outputs, packed.group
-    )
+        x, packed.values, packed.scales, packed.zeros, bias, packed.format, packed.layout, outputs, packed.group,
+        int8_activations,
+    )  # fmt: skip
 
 
 @define(
-    lambda x, values, scales, zeros, bias, format, layout, outputs, group: x.new_empty(*x.shape[:-1], outputs),
+    lambda x, values, scales, zeros, bias, format, layout, outputs, *_: x.new_empty(*x.shape[:-1], outputs),
     devices=("CPU",),
 )
 def cpu_packed_linear(
@@ -126,27 +132,29 @@ def cpu_packed_linear(
     layout: str,
     outputs: int,
     group: int,
+    int8_activations: bool,
 ) -> Tensor:
     inputs = x.shape[-1]
     rows = math.prod(x.shape[:-1])
     no_kernel = x.dtype == torch.float64 or (format != "bf16" and layout == "plain")
-    few = (_FEW_BF16 if format == "bf16" else _FEW_INTEGER)[instruction_set()]
-    if no_kernel or rows > few:
+    few = (FEW_BF16 if format == "bf16" else _FEW_INTEGER)[instruction_set()]
+    if no_kernel or (rows > few and not int8_activations):
         packed = PackedWeight(format, (outputs, inputs), values, scales, zeros, group, layout)  # type: ignore[arg-type]
         return _many_rows(x, packed, bias)
     if x.dtype not in DTYPES:  # fp16
-        return cpu_packed_linear(x.float(), values, scales, zeros, bias, format, layout, outputs, group).to(x.dtype)
+        weight = (values, scales, zeros, bias, format, layout, outputs, group, int8_activations)
+        return cpu_packed_linear(x.float(), *weight).to(x.dtype)
     x = x.contiguous()
     if bias is not None:
         bias = (bias if bias.dtype in DTYPES else bias.float()).contiguous()
     out = x.new_empty(*x.shape[:-1], outputs)
-    x_in_c = (x.data_ptr(), DTYPES[x.dtype], rows, inputs)
+    x_in_c, size = (x.data_ptr(), DTYPES[x.dtype]), (rows, inputs)
     rest = (pointer(bias), 0 if bias is None else DTYPES[bias.dtype], outputs, out.data_ptr(), torch.get_num_threads())
     if format == "bf16":
-        failed = functions().bf16_linear(*x_in_c, values.data_ptr(), *rest)
+        failed = functions().bf16_linear(*x_in_c, *size, values.data_ptr(), *rest)
     else:
-        weight = (values.data_ptr(), pointer(scales), pointer(zeros), format == "int4", group)
-        failed = functions().packed_linear(*x_in_c, *weight, *rest)
+        where = (values.data_ptr(), pointer(scales), pointer(zeros), format == "int4", group)
+        failed = functions().packed_linear(*x_in_c, int8_activations, *size, *where, *rest)
     if failed:
         raise MemoryError("packed_linear: no memory for the rounded rows of x")
     return out

@@ -22,7 +22,9 @@ _ALIGNED = 16  # bytes that a row of x must begin at a multiple of, to be read i
 _launch = Launcher("packed_linear", *[POINTER] * 6, *[INT64] * 6, INT, INT)
 
 
-def _refuses(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> str | None:
+def _refuses(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, int8_activations: bool = False) -> str | None:
+    if int8_activations:
+        return "takes activations as they are, not rounded to 8 bits"
     if packed.format == "bf16" or packed.layout != "plain" or packed.scales is None:
         return f'packed has format "{packed.format}" in layout "{packed.layout}"; takes int8 and int4 in the plain one'
     outputs, inputs = packed.shape
@@ -69,6 +71,8 @@ def cuda_packed_linear(
 
 
 @register("packed_linear", "cuda", refuses=_refuses)
-def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def packed_linear(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None = None, int8_activations: bool = False
+) -> Tensor:
     assert packed.scales is not None
     return cuda_packed_linear(x, packed.values, packed.scales, packed.zeros, bias, packed.group)

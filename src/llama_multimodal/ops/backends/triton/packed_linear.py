@@ -179,7 +179,9 @@ def triton_packed_linear(
     return out
 
 
-def _refuses(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> str | None:
+def _refuses(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, int8_activations: bool = False) -> str | None:
+    if int8_activations:
+        return "takes activations as they are, not rounded to 8 bits"
     if packed.format == "bf16" or packed.layout != "plain" or packed.scales is None:
         return f'packed has format "{packed.format}" in layout "{packed.layout}"; takes int8 and int4 in the plain one'
     if x.ndim == 0 or x.shape[-1] != packed.shape[1]:
@@ -198,6 +200,8 @@ def _refuses(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> str
 
 
 @register("packed_linear", "triton", refuses=_refuses)
-def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def packed_linear(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None = None, int8_activations: bool = False
+) -> Tensor:
     assert packed.scales is not None
     return triton_packed_linear(x, packed.values, packed.scales, packed.zeros, bias, packed.group)

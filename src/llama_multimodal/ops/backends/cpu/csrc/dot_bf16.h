@@ -43,7 +43,7 @@ void dot_rows(const uint16_t* weight, int64_t inputs, const float* x, int64_t x_
     }
   for (int n = 0; n < OUTPUTS; n++)
     for (int t = 0; t < ROWS; t++) {
-      float& total = sums[n * llama_mm::kMaxRows + t];
+      float& total = sums[t * llama_mm::kOutputs + n];
       total = sum(evens[n][t] + odds[n][t]);
       for (int64_t rest = k; rest < inputs; rest++) total += widen(weight[n * inputs + rest]) * x[t * x_stride + rest];
     }
@@ -54,8 +54,8 @@ void dot_outputs(const uint16_t* weight, int64_t inputs, int outputs, const floa
   constexpr int step = outputs_for(ROWS);
   int n = 0;
   for (; n + step <= outputs; n += step)
-    dot_rows<ROWS, step>(weight + n * inputs, inputs, x, x_stride, sums + n * llama_mm::kMaxRows);
-  for (; n < outputs; n++) dot_rows<ROWS, 1>(weight + n * inputs, inputs, x, x_stride, sums + n * llama_mm::kMaxRows);
+    dot_rows<ROWS, step>(weight + n * inputs, inputs, x, x_stride, sums + n);
+  for (; n < outputs; n++) dot_rows<ROWS, 1>(weight + n * inputs, inputs, x, x_stride, sums + n);
 }
 
 void dot_bf16(const uint16_t* weight, int64_t inputs, int outputs, const float* x, int64_t x_stride, int rows,

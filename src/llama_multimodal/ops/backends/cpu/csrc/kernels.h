@@ -3,7 +3,7 @@
 // One source file an instruction set fills a `Kernels` table; the drivers (packed_linear.cpp, decode_attention.cpp) are
 // compiled without special instructions and call through the table that `kernels()` chose for this machine.
 //
-// Shapes: N outputs · K inputs · G values of a group · T rows of x, at most 8 · D head dim
+// Shapes: N outputs · K inputs · G values of a group · T rows of x · D head dim
 #pragma once
 
 #include <cstdint>
@@ -12,22 +12,28 @@ namespace llama_mm {
 
 enum DType : int { kFloat32 = 0, kBFloat16 = 1 };
 
+// How finely x is rounded for a product of whole numbers (see round_row.h), by its dtype, or to 8 bits where asked for.
+enum Rounding : int { kForFloat32 = kFloat32, kForBFloat16 = kBFloat16, kTo8Bits = 2 };
+
 constexpr int kTileRows = 16;  // weight rows that lie interleaved
 constexpr int kBlock = 32;     // inputs that share one step of x
-constexpr int kMaxRows = 8;    // rows of x in one pass over a weight
+constexpr int kMaxRows = 8;    // rows of x in one pass over a bf16 weight
+constexpr int kMaxTileRows = 16;  // and over a tile
+constexpr int kOutputs = 4;       // outputs of a bf16 weight at a time
 constexpr int kMaxHeads = 4;   // query heads that share one pass over a key head's keys and values
 
 // x of one row and 32 inputs: x ≈ step · q, and q is split into digits (see round_row.h).
 struct BlockOfX {
   float step;
-  int32_t start[3];  // a digit: the sum over q, times minus the zero of a symmetric weight
+  int32_t start[3];  // a digit: the sum over q, times minus the zero of a symmetric weight; else 0
   float total[3];    // a digit: the sum over q, for weights with zeros of their own
   int32_t unused;
 };
 
+// The rows that go over a tile together, block by block: as they are read.
 struct RoundedX {
-  BlockOfX* blocks;  // [T, K/32]
-  void* digits;      // [T, K/32, digits, 32], int8 or int16 as the instruction set likes it
+  BlockOfX* blocks;  // [K/32, rows]
+  void* digits;      // [K/32, rows, digits, 32], int8 or int16 as the instruction set likes it
 };
 
 // An int8 or int4 weight in tiles of 16 rows; values are unsigned (int8 with 128 added).
@@ -60,22 +66,33 @@ struct Softmax {
   int64_t dim;
 };
 
+// On rows of one dtype.
+struct Elementwise {
+  void (*add)(const void* a, const void* b, int64_t size, void* out);
+  void (*norm)(const void* x, const void* weight, int64_t size, float eps, void* out);  // out may be x
+  void (*swiglu)(const void* gate, const void* up, int64_t size, void* out);
+  void (*rotate)(void* head, const float* cos, const float* sin, int64_t half);
+};
+
 struct Kernels {
   const char* name;
-  // How many bytes the digits of one value of x take, by the dtype of x.
-  int digit_bytes[2];
-  // x [K] as fp32 → digits and block heads; `middle`: the zero of a symmetric weight.
-  void (*round_row)(const float* x, int64_t blocks, DType dtype, int middle, BlockOfX* heads, void* digits);
-  // sums [16, 8] of one tile's outputs against 1 to 8 rows of x.
-  void (*dot_tile)(const PackedWeight& weight, int64_t tile, const RoundedX& x, int rows, DType dtype, float* sums);
+  int most_rows;  // that dot_tile takes at once, if more than 8
+  // How many bytes the digits of one value of x take, by its rounding.
+  int digit_bytes[3];
+  // x [K] as fp32 → digits and block heads of one of `rows` rows; `middle`: the zero of a symmetric weight.
+  void (*round_row)(const float* x, int64_t blocks, Rounding rounding, int middle, int rows, RoundedX to);
+  // sums [rows, 16] of 1 to 8 or `most_rows` rows of x against one tile's outputs.
+  void (*dot_tile)(const PackedWeight& weight, int64_t tile, const RoundedX& x, int rows, Rounding rounding,
+                   float* sums);
   // One tile back to values, row after row: out [16, K] fp32 or bf16.
   void (*unpack_tile)(const PackedWeight& weight, int64_t tile, DType dtype, void* out);
   // x [K] → the order that dot_bf16 reads.
   void (*order_row)(const float* x, int64_t inputs, float* out);
-  // sums [outputs, 8] of up to 4 outputs' bf16 weights [K] against 1 to 8 ordered rows of x at x_stride.
+  // sums [rows, 4] of 1 to 8 ordered rows of x at x_stride against up to 4 outputs' bf16 weights [K].
   void (*dot_bf16)(const uint16_t* weight, int64_t inputs, int outputs, const float* x, int64_t x_stride, int rows,
                    float* sums);
   void (*attend[2])(const Run& run, const Softmax& state);  // by the dtype of the cache
+  Elementwise elementwise[2];  // by dtype
 };
 
 // The table in use, or null where LLAMA_MM_CPU_ISA names what this machine does not have.

@@ -5,6 +5,7 @@
 #include "attend.h"
 #include "dot_bf16.h"
 #include "dot_tile.h"
+#include "elementwise.h"
 #include "kernels.h"
 #include "round_row.h"
 #include "unpack_tile.h"
@@ -14,6 +15,7 @@ namespace {
 using llama_mm::BlockOfX;
 using llama_mm::PackedWeight;
 using llama_mm::RoundedX;
+using llama_mm::Rounding;
 constexpr int kBlock = llama_mm::kBlock, kFours = kBlock / 4;
 constexpr int64_t kBytesAhead = 4096;  // bytes that are asked for early: the next page, where the prefetchers stop
 
@@ -33,8 +35,11 @@ INLINE void load_block(const uint8_t* values, __m512i* w) {
 }
 
 struct Product {
-  template <bool INT4, bool ZEROS, int DIGITS, int ROWS>
+  static constexpr int kMostRows = 16;  // half the registers
+
+  template <bool INT4, bool ZEROS, Rounding ROUNDING, int ROWS>
   static void dot(const PackedWeight& weight, int64_t tile, const RoundedX& x, float* sums) {
+    constexpr int DIGITS = 3 - ROUNDING;
     constexpr int64_t bytes = kBlock * 16 / (INT4 ? 2 : 1);
     const int64_t blocks = weight.blocks, groups = blocks / weight.blocks_per_group;
     const uint8_t* values = weight.values + tile * blocks * bytes;
@@ -56,10 +61,10 @@ struct Product {
         for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(values + kBytesAhead + line);
         load_block<INT4>(values, w);
         for (int t = 0; t < ROWS; t++) {
-          const BlockOfX& head = x.blocks[t * blocks + block];
-          const int8_t* q = digits + (t * blocks + block) * DIGITS * kBlock;
+          const BlockOfX& head = x.blocks[block * ROWS + t];
+          const int8_t* q = digits + (block * ROWS + t) * DIGITS * kBlock;
           __m512i acc[DIGITS];
-          for (int d = 0; d < DIGITS; d++) acc[d] = ZEROS ? _mm512_setzero_si512() : _mm512_set1_epi32(head.start[d]);
+          for (int d = 0; d < DIGITS; d++) acc[d] = _mm512_set1_epi32(head.start[d]);
           for (int i = 0; i < kFours; i++)
             for (int d = 0; d < DIGITS; d++) {
               int32_t four;
@@ -76,14 +81,14 @@ struct Product {
         }
       }
     }
-    for (int t = 0; t < ROWS; t++)
-      for (int n = 0; n < 16; n++) sums[n * llama_mm::kMaxRows + t] = out[t][n];
+    for (int t = 0; t < ROWS; t++) _mm512_storeu_ps(sums + t * llama_mm::kTileRows, out[t]);
   }
 };
 
 }  // namespace
 
 namespace llama_mm {
-extern const Kernels kAvx512 = {"avx512",    {3, 2},   round_row<int8_t>, dot_tile<Product, 2>,
-                                unpack_tile, order_row, dot_bf16,          {attend<float>, attend<uint16_t>}};
+extern const Kernels kAvx512 = {"avx512", Product::kMostRows,    {3, 2, 1}, round_row<int8_t>, dot_tile<Product>,
+                                unpack_tile, order_row, dot_bf16,          {attend<float>, attend<uint16_t>},
+                                {elementwise<float>(), elementwise<uint16_t>()}};
 }

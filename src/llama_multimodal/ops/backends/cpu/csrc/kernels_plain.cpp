@@ -4,6 +4,7 @@
 
 #include "attend.h"
 #include "dot_bf16.h"
+#include "elementwise.h"
 #include "round_row.h"
 #include "unpack_tile.h"
 
@@ -12,7 +13,8 @@ namespace {
 using llama_mm::BlockOfX;
 using llama_mm::PackedWeight;
 using llama_mm::RoundedX;
-constexpr int kBlock = llama_mm::kBlock, kRows = llama_mm::kTileRows, kMaxRows = llama_mm::kMaxRows;
+using llama_mm::Rounding;
+constexpr int kBlock = llama_mm::kBlock, kRows = llama_mm::kTileRows;
 
 // Σ w · q of one block for 16 outputs, onto acc.
 INLINE void dot_block(const uint8_t* values, bool int4, const int16_t* q, int32_t* acc) {
@@ -27,22 +29,21 @@ INLINE void dot_block(const uint8_t* values, bool int4, const int16_t* q, int32_
   }
 }
 
-void dot_tile(const PackedWeight& weight, int64_t tile, const RoundedX& x, int rows, llama_mm::DType dtype,
-              float* sums) {
-  const int count = dtype == llama_mm::kFloat32 ? 2 : 1;
+void dot_tile(const PackedWeight& weight, int64_t tile, const RoundedX& x, int rows, Rounding rounding, float* sums) {
+  const int count = rounding == llama_mm::kForFloat32 ? 2 : 1;
   const int64_t bytes = kBlock * kRows / (weight.int4 ? 2 : 1);
   const int64_t blocks = weight.blocks, groups = blocks / weight.blocks_per_group;
   const uint8_t* values = weight.values + tile * blocks * bytes;
-  for (int i = 0; i < kRows * kMaxRows; i++) sums[i] = 0.0f;
+  for (int i = 0; i < rows * kRows; i++) sums[i] = 0.0f;
   for (int64_t block = 0; block < blocks; block++, values += bytes) {
     const int64_t group = (tile * groups + block / weight.blocks_per_group) * kRows;
     for (int t = 0; t < rows; t++) {
-      const BlockOfX& head = x.blocks[t * blocks + block];
-      const int16_t* q = static_cast<const int16_t*>(x.digits) + (t * blocks + block) * count * kBlock;
+      const BlockOfX& head = x.blocks[block * rows + t];
+      const int16_t* q = static_cast<const int16_t*>(x.digits) + (block * rows + t) * count * kBlock;
       float total[kRows] = {};
       for (int d = 0; d < count; d++) {
         int32_t acc[kRows];
-        for (int row = 0; row < kRows; row++) acc[row] = weight.zeros ? 0 : head.start[d];
+        for (int row = 0; row < kRows; row++) acc[row] = head.start[d];
         dot_block(values, weight.int4, q + d * kBlock, acc);
         for (int row = 0; row < kRows; row++) {
           const float zero = weight.zeros ? weight.zeros[group + row] : 0.0f;
@@ -50,7 +51,7 @@ void dot_tile(const PackedWeight& weight, int64_t tile, const RoundedX& x, int r
         }
       }
       for (int row = 0; row < kRows; row++)
-        sums[row * kMaxRows + t] += total[row] * (half_to_float(weight.scales[group + row]) * head.step);
+        sums[t * kRows + row] += total[row] * (half_to_float(weight.scales[group + row]) * head.step);
     }
   }
 }
@@ -58,6 +59,7 @@ void dot_tile(const PackedWeight& weight, int64_t tile, const RoundedX& x, int r
 }  // namespace
 
 namespace llama_mm {
-extern const Kernels kPlain = {"plain",     {4, 2},    round_row<int16_t>, dot_tile,
-                               unpack_tile, order_row, dot_bf16,           {attend<float>, attend<uint16_t>}};
+extern const Kernels kPlain = {"plain", 8,     {4, 2, 2}, round_row<int16_t>, dot_tile,
+                               unpack_tile, order_row, dot_bf16,           {attend<float>, attend<uint16_t>},
+                                {elementwise<float>(), elementwise<uint16_t>()}};
 }

@@ -11,7 +11,7 @@ namespace {
 
 using namespace llama_mm;
 
-constexpr int64_t kStep = 4;  // outputs of a bf16 weight at a time
+constexpr int64_t kWidened = 1024;  // inputs of x that are widened to fp32 together; whole blocks
 constexpr int64_t kBytesPerThread = 1 << 15;  // less than this of a weight is not worth waking another thread
 
 struct Output {
@@ -21,13 +21,14 @@ struct Output {
   DType bias_dtype;
   int64_t outputs;
 
-  // sums [count, 8] of outputs from `output` on, those past the last dropped, and `rows` rows from `row` on.
-  void put(const float* sums, int row, int rows, int64_t output, int64_t count) const {
-    if (count > outputs - output) count = outputs - output;
-    for (int64_t n = 0; n < count; n++)
-      for (int t = 0; t < rows; t++)
-        set(out, dtype, (row + t) * outputs + output + n,
-            sums[n * kMaxRows + t] + (bias ? get(bias, bias_dtype, output + n) : 0.0f));
+  // sums [rows, count] of the rows from `row` on and the outputs from `output` on, those past the last dropped.
+  void put(float* sums, int row, int rows, int64_t output, int64_t count) const {
+    const int64_t real = count < outputs - output ? count : outputs - output;
+    for (int t = 0; t < rows; t++, sums += count) {
+      if (bias)
+        for (int64_t n = 0; n < real; n++) sums[n] += get(bias, bias_dtype, output + n);
+      put_row(out, dtype, (row + t) * outputs + output, sums, real);
+    }
   }
 };
 
@@ -41,6 +42,25 @@ int useful_threads(int threads, int64_t bytes) {
 // How many pieces of work a thread takes at once: a thread that is held up leaves the rest to the others.
 int64_t share(int64_t pieces, int threads) { return pieces / (16 * threads) + 1; }
 
+// The rows of x in panels, those that go over a tile together: of `most` rows, then of kMaxRows, the last of fewer.
+struct Panels {
+  RoundedX memory;
+  int rows, most;
+  int64_t blocks;
+  int digit_bytes;
+
+  int first(int row) const {
+    const int rest = rows - rows % most;  // where the panels of kMaxRows begin
+    return row < rest ? row - row % most : row - (row - rest) % kMaxRows;
+  }
+  int count(int row) const { return least(rows - first(row), row < rows - rows % most ? most : kMaxRows); }
+  // The panel of a row, from that row and block `block` on.
+  RoundedX at(int row, int64_t block) const {
+    const int64_t i = first(row) * blocks + block * count(row) + row - first(row);
+    return {memory.blocks + i, static_cast<char*>(memory.digits) + i * kBlock * digit_bytes};
+  }
+};
+
 struct Scratch {
   void* memory;
   explicit Scratch(int64_t bytes) : memory(aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64))) {}
@@ -53,8 +73,9 @@ struct Scratch {
 
 extern "C" {
 
-// 0, or 1 where there is no memory. x: [T, K]; out: [T, N]; see PackedWeight for the weight.
-int llama_mm_cpu_packed_linear(const void* x, int dtype, int rows, int64_t inputs,
+// 0, or 1 where there is no memory. x: [T, K], rounded to 8 bits or as its dtype wants; out: [T, N]; see PackedWeight
+// for the weight.
+int llama_mm_cpu_packed_linear(const void* x, int dtype, int to_8_bits, int rows, int64_t inputs,
                                const uint8_t* values, const uint16_t* scales, const uint8_t* zeros, int int4,
                                int64_t group, const void* bias, int bias_dtype, int64_t outputs, void* out,
                                int threads) {
@@ -63,29 +84,33 @@ int llama_mm_cpu_packed_linear(const void* x, int dtype, int rows, int64_t input
   const int64_t blocks = inputs / kBlock, tiles = (outputs + kTileRows - 1) / kTileRows;
   const PackedWeight weight = {values, scales, zeros, blocks, group / kBlock, int4 != 0};
   const Output output = {out, type, bias, static_cast<DType>(bias_dtype), outputs};
+  const Rounding rounding = to_8_bits ? kTo8Bits : static_cast<Rounding>(type);
   const int middle = zeros ? 0 : int4 ? 8 : 128;
 
   const int64_t heads_bytes = rows * blocks * static_cast<int64_t>(sizeof(BlockOfX));
-  const int64_t row_bytes = inputs * use.digit_bytes[type];
-  Scratch scratch(heads_bytes + rows * row_bytes + inputs * 4);
+  const int64_t row_bytes = inputs * use.digit_bytes[rounding];
+  Scratch scratch(heads_bytes + rows * row_bytes);
   if (!scratch.memory) return 1;
   char* memory = static_cast<char*>(scratch.memory);
   const RoundedX rounded = {reinterpret_cast<BlockOfX*>(memory), memory + heads_bytes};
-  float* wide = reinterpret_cast<float*>(memory + heads_bytes + rows * row_bytes);
+  const Panels panels = {rounded, rows, use.most_rows, blocks, use.digit_bytes[rounding]};
+  const int team = useful_threads(threads, outputs * inputs / (int4 ? 2 : 1));
+#pragma omp parallel for schedule(static) num_threads(team) if (team > 1 && rows > kMaxRows)
   for (int t = 0; t < rows; t++) {
-    for (int64_t k = 0; k < inputs; k++) wide[k] = get(x, type, t * inputs + k);
-    use.round_row(wide, blocks, type, middle, rounded.blocks + t * blocks,
-                  static_cast<char*>(rounded.digits) + t * row_bytes);
+    float wide[kWidened];
+    for (int64_t first = 0; first < inputs; first += kWidened) {
+      const int64_t count = first + kWidened < inputs ? kWidened : inputs - first;
+      for (int64_t k = 0; k < count; k++) wide[k] = get(x, type, t * inputs + first + k);
+      use.round_row(wide, count / kBlock, rounding, middle, panels.count(t), panels.at(t, first / kBlock));
+    }
   }
 
-  const int team = useful_threads(threads, outputs * inputs / (int4 ? 2 : 1));
 #pragma omp parallel for schedule(dynamic, share(tiles, team)) num_threads(team) if (team > 1)
   for (int64_t tile = 0; tile < tiles; tile++) {
-    float sums[kTileRows * kMaxRows];
-    for (int row = 0; row < rows; row += kMaxRows) {
-      const RoundedX part = {rounded.blocks + row * blocks, static_cast<char*>(rounded.digits) + row * row_bytes};
-      use.dot_tile(weight, tile, part, least(rows - row, kMaxRows), type, sums);
-      output.put(sums, row, least(rows - row, kMaxRows), tile * kTileRows, kTileRows);
+    float sums[kMaxTileRows * kTileRows];
+    for (int row = 0; row < rows; row += panels.count(row)) {
+      use.dot_tile(weight, tile, panels.at(row, 0), panels.count(row), rounding, sums);
+      output.put(sums, row, panels.count(row), tile * kTileRows, kTileRows);
     }
   }
   return 0;
@@ -107,14 +132,14 @@ int llama_mm_cpu_bf16_linear(const void* x, int dtype, int rows, int64_t inputs,
     use.order_row(wide, inputs, ordered + t * stride);
   }
   const int team = useful_threads(threads, outputs * inputs * 2);
-#pragma omp parallel for schedule(dynamic, share(outputs / kStep, team)) num_threads(team) if (team > 1)
-  for (int64_t first = 0; first < outputs; first += kStep) {
-    float sums[kStep * kMaxRows];
-    const int64_t count = outputs - first < kStep ? outputs - first : kStep;
+#pragma omp parallel for schedule(dynamic, share(outputs / kOutputs, team)) num_threads(team) if (team > 1)
+  for (int64_t first = 0; first < outputs; first += kOutputs) {
+    float sums[kOutputs * kMaxRows];
+    const int64_t count = outputs - first < kOutputs ? outputs - first : kOutputs;
     for (int row = 0; row < rows; row += kMaxRows) {
       use.dot_bf16(weight + first * inputs, inputs, static_cast<int>(count), ordered + row * stride, stride,
                    least(rows - row, kMaxRows), sums);
-      output.put(sums, row, least(rows - row, kMaxRows), first, count);
+      output.put(sums, row, least(rows - row, kMaxRows), first, kOutputs);
     }
   }
   return 0;

@@ -28,4 +28,14 @@ inline void set(void* to, llama_mm::DType dtype, int64_t i, float x) {
   static_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(nan ? 0x7fc0u : (word + 0x7fffu + (word >> 16 & 1u)) >> 16);
 }
 
+// `count` values from the i-th on. The plain loops are ones that compilers turn into vectors.
+inline void put_row(void* to, llama_mm::DType dtype, int64_t i, const float* x, int64_t count) {
+  if (dtype == llama_mm::kFloat32) {
+    memcpy(static_cast<float*>(to) + i, x, static_cast<size_t>(count) * sizeof(float));
+    return;
+  }
+  uint16_t* out = static_cast<uint16_t*>(to) + i;
+  for (int64_t n = 0; n < count; n++) set(out, llama_mm::kBFloat16, n, x[n]);
+}
+
 }  // namespace

@@ -8,13 +8,6 @@ namespace {
 
 typedef uint32_t Fours __attribute__((vector_size(LANES)));  // four values a word
 
-INLINE void put(float* to, Floats x) { store(to, x); }
-INLINE void put(uint16_t* to, Floats x) {  // to the nearest bf16, ties to even; weights are finite
-  const Words word = bits<Words>(x);
-  const Shorts rounded = __builtin_convertvector((word + 0x7fffu + (word >> 16 & 1u)) >> 16, Shorts);
-  memcpy(to, &rounded, sizeof(rounded));
-}
-
 template <bool INT4, typename T>
 void unpack(const llama_mm::PackedWeight& weight, int64_t tile, T* out) {
   constexpr int kBlock = llama_mm::kBlock, kRows = llama_mm::kTileRows, bytes = kBlock * kRows / (INT4 ? 2 : 1);

@@ -63,6 +63,13 @@ INLINE float half_to_float(uint16_t half) {  // finite values; 2^112 moves the e
 
 INLINE void store(float* to, Floats x) { memcpy(to, &x, sizeof(x)); }
 
+INLINE void put(float* to, Floats x) { store(to, x); }
+INLINE void put(uint16_t* to, Floats x) {  // to the nearest bf16, ties to even
+  const Words word = bits<Words>(x), rounded = (word + 0x7fffu + (word >> 16 & 1u)) >> 16;
+  const Shorts halves = __builtin_convertvector(bits<Words>(x != x) != 0u ? Words{} + 0x7fc0u : rounded, Shorts);
+  memcpy(to, &halves, sizeof(halves));
+}
+
 INLINE float widen(float x) { return x; }
 INLINE float widen(uint16_t x) { return bits<float>(static_cast<uint32_t>(x) << 16); }
 

@@ -1,0 +1,111 @@
+// A whole self-attention block for one new token a row: what a step would spend between the products, in the
+// interpreter and in waking threads, is a third of a small model's time.
+//
+// Shapes: B rows · E hidden size · H query heads · Hkv key heads · D head dim · F feed-forward size · C slots of a row
+#include <cstdlib>
+#include <cstring>
+
+#include "drivers.h"
+#include "kernels.h"
+#include "scalar.h"
+
+namespace {
+
+using namespace llama_mm;
+
+struct Buffer {
+  char* memory;
+  explicit Buffer(int64_t bytes) : memory(static_cast<char*>(malloc(static_cast<size_t>(bytes)))) {}
+  ~Buffer() { free(memory); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+};
+
+}  // namespace
+
+extern "C" {
+
+// A packed weight [outputs, inputs] as an argument; scales null: bf16.
+struct LlamaMmProduct {
+  const void* values;
+  const uint16_t* scales;
+  const uint8_t* zeros;
+  const void* bias;  // in x's dtype, or null
+  int64_t inputs, outputs, group;
+  int int4, to_8_bits;
+};
+
+struct LlamaMmBlock {
+  LlamaMmProduct qkv, output, gate_up, down;
+  const void *input_norm, *post_attention_norm;  // [E] in x's dtype
+  float eps;
+  int dtype;
+  int64_t heads, kv_heads, dim;
+};
+
+static int multiply(const LlamaMmProduct& p, const void* x, int dtype, int rows, void* out, int threads) {
+  if (!p.scales)
+    return llama_mm_cpu_bf16_linear(x, dtype, rows, p.inputs, static_cast<const uint16_t*>(p.values), p.bias, dtype,
+                                    p.outputs, out, threads);
+  return llama_mm_cpu_packed_linear(x, dtype, p.to_8_bits, rows, p.inputs, static_cast<const uint8_t*>(p.values),
+                                    p.scales, p.zeros, p.int4, p.group, p.bias, dtype, p.outputs, out, threads);
+}
+
+// x, out: [B, E]; cos, sin: [B, D/2]; caches: [B, Hkv, C, D] in x's dtype, to which the new token's key and value are
+// added at lengths[b] - 1. Returns 0, -1 without memory, or 1 + the first row whose length is out of range; nothing is
+// written then.
+int llama_mm_cpu_decode_block(const LlamaMmBlock* block, const void* x, int rows, const float* cos, const float* sin,
+                              void* k_cache, const int64_t* k_strides, void* v_cache, const int64_t* v_strides,
+                              int64_t capacity, const int32_t* lengths, void* out, int threads) {
+  for (int row = 0; row < rows; row++)
+    if (lengths[row] < 1 || lengths[row] > capacity) return row + 1;
+  const LlamaMmBlock& b = *block;
+  const DType type = static_cast<DType>(b.dtype);
+  const Elementwise& use = kernels()->elementwise[type];
+  const int64_t bytes = bytes_of(type), hidden = b.qkv.inputs, inner = b.down.inputs;
+  const int64_t head = b.dim * bytes, q_row = b.heads * head, kv_row = b.kv_heads * head;
+  const int64_t row_bytes = hidden * bytes, qkv_row = q_row + 2 * kv_row, gates = 2 * inner * bytes;
+  const int64_t widest = gates > qkv_row ? gates : qkv_row;
+  Buffer normed(rows * row_bytes), wide(rows * widest), narrow(rows * (q_row > inner * bytes ? q_row : inner * bytes));
+  Buffer product(rows * row_bytes), sum(rows * row_bytes);
+  if (!normed.memory || !wide.memory || !narrow.memory || !product.memory || !sum.memory) return -1;
+  const char* from = static_cast<const char*>(x);
+
+  for (int t = 0; t < rows; t++)
+    use.norm(from + t * row_bytes, b.input_norm, hidden, b.eps, normed.memory + t * row_bytes);
+  if (multiply(b.qkv, normed.memory, type, rows, wide.memory, threads)) return -1;
+  for (int t = 0; t < rows; t++) {
+    char* q = wide.memory + t * qkv_row;
+    const float *c = cos + t * b.dim / 2, *s = sin + t * b.dim / 2;
+    for (int64_t h = 0; h < b.heads + b.kv_heads; h++) use.rotate(q + h * head, c, s, b.dim / 2);
+    memcpy(narrow.memory + t * q_row, q, static_cast<size_t>(q_row));
+    for (int64_t h = 0; h < b.kv_heads; h++) {
+      const int64_t slot = lengths[t] - 1;
+      memcpy(static_cast<char*>(k_cache) + (t * k_strides[0] + h * k_strides[1] + slot * k_strides[2]) * bytes,
+             q + q_row + h * head, static_cast<size_t>(head));
+      memcpy(static_cast<char*>(v_cache) + (t * v_strides[0] + h * v_strides[1] + slot * v_strides[2]) * bytes,
+             q + q_row + kv_row + h * head, static_cast<size_t>(head));
+    }
+  }
+  // The attention's result takes the place of the queries, keys and values.
+  if (llama_mm_cpu_decode_attention(narrow.memory, type, rows, b.heads, b.kv_heads, b.dim, k_cache, k_strides, v_cache,
+                                    v_strides, capacity, lengths, nullptr, wide.memory, threads))
+    return -1;
+  if (multiply(b.output, wide.memory, type, rows, product.memory, threads)) return -1;
+  for (int t = 0; t < rows; t++) {
+    char* stream = sum.memory + t * row_bytes;
+    use.add(from + t * row_bytes, product.memory + t * row_bytes, hidden, stream);
+    use.norm(stream, b.post_attention_norm, hidden, b.eps, normed.memory + t * row_bytes);
+  }
+  if (multiply(b.gate_up, normed.memory, type, rows, wide.memory, threads)) return -1;
+  for (int t = 0; t < rows; t++)
+    use.swiglu(wide.memory + t * gates, wide.memory + t * gates + gates / 2, inner,
+               narrow.memory + t * inner * bytes);
+  if (multiply(b.down, narrow.memory, type, rows, product.memory, threads)) return -1;
+  for (int t = 0; t < rows; t++)
+    use.add(sum.memory + t * row_bytes, product.memory + t * row_bytes, hidden,
+            static_cast<char*>(out) + t * row_bytes);
+  return 0;
+}
+
+}  // extern "C"

@@ -1,0 +1,77 @@
+"""A decoder's self-attention block for one new token a row, with packed weights: one call in place of eleven.
+
+Shapes: B rows · E hidden size · H query heads · Hkv key heads · D head dim · F feed-forward size · C slots of a row
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import _dispatch
+from .decode_attention import decode_attention
+from .packed_linear import PackedWeight, packed_linear
+from .rms_norm import add_rms_norm, rms_norm
+from .rope import apply_rope
+from .swiglu import swiglu
+
+
+@dataclass(frozen=True)
+class PackedProduct:
+    """The arguments of `packed_linear` besides x."""
+
+    weight: PackedWeight
+    bias: Tensor | None = None
+    int8_activations: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return packed_linear(x, self.weight, self.bias, self.int8_activations)
+
+
+@dataclass(frozen=True)
+class DecoderBlock:
+    """A pre-norm Llama block.
+
+    qkv: [H·D + 2·Hkv·D, E] · output: [E, H·D] · gate_up: [2·F, E] · down: [E, F] · norms: [E]
+    """
+
+    qkv: PackedProduct
+    output: PackedProduct
+    gate_up: PackedProduct
+    down: PackedProduct
+    input_norm: Tensor
+    post_attention_norm: Tensor
+    eps: float
+    heads: int
+    kv_heads: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.output.weight.shape[1] // self.heads
+
+
+def decode_block(
+    x: Tensor, block: DecoderBlock, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor
+) -> Tensor:
+    """The block's output for x [B, E], one token a row at position lengths[b] - 1, whose key and value are stored.
+
+    cos, sin: fp32 [B, D/2], its angles in the half layout; k_cache, v_cache: [B, Hkv, C, D], written in place;
+    lengths: int32 [B], 1 to C, the new token included → [B, E]
+    """
+    return _dispatch.call("decode_block", _torch, x, block, cos, sin, k_cache, v_cache, lengths)
+
+
+def _torch(
+    x: Tensor, block: DecoderBlock, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor
+) -> Tensor:
+    heads, kv_heads, dim = block.heads, block.kv_heads, block.head_dim
+    joined = block.qkv(rms_norm(x, block.input_norm, block.eps)).unflatten(-1, (-1, dim))  # [B, H + 2·Hkv, D]
+    q, k, v = joined.split((heads, kv_heads, kv_heads), dim=1)
+    q, k = (part[:, :, 0] for part in apply_rope(q[:, :, None], k[:, :, None], cos[:, None], sin[:, None]))
+    rows, slots = torch.arange(len(x), device=x.device), (lengths - 1).long().to(x.device)
+    k_cache[rows, :, slots], v_cache[rows, :, slots] = k, v
+    attended = block.output(decode_attention(q, k_cache, v_cache, lengths).flatten(1))
+    normed, x = add_rms_norm(attended, x, block.post_attention_norm, block.eps)
+    return x + block.down(swiglu(block.gate_up(normed)))
