@@ -1,4 +1,5 @@
-"""Write the tables of docs/kernels.md: which backend has which kernel, what each op must move, what the compilers made.
+"""Write the tables of docs/kernels.md: which backend has which kernel, what each op must move, what the compilers made,
+and what benchmarks/results says about CPUs.
 
     python docs/make_kernels.py
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -17,6 +19,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -163,6 +166,50 @@ def cuobjdump() -> str:
     return str(Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump")
 
 
+def generation() -> str:
+    """Tokens a second of benchmarks/generate.py, and ratios to its peers of the same run."""
+    result = _result("generate")
+    decode, prefill = (result["results"][f"{kind}_tokens_per_second"] for kind in ("decode", "prefill"))
+    peers = {"bf16": "llama.cpp BF16", "int8": "llama.cpp Q8_0", "int4": "llama.cpp Q4_0"}
+    lines = [
+        "| | decoding | of transformers | of llama.cpp | prefill | of transformers | of llama.cpp |",
+        "|---" * 7 + "|",
+    ]
+    for name in decode:
+        cells = []
+        for rates, digits in ((decode, 1), (prefill, 0)):
+            peer = next((rates[p] for format, p in peers.items() if name.startswith(format)), None)
+            cells += [f"{rates[name]:.{digits}f}", f"{rates[name] / rates['transformers bf16']:.2f} x"]
+            cells.append("–" if peer is None else f"{rates[name] / peer:.2f} x")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([_where(result), "", *lines])
+
+
+def matrices() -> str:
+    """Milliseconds of benchmarks/linear.py, by rows of x."""
+    result = _result("linear")
+    rows = {name: row for name, row in result["results"].items() if name.endswith(" rows")}
+    heads = [*rows, "memory read at 1 rows"]
+    lines = [f"| | {' | '.join(heads)} |".replace("1 rows", "1 row"), "|---" * (len(heads) + 1) + "|"]
+    one = rows["1 rows"]
+    for name in sorted(one):
+        times = (
+            f"{row[name]['seconds'] * 1e3:.{3 if row[name]['seconds'] < 0.01 else 1}f} ms" for row in rows.values()
+        )
+        lines.append(f"| {name} | {' | '.join(times)} | {one[name]['of_memory'] / 1e9:.1f} GB/s |")
+    return "\n".join([_where(result), "", *lines])
+
+
+def _result(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _where(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    return f"{result['device']}, {result['threads']} threads, {result['capability']}; {versions}."
+
+
 def replace(marker: str, text: str) -> None:
     """Put `text` between the marker's two comments."""
     pattern = rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)"
@@ -173,6 +220,8 @@ def replace(marker: str, text: str) -> None:
 def main() -> None:
     replace("kernels", kernels())
     replace("floors", floors())
+    replace("generation", generation())
+    replace("matrices", matrices())
     if shutil.which("nvcc"):
         replace("registers", registers())
         replace("instructions", instructions())

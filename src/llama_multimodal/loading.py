@@ -45,7 +45,8 @@ def load(
     dtype: float32, bfloat16 or float16 (or its name); None takes the checkpoint's
     device: "meta" gives the model without its weights
     pack: "bf16", "int8" or "int4" packs the decoder's linear layers as they come, so that the plain weights are never
-        all in memory; `quant.pack.Packing` has more to choose from. A checkpoint that was saved packed needs nothing
+        all in memory; `quant.pack.Packing` has more to choose from. A checkpoint that was saved packed needs nothing.
+        "auto" takes bf16 where that loses nothing and decodes faster, for a bf16 model on a CPU
     int8_activations: round the activations to 8 bits as well, see `quant.pack.use_int8_activations`
     progress: called with bytes done and bytes in all
 
@@ -63,6 +64,9 @@ def load(
         kind = checkpoint.dtype if checkpoint.dtype in DTYPES.values() else torch.float32
     tokenizer = Tokenizer.load(checkpoint.folder)
     checkpoint = replace(checkpoint, config=with_end_tokens(checkpoint.config, tokenizer))
+    if pack == "auto":
+        loses_nothing = kind == torch.bfloat16 and place.type == "cpu" and not checkpoint.packed
+        pack = "bf16" if loses_nothing else None
     packing = Packing(cast(Format, pack)) if isinstance(pack, str) else pack  # other names are refused there
     model = read_model(checkpoint, kind, place, progress, packing)
     if int8_activations:

@@ -33,7 +33,11 @@ DType = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps. auto: a GPU where there is one.")]
 Pack = Annotated[
-    str | None, typer.Option(help="bf16, int8 or int4: pack the weights while they load, for faster answers.")
+    str,
+    typer.Option(
+        help="bf16, int8 or int4: pack the weights while they load, for faster answers. auto: bf16 for a bf16 model on"
+        " a CPU, which loses nothing; none: never."
+    ),
 ]
 Int8Activations = Annotated[
     bool,
@@ -51,7 +55,7 @@ class AnswerOptions:
     model: Model = "tiny"
     dtype: DType = "auto"
     device: Device = "auto"
-    pack: Pack = None
+    pack: Pack = "auto"
     int8_activations: Int8Activations = False
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256
     temperature: Annotated[
@@ -186,7 +190,7 @@ def num_cores() -> int:
 
 
 def load_model(
-    model: str, dtype: str, device: str, pack: str | None, int8_activations: bool
+    model: str, dtype: str, device: str, pack: str, int8_activations: bool
 ) -> tuple[VisionLanguageModel, Processor]:
     """Load with a progress bar on stderr, which goes away when it is done.
 
@@ -201,8 +205,9 @@ def load_model(
     with progress_bar(f"loading {Path(model).name[:32]}", bytes_=True) as progress:
         kind = choose_dtype(dtype, model, device)
         return loading.load(
-            model, dtype=kind, device=device, pack=pack, int8_activations=int8_activations, progress=progress
-        )
+            model, dtype=kind, device=device, pack=None if pack == "none" else pack,
+            int8_activations=int8_activations, progress=progress,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 16,
     dtype: common.DType = "auto",
     device: common.Device = "auto",
-    pack: common.Pack = None,
+    pack: common.Pack = "auto",
     int8_activations: common.Int8Activations = False,
     as_json: common.AsJson = False,
 ) -> None:
