@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from small_model import CONFIG, IMAGE, Letters, make_inputs, one_row, random_model
 
-from llama_multimodal import SamplingParams, generate
+from llama_multimodal import SamplingParams, generate, ops
 from llama_multimodal.config import ModelConfig
 from llama_multimodal.errors import PromptError
 from llama_multimodal.generate import GenerationOutput
 from llama_multimodal.inputs import ModelInputs
 from llama_multimodal.models import VisionLanguageModel
+from llama_multimodal.ops import Format
+from llama_multimodal.quant.pack import pack, use_int8_activations
 from llama_multimodal.sampling import adjusted_logits, sample
 
 NO_END = replace(CONFIG, text=replace(CONFIG.text, eos_token_ids=()))
@@ -68,6 +71,35 @@ def test_greedy_takes_the_largest_logit_of_the_whole_sequence(model, batch) -> N
             so_far.append(token)
         assert len(so_far) == len(row) + 6
     assert out.texts == [spelt(tokens) for tokens in out.token_ids]
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("int8_activations", [False, True])
+def test_packed_blocks_decode_what_the_whole_sequence_says(
+    batch, monkeypatch: pytest.MonkeyPatch, format: Format, int8_activations: bool
+) -> None:
+    """One call a block in place of the layers one by one; rows of different lengths, with pictures and without."""
+    if format == "bf16" and int8_activations:
+        pytest.skip("bf16 weights take activations as they are")
+    calls = []
+
+    def counted(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        calls.append(len(x))
+        return decode_block(x, *args)
+
+    decode_block = ops.decode_block
+    monkeypatch.setattr(ops, "decode_block", counted)
+    config = with_text(intermediate_size=64)  # whole groups of 32 everywhere
+    model = pack(random_model(config=config), format)
+    if int8_activations:
+        use_int8_activations(model)
+    answers = generate(model, batch, SamplingParams(max_new_tokens=6, temperature=0.0)).token_ids
+    assert calls == [len(ROWS)] * 5 * len(config.text.self_attention_layers)  # the first token is the prefill's
+    for row, (tokens, grids) in enumerate(zip(ROWS, GRIDS, strict=True)):
+        with torch.inference_mode():
+            logits = model(make_inputs([[*tokens, *answers[row]]], [grids])).logits[0, len(tokens) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(answers[row])[:, None])[:, 0]
+        assert (chosen >= logits.amax(1) - (0.05 if int8_activations else 1e-3)).all()
 
 
 def test_greedy_reads_the_images(model) -> None:

@@ -15,8 +15,10 @@ import llama_multimodal as lmm
 from llama_multimodal import loading
 from llama_multimodal.config import config_to_hf
 from llama_multimodal.errors import CheckpointError, DeviceError
+from llama_multimodal.quant.pack import Packing
 from llama_multimodal.weights.convert import convert
 from llama_multimodal.weights.io import write_json
+from llama_multimodal.weights.save import save_checkpoint
 
 HERE = Path(__file__).parent
 META = HERE / "golden" / "mllama"
@@ -44,6 +46,16 @@ def test_the_checkpoints_own_dtype_and_progress(tmp_path: Path) -> None:
     assert calls == sorted(calls) and calls[-1] == (2 * sum(p.numel() for p in model.parameters()),) * 2
     convert(META, tmp_path, "hf")
     assert lmm.load(str(tmp_path))[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype, format", [("bf16", "bf16"), ("fp32", None)])
+def test_automatic_packing_loses_nothing(tmp_path: Path, dtype: str, format: str | None) -> None:
+    model, _ = lmm.load(META, dtype=dtype, pack="auto")
+    assert getattr(model.decoder.lm_head, "format", None) == format
+    packed, _ = lmm.load(META, dtype="bf16", pack=Packing("int8", 16))
+    save_checkpoint(packed, tmp_path)
+    again, _ = lmm.load(tmp_path, dtype=dtype, pack="auto")
+    assert again.decoder.lm_head.format == "int8"
 
 
 def test_the_meta_device_reads_nothing() -> None:

@@ -14,13 +14,14 @@ from llama_multimodal.errors import ConfigError
 from llama_multimodal.inputs import ImageLayout
 from llama_multimodal.models import VisionLanguageModel
 from llama_multimodal.models.layers import split_heads
+from llama_multimodal.processing.tiles import choose_canvas
 from llama_multimodal.train import loop
-from llama_multimodal.train.auxiliary import PATCH_HEADS, picture_targets
+from llama_multimodal.train.auxiliary import PATCH_HEADS, AuxiliaryHeads, Targets, middle_block, picture_targets
 from llama_multimodal.train.config import DataConfig, OptimConfig, Recipe
-from llama_multimodal.train.data import IGNORED, WorldSteps
+from llama_multimodal.train.data import IGNORED, MicroBatch, WorldSteps, prepare_sample
 from llama_multimodal.train.initial import initialise, share_between_ratios
 from llama_multimodal.weights.save import save_checkpoint
-from llama_multimodal.zoo.world import Mark
+from llama_multimodal.zoo.world import Mark, sample
 
 VISION = TiledVisionConfig(32, 48, 2, 1, 2, 3, 64, 16, 4, (1,))
 TEXT = TextConfig(
@@ -76,6 +77,30 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert a.auxiliary_loss == pytest.approx(b.auxiliary_loss, abs=1e-4)
 
 
+def test_micro_batches_add_up_to_the_step(tmp_path: Path) -> None:
+    seen: list[loop.Progress] = []
+    for tokens in (1, 100_000):
+        data = DataConfig(samples_per_step=6, tokens_per_microbatch=tokens, workers=0)
+        one = recipe(tmp_path / str(tokens), steps=2, vision_steps=0, data=data)
+        config, tokenizer, _ = loop.prepare(one)
+        pieces = WorldSteps(one, config, tokenizer)[0]
+        assert len(pieces) == (6 if tokens == 1 else 1)
+        assert sum(len(piece.targets.mentions) > 0 for piece in pieces) >= (3 if tokens == 1 else 1)
+        loop.train(one, seen.append)
+    for a, b in zip(seen[:2], seen[2:]):
+        assert a.answer_loss == pytest.approx(b.answer_loss, abs=1e-5)
+        assert a.auxiliary_loss == pytest.approx(b.auxiliary_loss, abs=1e-4)
+
+
+def test_learning_rate(tmp_path: Path) -> None:
+    optim = OptimConfig(learning_rate=8.0, decoder_learning_rate=2.0, warmup_steps=4, decay_steps=5)
+    one = recipe(tmp_path, steps=20, vision_steps=6, optim=optim)
+    rates = [loop.learning_rate(step, one) for step in range(20)]
+    assert rates[:6] == [2, 4, 6, 8, 8, 8] and rates[6:16] == [2] * 10 and rates[16:] == [1.6, 1.2, 0.8, 0.4]
+    same = dataclasses.replace(one, optim=dataclasses.replace(optim, decoder_learning_rate=None))
+    assert loop.learning_rate(6, same) == 8
+
+
 def test_steps_are_a_function_of_seed_and_step(tmp_path: Path) -> None:
     one = recipe(tmp_path)
     config, tokenizer, _ = loop.prepare(one)
@@ -100,6 +125,119 @@ def test_only_answers_are_learnt(tmp_path: Path) -> None:
             assert config.image_token_id not in labels
             # The first answer comes after the first user message and the assistant's header.
             assert (batch.inputs.tokens[row, : learnt[0]] == eot).sum() >= 1
+
+
+def test_named_tokens_end_what_is_named(tmp_path: Path) -> None:
+    config, tokenizer, _ = loop.prepare(recipe(tmp_path))
+    for seed in range(20):
+        item = sample(seed, family="scene")
+        prepared = prepare_sample(item, tokenizer, config)
+        named = [(turn.question, mention) for turn in item.turns for mention in turn.mentions]
+        assert [mark for _, mark in prepared.named] == [mention.mark for _, mention in named]
+        for (position, _), (question, mention) in zip(prepared.named, named):
+            assert tokenizer.decode(prepared.tokens[position : position + 1]).strip() == mention.words.split()[-1]
+            said = tokenizer.decode(prepared.tokens[: position + 1])
+            assert said.endswith(question[: question.index(mention.words) + len(mention.words)])
+            assert prepared.labels[position] == IGNORED
+
+
+def test_places_are_in_tiles_of_the_canvas(tmp_path: Path) -> None:
+    data = DataConfig(samples_per_step=24, turns_per_scene=8, workers=0)
+    one = recipe(tmp_path, data=data)
+    config, tokenizer, _ = loop.prepare(one)
+    side, most = VISION.image_size, VISION.max_num_tiles
+    items = {}
+    for seed in range(24):
+        item = sample(seed)
+        prepared = prepare_sample(item, tokenizer, config)
+        items[tuple(prepared.tokens)] = item, prepared.named
+    grids, named = set(), 0
+    for batch in WorldSteps(one, config, tokenizer)[0]:
+        targets, found = batch.targets, []
+        assert targets.mentions.dtype == torch.int64 and targets.places.dtype == torch.float32
+        for row, length in enumerate(batch.inputs.lengths):
+            item, positions = items[tuple(batch.inputs.tokens[row, :length].tolist())]
+            if item.image is None:
+                continue
+            width, height = item.image.size
+            rows, columns = choose_canvas(width, height, side, most)
+            # The whole picture, its ratio kept, and enlarged to one tile at most; a pixel less where that rounds down.
+            scale = min(min(max(width, side), columns * side) / width, min(max(height, side), rows * side) / height)
+            for position, mark in positions:
+                place = targets.places[len(found)]
+                assert place.tolist() == pytest.approx((mark.x * scale / side, mark.y * scale / side), abs=1 / side)
+                assert 0 < place[0] < columns and 0 < place[1] < rows
+                grids.add((rows, columns))
+                found.append([row, position])
+        assert targets.mentions.tolist() == found and len(targets.places) == len(found)
+        assert targets.weights()[-1] == len(found)
+        named += len(found)
+    assert named > 20 and len(grids) > 2
+
+
+def with_mentions(one: Recipe) -> tuple[VisionLanguageModel, AuxiliaryHeads, MicroBatch]:
+    """A fresh model, its heads, and samples that name things."""
+    config, tokenizer, _ = loop.prepare(one)
+    (batch,) = WorldSteps(one, config, tokenizer)[0]
+    assert len(batch.targets.mentions) > 4
+    torch.manual_seed(0)
+    model, heads = VisionLanguageModel(config), AuxiliaryHeads(config)
+    initialise(model, batch.inputs.tiles)
+    return model, heads, batch
+
+
+def test_places_teach_the_blocks_up_to_the_middle_one(tmp_path: Path) -> None:
+    data = DataConfig(samples_per_step=8, tokens_per_microbatch=100_000, workers=0)
+    text = dataclasses.replace(TEXT, num_hidden_layers=6, cross_attention_layers=(1, 3, 5))
+    model, heads, batch = with_mentions(recipe(tmp_path, text=text, data=data))
+    assert middle_block(model) is model.decoder.layers[3]
+    states: list[torch.Tensor] = []
+    middle_block(model).register_forward_hook(lambda block, given, state: states.append(state))
+    model(batch.inputs)
+    heads.places(states[0], batch.targets, batch.targets.weights().tolist()).backward()
+
+    def learns(module: torch.nn.Module) -> bool:
+        return any(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
+
+    assert [learns(block) for block in model.decoder.layers] == [True] * 4 + [False] * 2
+    assert learns(model.vision) and learns(model.projector) and not learns(model.decoder.lm_head)
+    assert learns(heads.place) and not learns(heads.patch) and not learns(heads.count)
+
+
+def test_a_step_teaches_places(tmp_path: Path) -> None:
+    """By that loss alone: nothing else reaches its head."""
+    data = DataConfig(samples_per_step=8, tokens_per_microbatch=100_000, workers=0)
+    one = recipe(tmp_path, data=data)
+    for vision_only in (False, True):
+        model, heads, batch = with_mentions(one)
+        loop._step(model, heads, [batch], vision_only, one)
+        assert (heads.place[1].weight.grad is None) == vision_only
+        assert not middle_block(model)._forward_hooks
+
+
+def test_place_losses_of_micro_batches_add_up() -> None:
+    torch.manual_seed(0)
+    heads = AuxiliaryHeads(ModelConfig(VISION, dataclasses.replace(TEXT, vocab_size=32), 32))
+    state, mentions = torch.randn(4, 9, TEXT.hidden_size), torch.tensor([[0, 3], [0, 8], [2, 1], [3, 0], [3, 5]])
+    places = 4 * torch.rand(5, 2)
+
+    def targets(first: int, end: int, row: int) -> Targets:
+        nothing = torch.zeros(len(PATCH_HEADS), 0, 0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.int64)
+        return Targets(*nothing, mentions[first:end] - torch.tensor([row, 0]), places[first:end])
+
+    whole, parts = targets(0, 5, 0), [targets(0, 2, 0), targets(2, 5, 2)]
+    totals = torch.stack([part.weights() for part in parts]).sum(0).tolist()
+    assert totals == whole.weights().tolist() and totals[-1] == 5
+    pieces = [heads.places(state[:2], parts[0], totals), heads.places(state[2:], parts[1], totals)]
+    loss = heads.places(state, whole, totals)
+    torch.testing.assert_close(sum(pieces), loss)
+    assert heads.places(state.flip(1), whole, totals) != loss  # other tokens
+    with torch.no_grad():
+        heads.place[1].weight.zero_()
+        heads.place[1].bias.copy_(places[0] + 0.4)
+        exact = dataclasses.replace(whole, places=places[:1].expand(5, 2))
+    # Smooth l1 with a knee at 0.1: 0.4 - 0.05 for each coordinate.
+    assert heads.places(state, exact, totals).item() == pytest.approx(2.0 * 2 * 0.35, rel=1e-5)
 
 
 def test_picture_targets_find_their_patch() -> None:

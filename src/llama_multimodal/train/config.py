@@ -19,6 +19,7 @@ class OptimConfig:
     """
 
     learning_rate: float = 1e-3
+    decoder_learning_rate: float | None = None  # once the decoder learns too; None: the same
     weight_decay: float = 0.05
     beta1: float = 0.9
     beta2: float = 0.98

@@ -69,10 +69,14 @@ def prepare(recipe: Recipe) -> tuple[ModelConfig, Tokenizer, Path]:
     return ModelConfig(recipe.vision, text, image), tokenizer, file
 
 
-def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
+def learning_rate(step: int, recipe: Recipe) -> float:
+    optim = recipe.optim
+    peak = optim.learning_rate
+    if step >= recipe.vision_steps and optim.decoder_learning_rate is not None:
+        peak = optim.decoder_learning_rate
     warm = min(1.0, (step + 1) / optim.warmup_steps)
-    decay = min(1.0, (steps - step) / max(1, optim.decay_steps))
-    return optim.learning_rate * warm * decay
+    decay = min(1.0, (recipe.steps - step) / max(1, optim.decay_steps))
+    return peak * warm * decay
 
 
 def train(recipe: Recipe, report: Callable[[Progress], None]) -> Path:
@@ -136,7 +140,7 @@ def _run(rank: int, recipe: Recipe, report: Callable[[Progress], None], group: A
     started = time.perf_counter()
     for step, micro in enumerate(batches(dataset, first, recipe.data.workers), start=first):
         for settings in (group for optimizer in optimizers for group in optimizer.param_groups):
-            settings["lr"] = learning_rate(step, recipe.steps, recipe.optim)
+            settings["lr"] = learning_rate(step, recipe)
         answer, auxiliary, accuracy = _step(model, heads, micro, step < recipe.vision_steps, recipe, group)
         nn.utils.clip_grad_norm_(modules.parameters(), recipe.optim.clip_norm)
         for optimizer in optimizers:
