@@ -17,7 +17,10 @@ from llama_multimodal.ops.backends.cpu import library
 
 from ..references import randn
 
-OPS = ["cross_attention", "decode_attention", "kv_write", "packed_linear", "paged_decode_attention", "prepare_weight"]
+OPS = [
+    "cross_attention", "decode_attention", "decode_block", "kv_write", "packed_linear", "paged_decode_attention",
+    "prepare_weight",
+]  # fmt: skip
 
 
 def test_the_ops_with_kernels(attached: None) -> None:
