@@ -117,6 +117,10 @@ BAD = {
     "empty model": (["describe", "{photo}", "--model", ""], "the model's name is empty"),
     "unknown dtype": (["describe", "{photo}", "--dtype", "bf61"], 'not in "bf61"'),
     "unknown packing": (["describe", "{photo}", "--pack", "int5"], 'not as "int5"'),
+    "8-bit activations alone": (
+        ["describe", "{photo}", "--model", "{checkpoint}", "--int8-activations"],
+        "8-bit activations go with int8 or int4 weights",
+    ),
     "unknown device": (["describe", "{photo}", "--device", "cdua"], 'the device "cdua" is not there'),
     "unsupported device": (["describe", "{photo}", "--device", "xla"], 'the device "xla" is not there'),
     "absent device": (["describe", "{photo}", "--device", "cuda:97"], 'the device "cuda:97" is not there'),
@@ -235,6 +239,32 @@ def test_describe_streams_the_answer(llama_mm, photo, checkpoint):
     answer = json.loads(llama_mm("describe", photo, QUESTION, *options, "--json").out)
     assert plain.code == 0 and plain.out == common.printable(answer["answer"]) + "\n"
     assert ("(cut after 6 tokens" in plain.err) == (answer["finish_reason"] == "length")
+
+
+@pytest.mark.parametrize("command", ["describe", "chat", "eval"])
+def test_8_bit_activations(command, llama_mm, monkeypatch, photo, checkpoint):
+    from llama_multimodal import loading
+    from llama_multimodal.eval import harness
+
+    chosen = []
+
+    def use(model):
+        chosen.append(model.decoder.lm_head.format)
+        return use_int8_activations(model)
+
+    use_int8_activations = loading.use_int8_activations
+    monkeypatch.setattr(loading, "use_int8_activations", use)
+    monkeypatch.setattr(harness, "evaluate", lambda *_, **__: harness.Report({"color": harness.Score(1, 2)}))
+    answering = ["--max-new-tokens", "3"]
+    arguments = {
+        "describe": ["describe", photo, QUESTION, "--model", checkpoint, *answering],
+        "chat": ["chat", "--image", photo, "--model", checkpoint, *answering],
+        "eval": ["eval", checkpoint],
+    }[command]
+    for options, formats in (([], []), (["--int8-activations"], ["int4"])):
+        done = llama_mm(*arguments, "--pack", "int4", *options, lines="What?\n")
+        assert done.code == 0 and done.out and "error" not in done.err, done.err
+        assert chosen == formats
 
 
 def test_answers_cannot_steer_the_terminal():

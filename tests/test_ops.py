@@ -442,6 +442,56 @@ def test_packed_bf16_is_the_weight() -> None:
     assert torch.equal(ops.unpack_weight(packed), weight.bfloat16().float()) and packed.nbytes == 30
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [1e-25, 1e-3, 1.0, 1e30])
+def test_rounded_activations_are_within_half_a_step(dtype: torch.dtype, size: float) -> None:
+    """Every block of 32 by itself; cubes of normal values have outliers."""
+    for seed in range(20):
+        x = (size * randn(5, 3, 96, seed=100 * seed) ** 3).to(dtype)
+        rounded = ops.round_activations(x)
+        assert rounded.dtype == torch.float32 and rounded.shape == x.shape
+        blocks = x.double().unflatten(-1, (3, 32))
+        step = blocks.abs().amax(-1, keepdim=True) / 127
+        whole, error = rounded.double().unflatten(-1, (3, 32)) / step, (rounded.double() - x.double()).abs()
+        assert (whole - whole.round()).abs().max() < 1e-4 and whole.abs().amax(-1).round().eq(127).all()
+        assert (error.unflatten(-1, (3, 32)) <= 0.5001 * step).all()
+        again = ops.round_activations(rounded)  # its largest values, and so the steps, come back to fp32's rounding
+        torch.testing.assert_close(again, rounded, rtol=3e-7, atol=0)
+
+
+def test_rounded_activations_take_whole_blocks() -> None:
+    with pytest.raises(ValueError, match=r"a multiple of 32 inputs, not \[1, 48\]"):
+        ops.packed_linear(randn(1, 48), ops.pack_weight(randn(4, 48), "int8", group=16), None, True)
+
+
+def test_rounded_activations_of_blocks_apart() -> None:
+    x = torch.ones(7, 32)
+    x[0], x[1], x[2, 3], x[3, 3], x[4, 3], x[5, 3] = 0, 9e-31, math.nan, math.inf, -math.inf, -1000
+    whole = ops.round_activations(x.view(1, -1)).view(7, 32)
+    assert (whole[:2] == 0).all() and whole[2:5].isnan().all() and (whole[6] == 1).all()
+    assert whole[5, 3] == -1000 and (whole[5, 4:] == 0).all()  # a step of 1000 / 127
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_gradients_pass_rounded_activations_straight_through(format: str, dtype: torch.dtype) -> None:
+    packed = ops.prepare_weight(ops.pack_weight(randn(5, 64, dtype=torch.float32), format))
+    bias, direction = randn(5, dtype=dtype), randn(3, 5, dtype=torch.float32)
+    results, gradients = [], []
+    for int8_activations in (False, True):
+        x = randn(3, 64, dtype=dtype).requires_grad_()
+        out = ops.packed_linear(x, packed, bias, int8_activations)
+        (out.float() * direction).sum().backward()
+        assert out.dtype == dtype and x.grad is not None
+        results.append(out)
+        gradients.append(x.grad)
+    assert not torch.equal(*results)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    rounded = ops.round_activations(x.detach()).double()
+    expected = rounded @ ops.unpack_weight(packed).double().T + bias.double()
+    torch.testing.assert_close(results[1].double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize(
     "weight, format, message",
     [

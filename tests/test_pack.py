@@ -5,17 +5,22 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from small_model import make_inputs, random_model
+from small_model import CONFIG, make_inputs, random_model
 
-from llama_multimodal import ops
+from llama_multimodal import load, ops
 from llama_multimodal.errors import ConfigError
+from llama_multimodal.models import VisionLanguageModel
 from llama_multimodal.models.layers import Linear
 from llama_multimodal.ops import Format
-from llama_multimodal.quant.pack import PackedLinear, Packing, pack
+from llama_multimodal.quant.pack import PackedLinear, Packing, pack, use_int8_activations
+from llama_multimodal.weights.save import save_checkpoint
 
+WIDER = replace(CONFIG, text=replace(CONFIG.text, intermediate_size=64))  # whole groups of 32 everywhere
 INPUTS = make_inputs([[1, 2, 64, 3, 4, 5], [7, 8, 9], [64, 64, 5]], [[(1, 2)], [], [(1, 1), (2, 2)]])
 
 
@@ -74,3 +79,67 @@ def test_bad_requests() -> None:
         pack(random_model(), Packing("int8", 24))
     with pytest.raises(ConfigError, match="packed already"):
         pack(pack(random_model(), "bf16"), "int8")
+
+
+# --- 8-bit activations -----------------------------------------------------------------------------------------------
+
+
+def real_logits(model: VisionLanguageModel) -> torch.Tensor:
+    """Without the padding: [tokens, vocab]"""
+    with torch.no_grad():
+        logits = model(INPUTS).logits
+    return torch.cat([logits[row, :length] for row, length in enumerate(INPUTS.lengths)])
+
+
+def with_8_bits(model: VisionLanguageModel) -> set[str]:
+    return {name for name, x in model.named_modules() if isinstance(x, PackedLinear) and x.int8_activations}
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("lm_head", ["bf16", "int8"])
+def test_8_bit_activations_are_the_rounded_inputs_of_the_packed_layers(format: Format, lm_head: Format) -> None:
+    model = pack(random_model(config=WIDER), Packing(format, 32, lm_head=lm_head))
+    before = real_logits(model)
+    ours = real_logits(use_int8_activations(model))
+    plain = random_model(config=WIDER)
+    for name, layer in plain.decoder.named_modules():
+        if isinstance(layer, Linear):
+            chosen = lm_head if name == "lm_head" else format
+            layer.weight.data = ops.unpack_weight(ops.pack_weight(layer.weight.detach(), chosen))
+            if chosen != "bf16":
+                layer.register_forward_pre_hook(lambda _, given: (ops.round_activations(given[0]),))
+    # Where sums differ in their last bit, a value between two steps may fall to either: that moves logits by 0.003.
+    assert (ours - real_logits(plain)).abs().max() < 6e-3 < 3e-2 < (ours - before).abs().max()
+    with ops.use_backend("torch"):
+        assert (ours - real_logits(model)).abs().max() < 6e-3
+
+
+def test_8_bit_activations_are_refused_where_they_do_not_go() -> None:
+    for model in (random_model(), pack(random_model(), "bf16")):
+        with pytest.raises(ConfigError, match="go with int8 or int4 weights, which the model lacks; pack it as one"):
+            use_int8_activations(model)
+    model = pack(random_model(), Packing("int4", 16, lm_head="bf16"))
+    with pytest.raises(ConfigError, match="take groups of a multiple of 32, not 16; pack it so"):
+        use_int8_activations(model)
+    assert not with_8_bits(model)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_loading_with_8_bit_activations(tmp_path: Path, device: str) -> None:
+    save_checkpoint(random_model(config=WIDER), tmp_path)
+    model, _ = load(tmp_path, device=device, pack="int8", int8_activations=True)
+    layers = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    assert len(layers) == 3 * 4 + 2 * 5 + 1 and with_8_bits(model) == layers
+    model, _ = load(tmp_path, device=device, pack=Packing("int4", lm_head="bf16"), int8_activations=True)
+    assert with_8_bits(model) == layers - {"decoder.lm_head"}
+    with pytest.raises(ConfigError, match="go with int8 or int4 weights"):
+        load(tmp_path, device=device, int8_activations=True)
+
+
+def test_files_do_not_hold_8_bit_activations(tmp_path: Path) -> None:
+    model = use_int8_activations(pack(random_model(config=WIDER), "int8"))
+    save_checkpoint(model, tmp_path)
+    again, _ = load(tmp_path)
+    assert with_8_bits(model) and not with_8_bits(again)
+    assert not torch.equal(real_logits(again), real_logits(model))
+    assert torch.equal(real_logits(use_int8_activations(again)), real_logits(model))

@@ -176,6 +176,40 @@ def test_relations_follow_from_the_marks(drawn):
     assert checked > 80
 
 
+def test_places_follow_from_the_marks(drawn):
+    checked = 0
+    for s in drawn["scene"]:
+        for t in (t for t in s.turns if t.kind == "place"):
+            (mark,) = named(re.search(rf"(?i)(?<=the ){THING}\b", t.question).group(), s.marks)
+            words = []
+            for share, (near, far) in (
+                (mark.y / s.image.height, ("top", "bottom")),
+                (mark.x / s.image.width, ("left", "right")),
+            ):
+                assert abs(share - 1 / 3) >= 0.06 and abs(share - 2 / 3) >= 0.06, t  # a person could not tell
+                words += [near] if share < 1 / 3 else [far] if share > 2 / 3 else []
+            assert t.answer == (" ".join(words) or "center"), t
+            checked += 1
+    assert checked > 80
+
+
+def test_mentions_name_their_thing_alone(drawn):
+    """Where one thing is asked about; what several things or none fit is no mention."""
+    checked = Counter()
+    for s in (s for samples in drawn.values() for s in samples):
+        for t in s.turns:
+            for mention in t.mentions:
+                assert re.search(rf"\b{mention.words}\b", t.question), t
+                assert named(mention.words, s.marks) == [mention.mark], t
+                checked[t.kind] += 1
+            if t.kind in ("color", "shape"):
+                asked = named(t.question, s.marks)
+                assert [m.mark for m in t.mentions] == (asked if len(asked) == 1 else []), t
+            elif t.kind in ("place", "relation"):
+                assert len(t.mentions) == len({m.mark for m in t.mentions}) == 1 + (t.kind == "relation"), t
+    assert set(checked) == {"color", "shape", "place", "relation"} and min(checked.values()) > 60, checked
+
+
 def test_descriptions_name_the_things_from_left_to_right(drawn):
     checked = 0
     for s in drawn["scene"]:
@@ -202,6 +236,7 @@ def test_no_answer_dominates_its_kind():
     for kind in ("count_all", "count_color", "count_shape", "count_both"):
         assert max(answers[kind].values()) / answers[kind].total() < 0.5
         assert {str(n) for n in range(1, 6)} <= set(answers[kind])
+    assert len(answers["place"]) == 9 and max(answers["place"].values()) / answers["place"].total() < 0.3
 
 
 def test_printed_text_is_what_the_marks_spell(drawn):

@@ -152,7 +152,12 @@ def round_activations(x: Tensor) -> Tensor:
     """x [..., K] in blocks of 32, each value a whole multiple, -127 to 127, of 1/127 of its block's largest; in fp32.
 
     A block with inf or NaN is NaN; one whose largest magnitude is below 1e-30 counts as zeros.
+
+    Raises:
+        ValueError: K is not a multiple of 32.
     """
+    if x.ndim == 0 or x.shape[-1] % ACTIVATION_BLOCK:
+        raise ValueError(f"8-bit activations take x with a multiple of {ACTIVATION_BLOCK} inputs, not {list(x.shape)}")
     blocks = x.float().unflatten(-1, (-1, ACTIVATION_BLOCK))
     largest = blocks.abs().amax(-1, keepdim=True)
     step = torch.where(largest < 1e-30, 0.0, largest / 127)

@@ -23,6 +23,7 @@ from .conftest import Guards
 
 each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 each_format = pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+each_integer = pytest.mark.parametrize("format", ["int8", "int4"])
 
 # What the sums may be off by, relative to |x| |w|; the results are rounded to x's dtype on top. Stated in the module.
 SUMS = {torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 5e-5, torch.float64: 1e-14}
@@ -89,17 +90,18 @@ def test_bf16_weights_take_any_number_of_inputs(
     close(ops.packed_linear(x, packed), expected(x, packed), x)
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@each_integer
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-def test_instruction_sets_agree(cpu: None, format: str, symmetric: bool) -> None:
+@pytest.mark.parametrize("rows, int8_activations", [(2, False), (20, True)], ids=["", "a8"])
+def test_instruction_sets_agree(cpu: None, format: str, symmetric: bool, rows: int, int8_activations: bool) -> None:
     """They sum the same whole numbers, and differ by fp32's order of the blocks only."""
     packed = ops.prepare_weight(ops.pack_weight(randn(64, 2048) + 0.5, format, symmetric=symmetric))
     for dtype in (torch.float32, torch.bfloat16):
-        x, results = randn(2, 2048, dtype=dtype), {}
+        x, results = randn(rows, 2048, dtype=dtype), {}
         best = library.instruction_set()
         for name in library.INSTRUCTION_SETS:
             if library.use_instruction_set(name):
-                results[name] = ops.packed_linear(x, packed).float()
+                results[name] = ops.packed_linear(x, packed, None, int8_activations).float()
         library.use_instruction_set(best)
         first, *others = results.values()
         for other in others:
@@ -196,9 +198,10 @@ def test_a_bias_of_any_dtype(cpu: None, dtype: torch.dtype) -> None:
     close(ops.packed_linear(x, ops.prepare_weight(packed), bias), expected(x, packed, bias), x)
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@each_integer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-def test_x_of_any_size(kernels_only: None, format: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("int8_activations", [False, True], ids=["", "a8"])
+def test_x_of_any_size(kernels_only: None, format: str, dtype: torch.dtype, int8_activations: bool) -> None:
     """Blocks of zeros, of outliers, and of very small and large values; each row keeps its own steps."""
     packed = ops.pack_weight(randn(20, 128), format)
     x = randn(6, 128, dtype=dtype)
@@ -208,10 +211,12 @@ def test_x_of_any_size(kernels_only: None, format: str, dtype: torch.dtype) -> N
     x[3] *= 1e-20
     x[4] *= 1e20
     x[5, ::7] *= 1000
-    ours, reference = ops.packed_linear(x, ops.prepare_weight(packed)), expected(x, packed)
-    close(ours, reference, x)
+    prepared = ops.prepare_weight(packed)
+    ours = ops.packed_linear(x, prepared, None, int8_activations)
+    close(ours, expected(ops.round_activations(x) if int8_activations else x, packed), x)
     assert (ours[0] == 0).all()
-    assert (ops.packed_linear(x * 0 + 1e-35, ops.prepare_weight(packed)) == 0).all()  # as the module says
+    tiny = ops.packed_linear(x * 0 + 1e-35, prepared, None, int8_activations)
+    assert (tiny == 0).all()  # as the module says
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
@@ -239,6 +244,110 @@ def test_prepared_weights_take_no_more_room(cpu: None) -> None:
         prepared = ops.prepare_weight(packed)
         assert prepared.nbytes == packed.nbytes and (prepared.zeros is None) == symmetric
         assert ops.prepare_weight(prepared) is prepared
+
+
+# --- 8-bit activations -----------------------------------------------------------------------------------------------
+
+# T, N, K, G: rows go over a tile in panels of 16 and of 8, and what is left of them
+SHAPES_8_BITS = [
+    (1, 77, 160, 32), (5, 33, 64, 64), (8, 17, 256, 128), (16, 48, 96, 32), (19, 31, 128, 64), (40, 45, 128, 128),
+]  # fmt: skip
+
+
+def close_to_rounded(ours: Tensor, x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> None:
+    """To the rounding of fp32 sums, for every dtype of x: the whole numbers are exact."""
+    close(ours, expected(ops.round_activations(x), packed, bias), x, sums=SUMS[torch.float32])
+
+
+@each_dtype
+@each_integer
+@pytest.mark.parametrize("shape", SHAPES_8_BITS, ids=str)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_8_bit_activations(
+    instruction_set: str, dtype: torch.dtype, format: str, shape: tuple[int, ...], symmetric: bool, guards: Guards
+) -> None:
+    rows, outputs, inputs, group = shape
+    weight = randn(outputs, inputs) + (0 if symmetric else 0.7)
+    x, bias = guards.input(randn(rows, inputs, dtype=dtype)), guards.input(randn(outputs, dtype=dtype, seed=1))
+    packed = ops.pack_weight(weight, format, group=group, symmetric=symmetric)
+    prepared = guarded(ops.prepare_weight(packed), guards)
+    close_to_rounded(ops.packed_linear(x, prepared, int8_activations=True), x, packed)
+    close_to_rounded(ops.packed_linear(x, prepared, bias, int8_activations=True), x, packed, bias)
+
+
+@each_integer
+def test_8_bit_activations_of_any_number_of_rows(instruction_set: str, format: str, guards: Guards) -> None:
+    packed = ops.pack_weight(randn(21, 64) + 0.7, format, symmetric=False)
+    prepared = guarded(ops.prepare_weight(packed), guards)
+    for rows in range(1, 34):
+        x = guards.input(randn(rows, 64, dtype=torch.bfloat16))
+        close_to_rounded(ops.packed_linear(x, prepared, int8_activations=True), x, packed)
+    assert ops.packed_linear(randn(0, 64), prepared, int8_activations=True).shape == (0, 21)
+
+
+@each_integer
+@pytest.mark.parametrize("zero", ["middle", "low", "high"])
+def test_8_bit_values_at_the_ends_of_their_range(instruction_set: str, format: str, zero: str) -> None:
+    """Powers of two as steps leave nothing to round, so that any sum that overflows or saturates shows."""
+    low, high, dtype = (-128, 127, torch.int8) if format == "int8" else (0, 15, torch.uint8)
+    places = torch.arange(128)
+    patterns = torch.stack([places * 0, places * 0 + 1, *(places // run % 2 for run in (1, 2, 4, 16, 32))])
+    stored = torch.where(torch.cat((patterns, randn(12, 128) > 0)) > 0, high, low).to(dtype)
+    values = stored if format == "int8" else stored[:, ::2] | stored[:, 1::2] << 4
+    zeros = None if zero == "middle" else torch.full((19, 2), low if zero == "low" else high, dtype=dtype)
+    packed = PackedWeight(format, (19, 128), values, torch.full((19, 2), 0.25).half(), zeros, 64)  # type: ignore[arg-type]
+    signs = torch.cat((patterns, 1 - patterns, (randn(9, 128) > 0).int())) * 2 - 1
+    x = signs * (127 / 128)  # a step of 1/128 and nothing but -127 and 127
+    ours = ops.packed_linear(x, ops.prepare_weight(packed), int8_activations=True)
+    assert torch.equal(ours.double(), expected(x, packed))
+
+
+@each_integer
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_rows_that_are_not_finite_leave_the_others_alone(instruction_set: str, format: str, bad: float) -> None:
+    packed = ops.prepare_weight(ops.pack_weight(randn(20, 96), format, symmetric=False))
+    x = randn(19, 96)
+    clean = ops.packed_linear(x, packed, int8_activations=True)
+    x[3, 40] = x[17, 0] = bad
+    ours = ops.packed_linear(x, packed, int8_activations=True)
+    assert ours[[3, 17]].isnan().all() and clean.isfinite().all()
+    others = [row for row in range(19) if row not in (3, 17)]
+    assert torch.equal(ours[others], clean[others])
+
+
+@each_integer
+def test_8_bit_activations_of_any_shape_and_strides(cpu: None, format: str) -> None:
+    packed = ops.pack_weight(randn(21, 64), format)
+    wide = randn(3, 2, 128)
+    for x in (wide[..., ::2], wide[0, 0, 3:67], randn(64, 5).T, randn(1, 64).expand(4, 64)):
+        ours = ops.packed_linear(x, ops.prepare_weight(packed), int8_activations=True)
+        close_to_rounded(ours, x, packed)
+        assert ours.is_contiguous()
+
+
+@each_integer
+def test_threads_change_nothing_of_many_rows(cpu: None, threads: None, format: str) -> None:
+    packed = ops.prepare_weight(ops.pack_weight(randn(1024, 256), format))
+    x = randn(43, 256, dtype=torch.bfloat16)
+    split = ops.packed_linear(x, packed, int8_activations=True)
+    torch.set_num_threads(1)
+    assert torch.equal(ops.packed_linear(x, packed, int8_activations=True), split)
+
+
+@pytest.mark.parametrize("dtype, layout", [(torch.float32, "plain"), (torch.float64, packed_linear.LAYOUT)])
+def test_8_bit_activations_that_go_through_the_reference(attached: None, dtype: torch.dtype, layout: str) -> None:
+    """What the kernels do not take, by itself; forced, they say so."""
+    packed = ops.pack_weight(randn(9, 64), "int8")
+    given = packed if layout == "plain" else ops.prepare_weight(packed)
+    assert given.layout == layout
+    x = randn(3, 64, dtype=dtype)
+    with ops.use_backend("torch"):
+        reference = ops.packed_linear(x, given, int8_activations=True)
+    close(reference, expected(ops.round_activations(x), packed), x, sums=SUMS[torch.float32])
+    assert torch.equal(ops.packed_linear(x, given, int8_activations=True), reference)
+    why = "with 8-bit activations takes a prepared weight and x in 32 bits or fewer"
+    with ops.use_backend("cpu"), pytest.raises(DeviceError, match=f'packed_linear on backend "cpu": {why}'):
+        ops.packed_linear(x, given, int8_activations=True)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -272,18 +381,27 @@ def test_what_is_refused_says_why(cpu: None) -> None:
 # --- torch.library ---------------------------------------------------------------------------------------------------
 
 
-@each_format
+@pytest.mark.parametrize(
+    "format, int8_activations",
+    [("bf16", False), ("int8", False), ("int4", False), ("int8", True), ("int4", True)],
+    ids=["bf16", "int8", "int4", "int8 a8", "int4 a8"],
+)
 @pytest.mark.parametrize("rows", [2, 200])
-def test_opcheck(cpu: None, format: str, rows: int) -> None:
+def test_opcheck(cpu: None, format: str, int8_activations: bool, rows: int) -> None:
     packed = ops.prepare_weight(ops.pack_weight(randn(20, 64), format, symmetric=False))
     x, bias = randn(rows, 64, dtype=torch.bfloat16), randn(20)
     weight = (packed.values, packed.scales, packed.zeros)
-    facts = (packed.format, packed.layout, 20, packed.group)
+    facts = (packed.format, packed.layout, 20, packed.group, int8_activations)
     torch.library.opcheck(torch.ops.llama_mm.cpu_packed_linear.default, (x, *weight, bias, *facts))
 
 
-def test_compiles_in_one_graph(cpu: None) -> None:
+@pytest.mark.parametrize("int8_activations", [False, True], ids=["", "a8"])
+def test_compiles_in_one_graph(cpu: None, int8_activations: bool) -> None:
     packed = ops.prepare_weight(ops.pack_weight(randn(20, 64), "int4"))
     x = randn(2, 64)
-    compiled = torch.compile(lambda x: packed_linear.packed_linear(x, packed) + 1, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), ops.packed_linear(x, packed) + 1)
+
+    def one_more(x: Tensor) -> Tensor:
+        return packed_linear.packed_linear(x, packed, None, int8_activations) + 1
+
+    compiled = torch.compile(one_more, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), ops.packed_linear(x, packed, None, int8_activations) + 1)

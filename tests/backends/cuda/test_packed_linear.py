@@ -189,6 +189,7 @@ def test_what_is_refused() -> None:
         ((x, packed, randn(8)), r"bias has shape \[8\]; takes \[N\], here \[9\]"),
         ((x, packed, randn(9).half()), "bias is torch.float16, x torch.float32; takes one dtype"),
         ((x.double(), packed), "x is torch.float64; takes float32, float16 and bfloat16"),
+        ((x, packed, None, True), "takes activations as they are, not rounded to 8 bits"),
         ((x.to("meta"), packed), "packed is on cpu, x on meta; takes one device"),
         ((randn(2, 64).requires_grad_(), packed), "no backward, and a gradient is wanted"),
     ):

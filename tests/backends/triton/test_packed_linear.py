@@ -67,3 +67,5 @@ def test_what_it_does_not_take(device: str) -> None:
     ]:
         with pytest.raises(DeviceError, match=message):
             ops.packed_linear(x, weight)
+    with pytest.raises(DeviceError, match="takes activations as they are, not rounded to 8 bits"):
+        ops.packed_linear(randn(1, 64, device=device), packed, int8_activations=True)

@@ -98,7 +98,10 @@ def _refuses(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, int8_a
     if packed.layout not in ("plain", LAYOUT):
         return f'the weight has the layout "{packed.layout}", not "plain" or "{LAYOUT}"'
     if int8_activations and (packed.layout == "plain" or x.dtype == torch.float64):
-        return f"with 8-bit activations takes a prepared weight and x in 32 bits or fewer, not {x.dtype}"
+        return (
+            "with 8-bit activations takes a prepared weight and x in 32 bits or fewer, not the layout"
+            f' "{packed.layout}" with {x.dtype}'
+        )
     return None
 
 
