@@ -14,7 +14,7 @@ from llama_multimodal.errors import ConfigError
 from llama_multimodal.inputs import ImageLayout
 from llama_multimodal.models import VisionLanguageModel
 from llama_multimodal.models.layers import split_heads
-from llama_multimodal.processing.tiles import choose_canvas
+from llama_multimodal.processing.tiles import choose_canvas, fitted_size
 from llama_multimodal.train import loop
 from llama_multimodal.train.auxiliary import PATCH_HEADS, AuxiliaryHeads, Targets, middle_block, picture_targets
 from llama_multimodal.train.config import DataConfig, OptimConfig, Recipe
@@ -161,11 +161,11 @@ def test_places_are_in_tiles_of_the_canvas(tmp_path: Path) -> None:
                 continue
             width, height = item.image.size
             rows, columns = choose_canvas(width, height, side, most)
-            # The whole picture, its ratio kept, and enlarged to one tile at most; a pixel less where that rounds down.
-            scale = min(min(max(width, side), columns * side) / width, min(max(height, side), rows * side) / height)
+            fitted = fitted_size(width, height, rows, columns, side)
             for position, mark in positions:
                 place = targets.places[len(found)]
-                assert place.tolist() == pytest.approx((mark.x * scale / side, mark.y * scale / side), abs=1 / side)
+                x, y = mark.x / width * fitted[0], mark.y / height * fitted[1]
+                assert place.tolist() == pytest.approx((x / side, y / side), abs=1e-5)
                 assert 0 < place[0] < columns and 0 < place[1] < rows
                 grids.add((rows, columns))
                 found.append([row, position])
@@ -246,7 +246,7 @@ def test_picture_targets_find_their_patch() -> None:
         Mark("object", 90, 20, (70, 0, 110, 40), shape=2, color=3, size=1),
         Mark("object", 5, 5, (3, 3, 7, 7), shape=0, color=0, size=-1),
     ]
-    patches, counts = picture_targets(marks, layout, 1.0, VISION)
+    patches, counts = picture_targets(marks, layout, VISION)
     names = list(PATCH_HEADS)
     # x = 90 is column 5 of 8: the second tile's column 1; y = 20 is row 1: patch 1 * 4 + 1.
     assert patches[names.index("shape"), 1, 5] == 3 and patches[names.index("color"), 1, 5] == 4

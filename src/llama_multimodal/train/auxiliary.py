@@ -64,18 +64,18 @@ class Targets:
 
 
 def picture_targets(
-    marks: Sequence[Mark], layout: ImageLayout, scale: float, vision: TiledVisionConfig, *, counted: bool = True
+    marks: Sequence[Mark], layout: ImageLayout, vision: TiledVisionConfig, *, counted: bool = True
 ) -> tuple[Tensor, Tensor]:
     """One picture's targets: patches [heads, tiles, P²] and counts [1 + colours + shapes].
 
-    scale: canvas pixels for a picture pixel. counted: whether numbers are asked for; on a sheet they are not, but for
-    the places of a word's characters.
+    marks: in pixels of the canvas. counted: whether numbers are asked for; on a sheet they are not, but for the places
+    of a word's characters.
     """
     side = vision.image_size // vision.patch_size
     rows, columns = layout.rows * side, layout.columns * side
     canvas = torch.zeros(len(PATCH_HEADS), rows, columns, dtype=torch.int64)
     counts = torch.zeros(_COUNTS, dtype=torch.int64)
-    pixels = scale / vision.patch_size  # patches a picture pixel
+    pixels = 1 / vision.patch_size  # patches a canvas pixel
     for mark in marks:
         here = _covered(mark, pixels, rows, columns)
         values = [mark.shape, mark.color, mark.size, mark.char, mark.index, mark.value - 1 if mark.value > 0 else -1]
@@ -106,7 +106,7 @@ def _kinds_of(mark: Mark) -> tuple[tuple[int, int], ...]:
 
 
 def _patch_of(mark: Mark, pixels: float, rows: int, columns: int) -> tuple[int, int]:
-    """Row and column of the patch with the mark's centre; pixels: patches a picture pixel."""
+    """Row and column of the patch with the mark's centre; pixels: patches a canvas pixel."""
     return min(max(int(mark.y * pixels), 0), rows - 1), min(max(int(mark.x * pixels), 0), columns - 1)
 
 

@@ -6,7 +6,7 @@ A step's samples depend on the recipe's seed and the step alone, so a resumed ru
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -124,17 +124,17 @@ class WorldSteps(Dataset[list[MicroBatch]]):
                 continue
             cut, (rows, columns) = image_tiles(image, side, vision.max_num_tiles)
             layout = ImageLayout(rows, columns, row)
-            scale = fitted_size(*image.size, rows, columns, side)[0] / image.width
-            shown, counted = picture_targets(
-                one.sample.marks, layout, scale, vision, counted=one.sample.family != "sheet"
-            )
+            fitted = fitted_size(*image.size, rows, columns, side)
+            scale = fitted[0] / image.width, fitted[1] / image.height
+            marks = [_scaled(mark, *scale) for mark in one.sample.marks]
+            shown, counted = picture_targets(marks, layout, vision, counted=one.sample.family != "sheet")
             tiles.append(cut)
             layouts.append(layout)
             patches.append(shown)
             counts.append(counted)
             for position, mark in one.named:
                 mentions.append((row, position))
-                places.append((mark.x * scale / side, mark.y * scale / side))
+                places.append((mark.x * scale[0] / side, mark.y * scale[1] / side))
         inputs = batch_inputs(
             [one.tokens for one in group],
             torch.from_numpy(np.concatenate(tiles)),
@@ -152,6 +152,12 @@ class WorldSteps(Dataset[list[MicroBatch]]):
             torch.tensor(places, dtype=torch.float32).view(-1, 2),
         )
         return MicroBatch(inputs, labels, targets)
+
+
+def _scaled(mark: Mark, x: float, y: float) -> Mark:
+    """A mark in pixels of the canvas; x, y: canvas pixels for a picture pixel, which rounding makes differ a little."""
+    left, top, right, bottom = mark.box
+    return replace(mark, x=mark.x * x, y=mark.y * y, box=(left * x, top * y, right * x, bottom * y))
 
 
 def batches(dataset: WorldSteps, first_step: int, workers: int) -> Iterator[list[MicroBatch]]:
