@@ -302,6 +302,12 @@ def test_8_bit_values_at_the_ends_of_their_range(instruction_set: str, format: s
     assert torch.equal(ours.double(), expected(x, packed))
 
 
+def test_8_bit_activations_of_very_many_rows(cpu: None) -> None:
+    """In several pieces, so that a long prompt's rounded rows take little memory."""
+    packed, x = ops.pack_weight(randn(7, 32), "int8"), randn(2, 1100, 32)
+    close_to_rounded(ops.packed_linear(x, ops.prepare_weight(packed), int8_activations=True), x, packed)
+
+
 @each_integer
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_rows_that_are_not_finite_leave_the_others_alone(instruction_set: str, format: str, bad: float) -> None:

@@ -28,6 +28,7 @@ from ..operators import define
 from .library import DTYPES, functions, instruction_set, pointer
 
 LAYOUT = "cpu tiles"
+_ROUNDED_AT_ONCE = 1024  # rows of x, whose rounded values take 2 bytes each
 _TILE, _BLOCK = 16, 32  # outputs that lie interleaved, inputs that are rounded together
 # Rows up to which a kernel is faster than torch's product, on the instruction set's kind of machine.
 FEW_BF16 = {"avx512": 4, "avx2": 8, "plain": 2}
@@ -150,6 +151,10 @@ def cpu_packed_linear(
     x = x.contiguous()
     if bias is not None:
         bias = (bias if bias.dtype in DTYPES else bias.float()).contiguous()
+    if int8_activations and rows > _ROUNDED_AT_ONCE:
+        weight = (values, scales, zeros, bias, format, layout, outputs, group, int8_activations)
+        parts = [cpu_packed_linear(some, *weight) for some in x.view(rows, inputs).split(_ROUNDED_AT_ONCE)]
+        return torch.cat(parts).view(*x.shape[:-1], outputs)
     out = x.new_empty(*x.shape[:-1], outputs)
     x_in_c, size = (x.data_ptr(), DTYPES[x.dtype]), (rows, inputs)
     rest = (pointer(bias), 0 if bias is None else DTYPES[bias.dtype], outputs, out.data_ptr(), torch.get_num_threads())

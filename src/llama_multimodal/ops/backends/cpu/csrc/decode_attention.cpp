@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "drivers.h"
 #include "kernels.h"
 #include "scalar.h"
 

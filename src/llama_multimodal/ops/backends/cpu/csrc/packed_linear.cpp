@@ -4,6 +4,7 @@
 // Shapes: N outputs · K inputs · T rows of x
 #include <cstdlib>
 
+#include "drivers.h"
 #include "kernels.h"
 #include "scalar.h"
 
