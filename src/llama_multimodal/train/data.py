@@ -134,7 +134,8 @@ class WorldSteps(Dataset[list[MicroBatch]]):
             counts.append(counted)
             for position, mark in one.named:
                 mentions.append((row, position))
-                places.append((mark.x * scale[0] / side, mark.y * scale[1] / side))
+                on_canvas = _scaled(mark, *scale)
+                places.append((on_canvas.x / side, on_canvas.y / side))
         inputs = batch_inputs(
             [one.tokens for one in group],
             torch.from_numpy(np.concatenate(tiles)),

@@ -48,8 +48,18 @@ def close(ours: Tensor, reference: Tensor, x: Tensor, sums: float | None = None)
 
 
 def guarded(packed: PackedWeight, guards: Guards) -> PackedWeight:
-    tensors = {name: getattr(packed, name) for name in ("values", "scales", "zeros")}
-    return replace(packed, **{name: guards.input(t) for name, t in tensors.items() if t is not None})
+    return packed.mapped(guards.input)
+
+
+def guarded_case(
+    shape: tuple[int, ...], dtype: torch.dtype, format: str, symmetric: bool, guards: Guards
+) -> tuple[Tensor, Tensor, PackedWeight, PackedWeight]:
+    """x, bias, and a weight of T, N, K, G in the plain layout and prepared."""
+    rows, outputs, inputs, group = shape
+    weight = randn(outputs, inputs) + (0 if symmetric else 0.7)
+    x, bias = guards.input(randn(rows, inputs, dtype=dtype)), guards.input(randn(outputs, dtype=dtype, seed=1))
+    packed = ops.pack_weight(weight, format, group=group, symmetric=symmetric)
+    return x, bias, packed, guarded(ops.prepare_weight(packed), guards)
 
 
 @pytest.fixture
@@ -70,11 +80,7 @@ SHAPES = [(1, 1, 32, 32), (1, 77, 160, 32), (3, 17, 96, 96), (8, 48, 256, 64), (
 def test_few_rows(
     kernels_only: None, dtype: torch.dtype, format: str, shape: tuple[int, ...], symmetric: bool, guards: Guards
 ) -> None:
-    rows, outputs, inputs, group = shape
-    weight = randn(outputs, inputs) + (0 if symmetric else 0.7)
-    x, bias = guards.input(randn(rows, inputs, dtype=dtype)), guards.input(randn(outputs, dtype=dtype, seed=1))
-    packed = ops.pack_weight(weight, format, group=group, symmetric=symmetric)
-    prepared = guarded(ops.prepare_weight(packed), guards)
+    x, bias, packed, prepared = guarded_case(shape, dtype, format, symmetric, guards)
     assert prepared.layout == ("plain" if format == "bf16" else packed_linear.LAYOUT)
     close(ops.packed_linear(x, prepared), expected(x, packed), x)
     close(ops.packed_linear(x, prepared, bias), expected(x, packed, bias), x)
@@ -266,11 +272,7 @@ def close_to_rounded(ours: Tensor, x: Tensor, packed: PackedWeight, bias: Tensor
 def test_8_bit_activations(
     instruction_set: str, dtype: torch.dtype, format: str, shape: tuple[int, ...], symmetric: bool, guards: Guards
 ) -> None:
-    rows, outputs, inputs, group = shape
-    weight = randn(outputs, inputs) + (0 if symmetric else 0.7)
-    x, bias = guards.input(randn(rows, inputs, dtype=dtype)), guards.input(randn(outputs, dtype=dtype, seed=1))
-    packed = ops.pack_weight(weight, format, group=group, symmetric=symmetric)
-    prepared = guarded(ops.prepare_weight(packed), guards)
+    x, bias, packed, prepared = guarded_case(shape, dtype, format, symmetric, guards)
     close_to_rounded(ops.packed_linear(x, prepared, int8_activations=True), x, packed)
     close_to_rounded(ops.packed_linear(x, prepared, bias, int8_activations=True), x, packed, bias)
 

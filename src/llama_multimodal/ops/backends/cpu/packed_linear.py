@@ -145,16 +145,15 @@ def cpu_packed_linear(
     if no_kernel or (rows > few and not int8_activations):
         packed = PackedWeight(format, (outputs, inputs), values, scales, zeros, group, layout)  # type: ignore[arg-type]
         return _many_rows(x, packed, bias)
+    weight = (values, scales, zeros, bias, format, layout, outputs, group, int8_activations)
     if x.dtype not in DTYPES:  # fp16
-        weight = (values, scales, zeros, bias, format, layout, outputs, group, int8_activations)
         return cpu_packed_linear(x.float(), *weight).to(x.dtype)
     x = x.contiguous()
-    if bias is not None:
-        bias = (bias if bias.dtype in DTYPES else bias.float()).contiguous()
     if int8_activations and rows > _ROUNDED_AT_ONCE:
-        weight = (values, scales, zeros, bias, format, layout, outputs, group, int8_activations)
         parts = [cpu_packed_linear(some, *weight) for some in x.view(rows, inputs).split(_ROUNDED_AT_ONCE)]
         return torch.cat(parts).view(*x.shape[:-1], outputs)
+    if bias is not None:
+        bias = (bias if bias.dtype in DTYPES else bias.float()).contiguous()
     out = x.new_empty(*x.shape[:-1], outputs)
     x_in_c, size = (x.data_ptr(), DTYPES[x.dtype]), (rows, inputs)
     rest = (pointer(bias), 0 if bias is None else DTYPES[bias.dtype], outputs, out.data_ptr(), torch.get_num_threads())

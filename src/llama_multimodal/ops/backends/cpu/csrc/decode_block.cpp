@@ -2,26 +2,14 @@
 // interpreter and in waking threads, is a third of a small model's time.
 //
 // Shapes: B rows · E hidden size · H query heads · Hkv key heads · D head dim · F feed-forward size · C slots of a row
-#include <cstdlib>
 #include <cstring>
 
 #include "drivers.h"
 #include "kernels.h"
 #include "scalar.h"
-
-namespace {
+#include "scratch.h"
 
 using namespace llama_mm;
-
-struct Buffer {
-  char* memory;
-  explicit Buffer(int64_t bytes) : memory(static_cast<char*>(malloc(static_cast<size_t>(bytes)))) {}
-  ~Buffer() { free(memory); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-};
-
-}  // namespace
 
 extern "C" {
 
@@ -66,8 +54,8 @@ int llama_mm_cpu_decode_block(const LlamaMmBlock* block, const void* x, int rows
   const int64_t head = b.dim * bytes, q_row = b.heads * head, kv_row = b.kv_heads * head;
   const int64_t row_bytes = hidden * bytes, qkv_row = q_row + 2 * kv_row, gates = 2 * inner * bytes;
   const int64_t widest = gates > qkv_row ? gates : qkv_row;
-  Buffer normed(rows * row_bytes), wide(rows * widest), narrow(rows * (q_row > inner * bytes ? q_row : inner * bytes));
-  Buffer product(rows * row_bytes), sum(rows * row_bytes);
+  Scratch normed(rows * row_bytes), wide(rows * widest), narrow(rows * (q_row > inner * bytes ? q_row : inner * bytes));
+  Scratch product(rows * row_bytes), sum(rows * row_bytes);
   if (!normed.memory || !wide.memory || !narrow.memory || !product.memory || !sum.memory) return -1;
   const char* from = static_cast<const char*>(x);
 

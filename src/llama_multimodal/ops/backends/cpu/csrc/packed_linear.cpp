@@ -2,11 +2,10 @@
 // an output's weights are read from memory once, however many rows x has.
 //
 // Shapes: N outputs · K inputs · T rows of x
-#include <cstdlib>
-
 #include "drivers.h"
 #include "kernels.h"
 #include "scalar.h"
+#include "scratch.h"
 
 namespace {
 
@@ -62,14 +61,6 @@ struct Panels {
   }
 };
 
-struct Scratch {
-  void* memory;
-  explicit Scratch(int64_t bytes) : memory(aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64))) {}
-  ~Scratch() { free(memory); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-};
-
 }  // namespace
 
 extern "C" {
@@ -92,8 +83,7 @@ int llama_mm_cpu_packed_linear(const void* x, int dtype, int to_8_bits, int rows
   const int64_t row_bytes = inputs * use.digit_bytes[rounding];
   Scratch scratch(heads_bytes + rows * row_bytes);
   if (!scratch.memory) return 1;
-  char* memory = static_cast<char*>(scratch.memory);
-  const RoundedX rounded = {reinterpret_cast<BlockOfX*>(memory), memory + heads_bytes};
+  const RoundedX rounded = {reinterpret_cast<BlockOfX*>(scratch.memory), scratch.memory + heads_bytes};
   const Panels panels = {rounded, rows, use.most_rows, blocks, use.digit_bytes[rounding]};
   const int team = useful_threads(threads, outputs * inputs / (int4 ? 2 : 1));
 #pragma omp parallel for schedule(static) num_threads(team) if (team > 1 && rows > kMaxRows)
@@ -127,7 +117,7 @@ int llama_mm_cpu_bf16_linear(const void* x, int dtype, int rows, int64_t inputs,
   const int64_t stride = (inputs + 15) / 16 * 16;
   Scratch scratch((rows + 1) * stride * 4);
   if (!scratch.memory) return 1;
-  float *ordered = static_cast<float*>(scratch.memory), *wide = ordered + rows * stride;
+  float *ordered = reinterpret_cast<float*>(scratch.memory), *wide = ordered + rows * stride;
   for (int t = 0; t < rows; t++) {
     for (int64_t k = 0; k < inputs; k++) wide[k] = get(x, type, t * inputs + k);
     use.order_row(wide, inputs, ordered + t * stride);
