@@ -21,7 +21,10 @@ def objection(case: Case, backend: str, dtype: torch.dtype) -> str | None:
     kernel = _dispatch._kernels.get((case.op, backend))
     if kernel is None:
         return f"{case.op} is left to torch on {backend}"
-    return _dispatch._objection(kernel, *case.arguments(dtype, "cuda"))
+    args, kwargs = case.arguments(dtype, "cuda")
+    if kernel.leaves(*args, **kwargs):
+        return f"{case} is left to another backend by {backend}"
+    return _dispatch._objection(kernel, args, kwargs)
 
 
 @pytest.mark.usefixtures("poison")

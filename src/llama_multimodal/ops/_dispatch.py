@@ -6,8 +6,8 @@ depends on static facts only (the forced backend; device, dtype, shapes; whether
 neither waits for a device nor breaks a compiled graph; a compiled graph keeps the backend of its first run.
 
 Left to itself the dispatch takes the first of cuda, triton, cpu whose kernel takes the arguments, else the reference.
-A forced backend must take them where it has a kernel for the op at all; ops that a backend leaves to torch by design
-(prefill attention, say) run as the reference.
+A forced backend must take them where it has a kernel for the op at all; what a backend leaves to torch by design, whole
+ops or some shapes of one (prefill attention, say), runs as the reference.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ class Kernel:
     """One op on one backend.
 
     function: has the op's own signature. refuses: called with the same arguments; why it cannot take them, or None.
+    leaves: likewise; whether they are left to the next backend by design, even where this one is forced.
     differentiable: whether autograd can go through it.
     """
 
     function: Callable[..., Any]
     refuses: Callable[..., str | None]
+    leaves: Callable[..., bool]
     differentiable: bool
 
 
@@ -53,12 +55,17 @@ _kernels: dict[tuple[str, str], Kernel] = {}
 
 
 def register(
-    op: str, backend: str, *, refuses: Callable[..., str | None] = lambda *_, **__: None, differentiable: bool = False
+    op: str,
+    backend: str,
+    *,
+    refuses: Callable[..., str | None] = lambda *_, **__: None,
+    leaves: Callable[..., bool] = lambda *_, **__: False,
+    differentiable: bool = False,
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Decorator: this function implements `op` on `backend`."""
 
     def add(function: Callable[..., Result]) -> Callable[..., Result]:
-        _kernels[op, backend] = Kernel(function, refuses, differentiable)
+        _kernels[op, backend] = Kernel(function, refuses, leaves, differentiable)
         return function
 
     return add
@@ -77,7 +84,7 @@ def call(op: str, reference: Callable[..., Result], *args: Any, **kwargs: Any) -
         if missing := why_missing(forced):
             raise DeviceError(f'backend "{forced}" cannot be used here: {missing}')
         kernel = _kernels.get((op, forced))
-        if kernel is None:
+        if kernel is None or kernel.leaves(*args, **kwargs):
             return reference(*args, **kwargs)
         if why := _objection(kernel, args, kwargs):
             raise DeviceError(f'{op} on backend "{forced}": {why}; use_backend("torch") takes anything')
@@ -86,7 +93,9 @@ def call(op: str, reference: Callable[..., Result], *args: Any, **kwargs: Any) -
     for backend in _AUTOMATIC.get(device, ()):
         if why_missing(backend) is None:
             kernel = _kernels.get((op, backend))
-            if kernel is not None and _objection(kernel, args, kwargs) is None:
+            if kernel is None or kernel.leaves(*args, **kwargs):
+                continue
+            if _objection(kernel, args, kwargs) is None:
                 return kernel.function(*args, **kwargs)
     return reference(*args, **kwargs)
 

@@ -3,7 +3,8 @@
 Answers alone teach a vision encoder slowly: a count is one number for a whole picture. The renderer knows where
 everything is, so small linear heads, thrown away after training, ask the encoder's final state for it directly. And
 whether one thing is left of another takes two places and a comparison, which an answer of one bit hardly teaches at
-once: the decoder's state half way up, at the words that name a thing, is asked for the thing's place.
+once: the decoder's state half way up, at the words that name a thing, is asked for the thing's place; and while it
+spells a printed word, for the place of the character that comes next.
 
 Shapes: M tiles of the batch · P² patches of a tile · N pictures · K things named · E text hidden size
 """
@@ -37,7 +38,7 @@ PATCH_HEADS = {
 }
 _NUMBERS = ("index", "value", "same", "same_color", "same_shape")  # heads that ask about the picture as a whole
 _NOTHING_WEIGHT = 0.1  # most patches show nothing
-_PLACE_WEIGHT = 2.0
+_PLACE_WEIGHT = 3.0
 _MOST = 10  # counts 0 … 9
 _COUNTS = 1 + len(COLORS) + len(SHAPES)
 _UNKNOWN = -100
@@ -47,8 +48,8 @@ _UNKNOWN = -100
 class Targets:
     """patches: int64 [heads, M, P²]; counts: int64 [N, 1 + colours + shapes], -100 for pictures without objects.
 
-    mentions: int64 [K, 2], batch row and position of the last token that names a thing; places: fp32 [K, 2], the
-    thing's x and y on its canvas, in tiles.
+    mentions: int64 [K, 2], batch row and position of the last token that names a thing, or of the token before a
+    printed character; places: fp32 [K, 2], the thing's x and y on its canvas, in tiles.
     """
 
     patches: Tensor

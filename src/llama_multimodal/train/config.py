@@ -38,6 +38,7 @@ class DataConfig:
     turns_per_scene: int = 8
     sheets_per_step: int = 96  # in the steps that are taken on sheets alone
     sheets_beside: int = 0  # sheets that a later step has besides its samples
+    texts_beside: int = 0  # printed texts, likewise
     small_pictures: float = 0.0  # share that is made to fit one or two tiles of 128 pixels, beyond those that do
     tokens_per_microbatch: int = 2048  # padded text tokens; longer steps run in several pieces
     workers: int = 1
@@ -68,7 +69,7 @@ class Recipe:
     save_every: int = 100
 
     def __post_init__(self) -> None:
-        sizes = {"samples_per_step": self.data.samples_per_step + self.data.sheets_beside}
+        sizes = {"samples_per_step": self.data.samples_per_step + self.data.sheets_beside + self.data.texts_beside}
         if self.sheet_steps:
             sizes["sheets_per_step"] = self.data.sheets_per_step
         for name, count in sizes.items():

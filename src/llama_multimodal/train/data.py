@@ -40,7 +40,7 @@ class _Prepared:
 
     tokens: list[int]
     labels: list[int]
-    named: list[tuple[int, Mark]]  # position of a name's last token
+    named: list[tuple[int, Mark]]  # position of a name's last token, or of the token before a printed character
     sample: Sample
 
 
@@ -60,6 +60,8 @@ def prepare_sample(item: Sample, tokenizer: Tokenizer, config: ModelConfig) -> _
         for mention in turn.mentions:
             end = turn.question.index(mention.words) + len(mention.words)
             named.append((start + len(tokenizer.encode(turn.question[:end])) - 1, mention.mark))
+        if turn.kind == "text" and len(answer) == len(item.marks) + 1:  # spelt: a token a character and the end
+            named += [(len(tokens) + len(prompt) - 1 + i, mark) for i, mark in enumerate(item.marks)]
         tokens += prompt + answer
         learnt += [False] * len(prompt) + [True] * len(answer)
     if not item.turns and item.image is not None:  # a sheet: nothing is asked
@@ -84,11 +86,12 @@ class WorldSteps(Dataset[list[MicroBatch]]):
 
     def __getitem__(self, step: int) -> list[MicroBatch]:
         count = self.count(step)
-        sheets = count if self._on_sheets(step) else self.data.sheets_beside
+        families = ["sheet"] * (count if self._on_sheets(step) else self.data.sheets_beside)
+        families += ["text"] * (0 if self._on_sheets(step) else self.data.texts_beside)
         base = self.data.seed * 1_000_000_000 + step * count
         prepared = []
         for i in range(self.rank, count, self.world):
-            family = "sheet" if i < sheets else None
+            family = families[i] if i < len(families) else None
             item = sample(base + i, family=family, turns=self.data.turns_per_scene, small=self.data.small_pictures)
             prepared.append(prepare_sample(item, self.tokenizer, self.config))
         prepared.sort(key=lambda p: (len(p.sample.turns) > 0, len(p.tokens)))  # sheets first, for the encoder alone
@@ -98,7 +101,7 @@ class WorldSteps(Dataset[list[MicroBatch]]):
         """How many samples a step has, over all ranks."""
         if self._on_sheets(step):
             return self.data.sheets_per_step
-        return self.data.samples_per_step + self.data.sheets_beside
+        return self.data.samples_per_step + self.data.sheets_beside + self.data.texts_beside
 
     def _on_sheets(self, step: int) -> bool:
         return step < self.recipe.sheet_steps

@@ -50,6 +50,11 @@ def mismatch(tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
+def more_rows_than(most: int) -> Callable[..., bool]:
+    """What a kernel for a decoding step leaves to matrix products: x of more rows than `most`."""
+    return lambda x, *_, **__: x.ndim > 0 and x.numel() > most * x.shape[-1]
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many of a kernel's programs run side by side, at least; a few on the CPU."""

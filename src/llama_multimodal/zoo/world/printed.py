@@ -13,7 +13,7 @@ from .backgrounds import Background, background, canvas_size, finish, thumbnail_
 from .outside import outside_question
 from .palette import RGB, from_hsv, lightness, object_color
 from .phrases import PHRASES, phrase
-from .types import CHARS, COLORS, OUTSIDE_ANSWER, Mark, Turn
+from .types import CHARS, COLORS, OUTSIDE_ANSWER, SHAPES, SIZES, Mark, Turn
 from .words import WORDS
 
 _ONSETS = tuple(
@@ -27,10 +27,12 @@ _CASELESS = set("cosuvwxzpk")  # small and capital look the same but for their h
 _LENGTHS = (0.03, 0.05, 0.15, 0.18, 0.18, 0.16, 0.13, 0.12)  # of one to eight characters
 _LEAST_CONTRAST = 28.0  # of lightness: thin strokes are not read by their hue
 _BY_LENGTH = {n: tuple(word for word in WORDS if len(word) == n) for n in range(2, 9)}
-# A capitalised word that begins a question is one token; printed ones must be spelt letter by letter.
-_OPENINGS = {
-    template.split()[0].strip(".,:").lower() for group in PHRASES.values() for template in group
-} | {"please", "answer", "just", "yes", "one", "write", "tell", "play", "set", "send", "book"}  # fmt: skip
+# A capitalised word that begins a question may be one token; printed ones must be spelt letter by letter.
+_OPENINGS = (
+    {*COLORS, *SHAPES, *SIZES}
+    | {template.split()[0].strip(".,:").lower() for group in PHRASES.values() for template in group}
+    | {"please", "answer", "just", "yes", "one", "write", "tell", "play", "set", "send", "book", "fix", "good"}
+)
 
 
 @dataclass(frozen=True)

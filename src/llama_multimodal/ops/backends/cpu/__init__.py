@@ -16,4 +16,7 @@ def load() -> str | None:
     """Register the kernels; the reason where they cannot be used here."""
     for module in _MODULES:
         importlib.import_module(f"{__name__}.{module}")
-    return library.find()
+    why = library.find()
+    if why is None and library.has_attention():
+        importlib.import_module(f"{__name__}.attention")
+    return why

@@ -16,12 +16,10 @@ from .library import dense_last, functions
 
 
 def _refuses(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> str | None:
-    if q.ndim == 4 and q.shape[2] != 1:
-        return f"takes one token a row, not {q.shape[2]}"
     return refuses_dtype(q) or refuses_tensors(q=q, k=k, v=v, ranges=ranges.table)
 
 
-@_dispatch.register("cross_attention", "cpu", refuses=_refuses)
+@_dispatch.register("cross_attention", "cpu", refuses=_refuses, leaves=lambda q, *_: q.ndim == 4 and q.shape[2] != 1)
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> Tensor:
     """Raises ValueError where shapes do not go together, or a range reaches past the keys."""
     if q.ndim != 4 or k.ndim != 3:

@@ -28,6 +28,11 @@ _SIGNATURES = {  # without the llama_mm_cpu_ that every name begins with
         _INT,
     ),
     "bf16_linear": ([_POINTER, _INT, _INT, _SIZE, _POINTER, _POINTER, _INT, _SIZE, _POINTER, _INT], _INT),
+    "has_attention": ([], _INT),
+    "attention": (
+        [_POINTER, _POINTER, *_KEYS, *[_SIZE] * 6, _INT, _POINTER, _POINTER, _POINTER, _INT],
+        _INT,
+    ),
     "unpack_tiles": ([*_WEIGHT, _SIZE, _SIZE, _SIZE, _INT, _POINTER, _INT], None),
     "decode_attention": ([*_QUERIES, *_KEYS, _SIZE, _POINTER, _POINTER, _POINTER, _INT], _INT),
     "decode_block": ([_TEXT, _POINTER, _INT, _POINTER, _POINTER, *_KEYS, _SIZE, _POINTER, _POINTER, _INT], _INT),
@@ -87,6 +92,11 @@ def functions() -> ctypes.CDLL:
 def instruction_set() -> str:
     """The one in use."""
     return _instruction_set
+
+
+def has_attention() -> bool:
+    """Whether there is a kernel for attention of many queries: with AVX-512's products of bf16 pairs only."""
+    return bool(functions().has_attention())
 
 
 def use_instruction_set(name: str) -> bool:

@@ -22,8 +22,6 @@ _MOST_TOKENS = 8
 def _refuses(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> str | None:
     if q.ndim != 4 or k.ndim != 3:
         return f"q has shape {list(q.shape)}, k {list(k.shape)}; takes [B, H, T, D] and [Hkv, S, D]"
-    if q.shape[2] > _MOST_TOKENS:
-        return f"q has {q.shape[2]} tokens a row; takes {_MOST_TOKENS} at most"
     if v.shape != k.shape:
         return f"v has shape {list(v.shape)}, k {list(k.shape)}; takes one shape"
     return (
@@ -45,6 +43,6 @@ def cuda_cross_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tens
     return attend(q, k, v, k_steps, v_steps, k.shape[0], k.shape[1], table).transpose(1, 2)
 
 
-@register("cross_attention", "cuda", refuses=_refuses)
+@register("cross_attention", "cuda", refuses=_refuses, leaves=lambda q, *_: q.ndim == 4 and q.shape[2] > _MOST_TOKENS)
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> Tensor:
     return cuda_cross_attention(q, k, v, ranges.table)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..._dispatch import register
 from ...packed_linear import PackedWeight
-from ..operators import define, multiprocessors
+from ..operators import define, more_rows_than, multiprocessors
 from .library import DTYPES, INT, INT64, POINTER, Launcher, refused
 
 _MOST_ROWS = 8
@@ -30,9 +30,6 @@ def _refuses(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, int8_a
     outputs, inputs = packed.shape
     if x.ndim == 0 or x.shape[-1] != inputs:
         return f"x has shape {list(x.shape)}; takes [..., K], here [..., {inputs}]"
-    rows = x.numel() // inputs
-    if rows > _MOST_ROWS:
-        return f"x has {rows} rows; takes {_MOST_ROWS} at most"
     if packed.values.device != x.device:
         return f"packed is on {packed.values.device}, x on {x.device}; takes one device"
     if bias is not None and bias.shape != (outputs,):
@@ -70,7 +67,7 @@ def cuda_packed_linear(
     return out
 
 
-@register("packed_linear", "cuda", refuses=_refuses)
+@register("packed_linear", "cuda", refuses=_refuses, leaves=more_rows_than(_MOST_ROWS))
 def packed_linear(
     x: Tensor, packed: PackedWeight, bias: Tensor | None = None, int8_activations: bool = False
 ) -> Tensor:

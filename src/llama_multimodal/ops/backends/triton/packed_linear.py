@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..._dispatch import register
 from ...packed_linear import PackedWeight
-from ..operators import define, multiprocessors
+from ..operators import define, more_rows_than, multiprocessors
 from .library import WIDE, launch, power, refused, upcasts, widen
 
 _MOST_ROWS = 8
@@ -186,9 +186,6 @@ def _refuses(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, int8_a
         return f'packed has format "{packed.format}" in layout "{packed.layout}"; takes int8 and int4 in the plain one'
     if x.ndim == 0 or x.shape[-1] != packed.shape[1]:
         return f"x has shape {tuple(x.shape)}; takes [..., K] for a weight of {packed.shape}"
-    rows = x.numel() // max(1, x.shape[-1])
-    if rows > _MOST_ROWS:
-        return f"x has {rows} rows; takes {_MOST_ROWS} at most"
     per_word = 8 if packed.format == "int4" else 4
     if packed.group > _MOST_GROUP or packed.group % per_word:
         return f"packed has groups of {packed.group}; takes multiples of {per_word} up to {_MOST_GROUP}"
@@ -199,7 +196,7 @@ def _refuses(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, int8_a
     return refused(x=x, bias=bias)
 
 
-@register("packed_linear", "triton", refuses=_refuses)
+@register("packed_linear", "triton", refuses=_refuses, leaves=more_rows_than(_MOST_ROWS))
 def packed_linear(
     x: Tensor, packed: PackedWeight, bias: Tensor | None = None, int8_activations: bool = False
 ) -> Tensor:

@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "attention.h"
 #include "kernels.h"
 
 namespace llama_mm {
@@ -10,6 +11,7 @@ extern const Kernels kPlain;
 #if defined(__x86_64__)
 extern const Kernels kAvx512;
 extern const Kernels kAvx2;
+extern const Attention kAttentionAvx512;
 #endif
 
 namespace {
@@ -41,6 +43,13 @@ const Kernels*& chosen() {
 }  // namespace
 
 const Kernels* kernels() { return chosen(); }
+
+const Attention* attention() {
+#if defined(__x86_64__)
+  if (chosen() == &kAvx512 && __builtin_cpu_supports("avx512bf16")) return &kAttentionAvx512;
+#endif
+  return nullptr;
+}
 
 }  // namespace llama_mm
 

@@ -1,0 +1,193 @@
+// Attention of many queries in bf16, with AVX-512's products of bf16 pairs: sums, scores and softmax are in fp32, and
+// only a weight is rounded to bf16 before it meets the values, as torch does.
+//
+// Shapes: T queries · S keys · D head dim, Dp rounded up to 16 · kKeys keys that are looked at together
+#define LANES 16
+#include <immintrin.h>
+
+#include <cmath>
+
+#include "attention.h"
+#include "vec.h"
+
+namespace {
+
+using llama_mm::kKeys;
+using llama_mm::kQueries;
+constexpr int kTile = 64;  // keys whose scores are summed in registers
+
+INLINE __m512 multiply(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+
+INLINE __m512i pair_of(const uint16_t* from) {  // two neighbours in every lane
+  int32_t both;
+  memcpy(&both, from, 4);
+  return _mm512_set1_epi32(both);
+}
+
+// 16 lanes of 32 bits by 16 rows: row r's lane c becomes row c's lane r.
+INLINE void transpose(__m512i* x) {
+  __m512i y[16];
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int half = 0; half < 2; half++) {
+      x[i + 2 * half] = _mm512_unpacklo_epi64(y[i + half], y[i + half + 2]);
+      x[i + 2 * half + 1] = _mm512_unpackhi_epi64(y[i + half], y[i + half + 2]);
+    }
+  for (int i = 0; i < 4; i++) {
+    y[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
+    y[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
+    y[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+    y[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; i++) {
+    x[i] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88);
+    x[i + 8] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0xdd);
+    x[i + 4] = _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0x88);
+    x[i + 12] = _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0xdd);
+  }
+}
+
+// 32 values of a row from d on, zeros past its end.
+INLINE __m512i load_32(const uint16_t* row, int64_t d, int64_t dim) {
+  const int64_t left = dim - d;
+  const __mmask32 there = left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
+  return _mm512_maskz_loadu_epi16(there, row + d);
+}
+
+// 16 keys (fewer at the end) → [Dp/2, 16, 2].
+void order_keys(const uint16_t* k, int64_t stride, int64_t count, int64_t dim, uint16_t* out) {
+  const int64_t padded = llama_mm::padded_dim(dim);
+  for (int64_t d = 0; d < padded; d += 32) {
+    __m512i x[16];
+    for (int64_t key = 0; key < 16; key++)
+      x[key] = key < count ? load_32(k + key * stride, d, dim) : _mm512_setzero_si512();
+    transpose(x);
+    for (int64_t i = 0; i < 16 && d + 2 * i < padded; i++) _mm512_storeu_si512(out + (d / 2 + i) * 32, x[i]);
+  }
+}
+
+// Two keys' values (one at the end) → [Dp, 2].
+void order_values(const uint16_t* v, int64_t stride, int64_t count, int64_t dim, uint16_t* out) {
+  const int64_t padded = llama_mm::padded_dim(dim);
+  for (int64_t d = 0; d < padded; d += 16) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(load_32(v, d, dim)));
+    const __m512i high = count > 1 ? _mm512_cvtepu16_epi32(_mm512_castsi512_si256(load_32(v + stride, d, dim)))
+                                   : _mm512_setzero_si512();
+    _mm512_storeu_si512(out + 2 * d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+}
+
+// scores[query][0 .. 64) of kQueries queries [kQueries, Dp] against 4 × 16 ordered keys.
+INLINE void score(const uint16_t* q, const uint16_t* keys, int64_t padded, float (*scores)[kKeys]) {
+  constexpr int parts = kTile / 16;
+  __m512 sum[kQueries][parts];
+  for (int t = 0; t < kQueries; t++)
+    for (int p = 0; p < parts; p++) sum[t][p] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < padded / 2; i++) {
+    __m512i key[parts];
+    for (int p = 0; p < parts; p++) key[p] = _mm512_loadu_si512(keys + (p * padded / 2 + i) * 32);
+    for (int t = 0; t < kQueries; t++) {
+      const __m512i query = pair_of(q + t * padded + 2 * i);
+      for (int p = 0; p < parts; p++) sum[t][p] = multiply(sum[t][p], query, key[p]);
+    }
+  }
+  for (int t = 0; t < kQueries; t++)
+    for (int p = 0; p < parts; p++) _mm512_storeu_ps(scores[t] + 16 * p, sum[t][p]);
+}
+
+// acc[query][0 .. 16·PARTS) = factor · acc + weights [kQueries, kKeys] times ordered values, `keys` of them.
+template <int PARTS>
+INLINE void add_values(const uint16_t (*weights)[kKeys], const uint16_t* values, int64_t padded, int keys,
+                       const float* factor, float* acc) {
+  __m512 sum[kQueries][PARTS];
+  for (int t = 0; t < kQueries; t++)
+    for (int p = 0; p < PARTS; p++)
+      sum[t][p] = _mm512_mul_ps(_mm512_set1_ps(factor[t]), _mm512_loadu_ps(acc + t * padded + 16 * p));
+  for (int i = 0; i < keys; i += 2, values += 2 * padded) {
+    __m512i value[PARTS];
+    for (int p = 0; p < PARTS; p++) value[p] = _mm512_loadu_si512(values + 32 * p);
+    for (int t = 0; t < kQueries; t++) {
+      const __m512i weight = pair_of(weights[t] + i);
+      for (int p = 0; p < PARTS; p++) sum[t][p] = multiply(sum[t][p], weight, value[p]);
+    }
+  }
+  for (int t = 0; t < kQueries; t++)
+    for (int p = 0; p < PARTS; p++) _mm512_storeu_ps(acc + t * padded + 16 * p, sum[t][p]);
+}
+
+// 2^x for x <= 0, within 2e-7.
+INLINE __m512 exp2_below(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // -inf would become NaN; a NaN stays, as the second of the two
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(x, whole);
+  __m512 p = _mm512_set1_ps(1.3264720e-3f);  // as in vec.h
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6715130e-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5507336e-2f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022242e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314700e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, whole);
+}
+
+// Scores → weights of one query: the running maximum and sum go on, the result is what to multiply older sums by.
+INLINE float soften(float* scores, const float* bias, int keys, float scale, float* max, float* sum,
+                    uint16_t* weights) {
+  const __m512 times = _mm512_set1_ps(scale);
+  __m512 top = _mm512_set1_ps(*max);
+  for (int i = 0; i < keys; i += 16) {
+    const __m512 x = _mm512_fmadd_ps(_mm512_loadu_ps(scores + i), times, _mm512_loadu_ps(bias + i));
+    _mm512_storeu_ps(scores + i, x);
+    top = _mm512_max_ps(x, top);  // without NaNs: the weights will show them
+  }
+  const float now = _mm512_reduce_max_ps(top), before = *max;
+  const float shift = now == -INFINITY ? 0.0f : now;
+  const __m512 down = _mm512_set1_ps(shift);
+  __m512 total = _mm512_setzero_ps();
+  for (int i = 0; i < keys; i += 32) {
+    const __m512 low = exp2_below(_mm512_sub_ps(_mm512_loadu_ps(scores + i), down));
+    const __m512 high = exp2_below(_mm512_sub_ps(_mm512_loadu_ps(scores + i + 16), down));
+    total = _mm512_add_ps(total, _mm512_add_ps(low, high));
+    _mm512_storeu_si512(weights + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+  const float factor = before == -INFINITY ? 0.0f : exp2f(before - shift);
+  *max = now;
+  *sum = *sum * factor + _mm512_reduce_add_ps(total);
+  return factor;
+}
+
+void attend(const llama_mm::QueryGroup& group, const llama_mm::KeyBlock& block) {
+  alignas(64) float scores[kQueries][kKeys];
+  alignas(64) uint16_t weights[kQueries][kKeys];
+  const int64_t padded = llama_mm::padded_dim(group.dim);
+  const int keys = (block.count + kTile - 1) / kTile * kTile;
+  for (int first = 0; first < keys; first += kTile)
+    score(group.q, block.keys + first * padded, padded, reinterpret_cast<float(*)[kKeys]>(&scores[0][first]));
+  float factor[kQueries];
+  for (int t = 0; t < kQueries; t++) {
+    if (block.causal_from + t < keys)  // the query sees keys up to its own
+      for (int i = block.causal_from + t + 1 < 0 ? 0 : block.causal_from + t + 1; i < keys; i++)
+        scores[t][i] = -INFINITY;
+    factor[t] = soften(scores[t], block.bias, keys, group.scale, group.max + t, group.sum + t, weights[t]);
+  }
+  const uint16_t* values = block.values;
+  float* acc = group.acc;
+  for (int64_t left = padded / 16; left > 0;) {
+    const int parts = left == 4 ? 4 : left == 5 || left == 6 || left == 3 ? 3 : left < 3 ? left : 4;
+    switch (parts) {
+      case 4: add_values<4>(weights, values, padded, keys, factor, acc); break;
+      case 3: add_values<3>(weights, values, padded, keys, factor, acc); break;
+      case 2: add_values<2>(weights, values, padded, keys, factor, acc); break;
+      default: add_values<1>(weights, values, padded, keys, factor, acc);
+    }
+    left -= parts, values += 32 * parts, acc += 16 * parts;
+  }
+}
+
+}  // namespace
+
+namespace llama_mm {
+extern const Attention kAttentionAvx512 = {order_keys, order_values, attend};
+}
