@@ -25,10 +25,13 @@ Measured = dict[str, dict[str, float]]
 
 
 def random_mllama(folder: Path, *, text_hidden: int, text_layers: int, vision_layers: int, tile: int) -> Path:
-    """A random bf16 checkpoint in Hugging Face's layout, every gate open, written by transformers itself."""
+    """A random bf16 checkpoint in Hugging Face's layout, every gate open, written by transformers itself.
+
+    As in every released checkpoint, a picture's unused tiles carry no embeddings.
+    """
     from transformers import MllamaConfig, MllamaForConditionalGeneration
 
-    folder = folder / f"mllama-{text_hidden}-{text_layers}-{vision_layers}-{tile}"
+    folder = folder / f"random-mllama-{text_hidden}-{text_layers}-{vision_layers}-{tile}"
     if (folder / "config.json").exists():
         return folder
     cross = list(range(3, text_layers, 5))
@@ -63,8 +66,12 @@ def random_mllama(folder: Path, *, text_hidden: int, text_layers: int, vision_la
     model = MllamaForConditionalGeneration(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "gate" in name:
+            if name.endswith("gate"):
                 parameter.fill_(0.5)
+            elif "tile" in name and "embedding.weight" in name:
+                tiles = parameter.view(parameter.shape[0], 4, -1)
+                for ratio, (rows, columns) in enumerate(config.vision_config.supported_aspect_ratios, start=1):
+                    tiles[ratio, rows * columns :] = 0.0
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 

@@ -47,6 +47,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, bias: Tenso
 
 # A task is 96 queries, in sixes; a block 256 keys, in sixteens and 64s; the dim is padded to 16.
 SHAPES = [
+    (2, 4, 2, 1, 70, 64),
     (1, 1, 1, 16, 1, 1),
     (1, 2, 2, 17, 15, 7),
     (2, 4, 2, 18, 16, 16),
@@ -133,6 +134,7 @@ def test_what_is_left_to_torch(kernel: None, monkeypatch: pytest.MonkeyPatch) ->
     ops.attention(q, k, v)
     assert len(taken) == 1
     ops.attention(q[:, :, :15], k, v)
+    ops.attention(q[:, :, :1], k, v)  # a step of decoding
     ops.attention(q, k, v, mask=torch.ones(1, 1, 20, 20, dtype=torch.bool))
     ops.attention(q.float(), k.float(), v.float())
     ops.attention(q, k[:, :, :0], v[:, :, :0])

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ... import _dispatch
 from ..operators import define
-from .decode_attention import check_heads, keys_of, raise_for
+from .decode_attention import check_heads, cpu_decode_attention, keys_of, raise_for
 from .library import dense_last, functions, has_attention, pointer, strides
 
-_LEAST_QUERIES = 16  # putting the keys in order is not worth it for fewer
+_LEAST_QUERIES = 16  # putting the keys in order is not worth it for fewer; one alone reads them as they lie
 
 
 def _leaves(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, key_bias: Tensor | None) -> bool:
@@ -23,7 +23,7 @@ def _leaves(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | Non
         any(x.device.type != "cpu" for x in tensors)
         or any(x.dtype != torch.bfloat16 for x in (q, k, v))
         or mask is not None
-        or q.shape[2] < _LEAST_QUERIES
+        or 1 < q.shape[2] < _LEAST_QUERIES
         or not q.numel() * k.numel()
         or not has_attention()
     )
@@ -38,6 +38,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | N
         raise ValueError("attention: q has shape {} and k {}; causal takes as many queries as keys".format(*shapes))
     if key_bias is not None and key_bias.shape != k.shape[2:3]:
         raise ValueError(f"attention: key_bias has shape {tuple(key_bias.shape)}, and k {k.shape[2]} keys")
+    if q.shape[2] == 1:
+        lengths = torch.full(q.shape[:1], k.shape[2], dtype=torch.int32)
+        return cpu_decode_attention(q[:, :, 0], k, v, lengths, key_bias)[:, :, None]
     return cpu_attention(q, k, v, causal, key_bias)
 
 
