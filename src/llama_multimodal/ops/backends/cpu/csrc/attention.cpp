@@ -53,7 +53,7 @@ void attend_some(const Problem& p, const Attention& use, int64_t row, int64_t he
     memcpy(q + (t - first) * padded, p.q + p.q_at.at(row, head, t), static_cast<size_t>(p.dim) * sizeof(uint16_t));
   for (int64_t i = 0; i < groups * kQueries * padded; i++) acc[i] = 0.0f;
   for (int64_t t = 0; t < groups * kQueries; t++) {
-    task.max[t] = -INFINITY;
+    task.max[t] = 2 * kHidden;
     task.sum[t] = 0.0f;
   }
   const float scale = kLog2E / std::sqrt(static_cast<float>(p.dim));
@@ -105,7 +105,9 @@ int llama_mm_cpu_attention(const void* q, const int64_t* q_strides, const void* 
   uint16_t* const ordered_values = ordered_keys + together * of_pair;
   float* const bias = reinterpret_cast<float*>(biases.memory);
   for (int64_t key = 0; key < padded_keys; key++)
-    bias[key] = key >= keys ? -INFINITY : key_bias ? key_bias[key] * kLog2E : 0.0f;
+    bias[key] = key >= keys || (key_bias && key_bias[key] < kHidden) ? 2 * kHidden
+                : key_bias                                           ? key_bias[key] * kLog2E
+                                                                     : 0.0f;
 
 #pragma omp parallel num_threads(threads)
   {

@@ -9,6 +9,7 @@ namespace llama_mm {
 
 constexpr int kQueries = 6;  // queries whose sums lie in registers together
 constexpr int kKeys = 256;   // keys that they look at together
+constexpr float kHidden = -1e30f;  // a score below this weighs nothing; far from -inf, whose differences are NaN
 
 inline int64_t padded_dim(int64_t dim) { return (dim + 15) / 16 * 16; }
 
@@ -26,7 +27,7 @@ struct QueryGroup {
 struct KeyBlock {
   const uint16_t* keys;    // [keys/16, Dp/2, 16, 2]
   const uint16_t* values;  // [keys/2, Dp, 2]
-  const float* bias;       // [keys], in powers of two; -inf for keys that are not there
+  const float* bias;       // [keys], in powers of two, finite; twice kHidden for keys that are not there
   int count;
   int causal_from;  // the last key here that the first query sees, the next query one more; kKeys or more: all
 };

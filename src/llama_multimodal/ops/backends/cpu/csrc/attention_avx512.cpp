@@ -80,8 +80,10 @@ void order_values(const uint16_t* v, int64_t stride, int64_t count, int64_t dim,
   }
 }
 
-// scores[query][0 .. 64) of kQueries queries [kQueries, Dp] against 4 × 16 ordered keys.
-INLINE void score(const uint16_t* q, const uint16_t* keys, int64_t padded, float (*scores)[kKeys]) {
+// scores[query][0 .. 64) of kQueries queries [kQueries, Dp] against 4 × 16 ordered keys, in powers of two and with their
+// bias; top[query]: the largest so far in each lane.
+INLINE void score(const uint16_t* q, const uint16_t* keys, int64_t padded, float scale, const float* bias,
+                  float (*scores)[kKeys], __m512* top) {
   constexpr int parts = kTile / 16;
   __m512 sum[kQueries][parts];
   for (int t = 0; t < kQueries; t++)
@@ -94,8 +96,14 @@ INLINE void score(const uint16_t* q, const uint16_t* keys, int64_t padded, float
       for (int p = 0; p < parts; p++) sum[t][p] = multiply(sum[t][p], query, key[p]);
     }
   }
-  for (int t = 0; t < kQueries; t++)
-    for (int p = 0; p < parts; p++) _mm512_storeu_ps(scores[t] + 16 * p, sum[t][p]);
+  for (int p = 0; p < parts; p++) {
+    const __m512 added = _mm512_loadu_ps(bias + 16 * p);
+    for (int t = 0; t < kQueries; t++) {
+      const __m512 x = _mm512_fmadd_ps(sum[t][p], _mm512_set1_ps(scale), added);
+      _mm512_storeu_ps(scores[t] + 16 * p, x);
+      top[t] = _mm512_max_ps(x, top[t]);  // without NaNs: the weights will show them
+    }
+  }
 }
 
 // acc[query][0 .. 16·PARTS) = factor · acc + weights [kQueries, kKeys] times ordered values, `keys` of them.
@@ -118,32 +126,21 @@ INLINE void add_values(const uint16_t (*weights)[kKeys], const uint16_t* values,
     for (int p = 0; p < PARTS; p++) _mm512_storeu_ps(acc + t * padded + 16 * p, sum[t][p]);
 }
 
-// 2^x for x <= 0, within 2e-7.
+// 2^x for x <= 0, within 4e-6: a weight is rounded to 8 bits behind it.
 INLINE __m512 exp2_below(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // -inf would become NaN; a NaN stays, as the second of the two
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, whole);
-  __m512 p = _mm512_set1_ps(1.3264720e-3f);  // as in vec.h
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6715130e-3f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5507336e-2f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022242e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314700e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  __m512 p = _mm512_set1_ps(9.57010221e-03f);  // least relative error over -0.5 to 0.5, fitted
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.59178591e-02f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.40247443e-01f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.93121791e-01f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.99999285e-01f));
   return _mm512_scalef_ps(p, whole);
 }
 
 // Scores → weights of one query: the running maximum and sum go on, the result is what to multiply older sums by.
-INLINE float soften(float* scores, const float* bias, int keys, float scale, float* max, float* sum,
-                    uint16_t* weights) {
-  const __m512 times = _mm512_set1_ps(scale);
-  __m512 top = _mm512_set1_ps(*max);
-  for (int i = 0; i < keys; i += 16) {
-    const __m512 x = _mm512_fmadd_ps(_mm512_loadu_ps(scores + i), times, _mm512_loadu_ps(bias + i));
-    _mm512_storeu_ps(scores + i, x);
-    top = _mm512_max_ps(x, top);  // without NaNs: the weights will show them
-  }
-  const float now = _mm512_reduce_max_ps(top), before = *max;
-  const float shift = now == -INFINITY ? 0.0f : now;
+INLINE float soften(const float* scores, int keys, float top, float* max, float* sum, uint16_t* weights) {
+  const float before = *max, shift = top <= llama_mm::kHidden ? 0.0f : top;
   const __m512 down = _mm512_set1_ps(shift);
   __m512 total = _mm512_setzero_ps();
   for (int i = 0; i < keys; i += 32) {
@@ -152,10 +149,18 @@ INLINE float soften(float* scores, const float* bias, int keys, float scale, flo
     total = _mm512_add_ps(total, _mm512_add_ps(low, high));
     _mm512_storeu_si512(weights + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
   }
-  const float factor = before == -INFINITY ? 0.0f : exp2f(before - shift);
-  *max = now;
+  const float factor = exp2f(before - shift);  // 0 where nothing was seen before
+  *max = top;
   *sum = *sum * factor + _mm512_reduce_add_ps(total);
   return factor;
+}
+
+// The largest score of one query once those of later keys are hidden.
+INLINE float hide_later(float* scores, int from, int keys) {
+  for (int i = from < 0 ? 0 : from; i < keys; i++) scores[i] = 2 * llama_mm::kHidden;
+  float top = 2 * llama_mm::kHidden;
+  for (int i = 0; i < from && i < keys; i++) top = scores[i] > top ? scores[i] : top;
+  return top;
 }
 
 void attend(const llama_mm::QueryGroup& group, const llama_mm::KeyBlock& block) {
@@ -163,19 +168,22 @@ void attend(const llama_mm::QueryGroup& group, const llama_mm::KeyBlock& block) 
   alignas(64) uint16_t weights[kQueries][kKeys];
   const int64_t padded = llama_mm::padded_dim(group.dim);
   const int keys = (block.count + kTile - 1) / kTile * kTile;
+  __m512 top[kQueries];
+  for (int t = 0; t < kQueries; t++) top[t] = _mm512_set1_ps(2 * llama_mm::kHidden);
   for (int first = 0; first < keys; first += kTile)
-    score(group.q, block.keys + first * padded, padded, reinterpret_cast<float(*)[kKeys]>(&scores[0][first]));
+    score(group.q, block.keys + first * padded, padded, group.scale, block.bias + first,
+          reinterpret_cast<float(*)[kKeys]>(&scores[0][first]), top);
   float factor[kQueries];
   for (int t = 0; t < kQueries; t++) {
-    if (block.causal_from + t < keys)  // the query sees keys up to its own
-      for (int i = block.causal_from + t + 1 < 0 ? 0 : block.causal_from + t + 1; i < keys; i++)
-        scores[t][i] = -INFINITY;
-    factor[t] = soften(scores[t], block.bias, keys, group.scale, group.max + t, group.sum + t, weights[t]);
+    const int later = block.causal_from + t + 1;
+    const float here = later < keys ? hide_later(scores[t], later, keys) : _mm512_reduce_max_ps(top[t]);
+    const float largest = here > group.max[t] ? here : group.max[t];
+    factor[t] = soften(scores[t], keys, largest, group.max + t, group.sum + t, weights[t]);
   }
   const uint16_t* values = block.values;
   float* acc = group.acc;
   for (int64_t left = padded / 16; left > 0;) {
-    const int parts = left == 4 ? 4 : left == 5 || left == 6 || left == 3 ? 3 : left < 3 ? left : 4;
+    const int64_t parts = left == 5 || left == 6 ? 3 : left < 4 ? left : 4;
     switch (parts) {
       case 4: add_values<4>(weights, values, padded, keys, factor, acc); break;
       case 3: add_values<3>(weights, values, padded, keys, factor, acc); break;
