@@ -21,7 +21,7 @@ from llama_multimodal.train.config import DataConfig, OptimConfig, Recipe
 from llama_multimodal.train.data import IGNORED, MicroBatch, WorldSteps, prepare_sample
 from llama_multimodal.train.initial import initialise, share_between_ratios
 from llama_multimodal.weights.save import save_checkpoint
-from llama_multimodal.zoo.world import Mark, sample
+from llama_multimodal.zoo.world import CHARS, Mark, sample
 
 VISION = TiledVisionConfig(32, 48, 2, 1, 2, 3, 64, 16, 4, (1,))
 TEXT = TextConfig(
@@ -139,6 +139,32 @@ def test_named_tokens_end_what_is_named(tmp_path: Path) -> None:
             said = tokenizer.decode(prepared.tokens[: position + 1])
             assert said.endswith(question[: question.index(mention.words) + len(mention.words)])
             assert prepared.labels[position] == IGNORED
+
+
+def test_characters_are_looked_for_from_the_token_before(tmp_path: Path) -> None:
+    config, tokenizer, _ = loop.prepare(recipe(tmp_path))
+    for seed in range(20):
+        item = sample(seed, family="text")
+        prepared = prepare_sample(item, tokenizer, config)
+        answers = [turn.answer for turn in item.turns if turn.kind == "text"]
+        assert len(prepared.named) == sum(map(len, answers)) > 0
+        for (position, mark), char in zip(prepared.named, "".join(answers)):
+            assert CHARS[mark.char] == char
+            assert tokenizer.decode([prepared.labels[position]]) == char
+
+
+def test_texts_beside_a_steps_samples(tmp_path: Path) -> None:
+    data = DataConfig(samples_per_step=2, sheets_beside=2, texts_beside=3, workers=0)
+    one = recipe(tmp_path, sheet_steps=1, data=data)
+    config, tokenizer, _ = loop.prepare(one)
+    sheets, *others = WorldSteps(one, config, tokenizer)[1]
+    assert len(sheets.inputs.images) == 2 and sum(len(batch.labels) for batch in others) == 5
+    assert WorldSteps(one, config, tokenizer).count(1) == 7
+    answers = {tuple(row[row != IGNORED].tolist()) for batch in others for row in batch.labels}
+    for seed in range(1 * 7 + 2, 1 * 7 + 5):
+        labels = prepare_sample(sample(seed, family="text", turns=data.turns_per_scene), tokenizer, config).labels
+        assert tuple(label for label in labels if label != IGNORED) in answers
+    assert sum(len(batch.inputs.images) for batch in WorldSteps(one, config, tokenizer)[0]) == data.sheets_per_step
 
 
 def test_places_are_in_tiles_of_the_canvas(tmp_path: Path) -> None:

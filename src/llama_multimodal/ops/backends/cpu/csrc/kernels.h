@@ -84,6 +84,10 @@ struct Kernels {
   // sums [rows, 16] of 1 to 8 or `most_rows` rows of x against one tile's outputs.
   void (*dot_tile)(const PackedWeight& weight, int64_t tile, const RoundedX& x, int rows, Rounding rounding,
                    float* sums);
+  // Two neighbouring tiles and x in 8 bits: sums [2, pair_rows, 16] of that many rows, which share what is loaded; or
+  // null.
+  void (*dot_pair)(const PackedWeight& weight, int64_t tile, const RoundedX& x, float* sums);
+  int pair_rows;
   // One tile back to values, row after row: out [16, K] fp32 or bf16.
   void (*unpack_tile)(const PackedWeight& weight, int64_t tile, DType dtype, void* out);
   // x [K] → the order that dot_bf16 reads.

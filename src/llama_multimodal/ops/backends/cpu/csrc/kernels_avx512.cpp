@@ -85,10 +85,73 @@ struct Product {
   }
 };
 
+constexpr int kPairRows = 6;  // two sums and two outputs of each in registers
+
+// Two tiles at once: a broadcast of x serves both, and a load of the weight six rows.
+template <bool INT4, bool ZEROS>
+void dot_two(const PackedWeight& weight, int64_t tile, const RoundedX& x, float* sums) {
+  constexpr int64_t bytes = kBlock * 16 / (INT4 ? 2 : 1);
+  const int64_t blocks = weight.blocks, groups = blocks / weight.blocks_per_group;
+  const uint8_t* values = weight.values + tile * blocks * bytes;
+  const uint16_t* scales = weight.scales + tile * groups * 16;
+  const uint8_t* zeros = ZEROS ? weight.zeros + tile * groups * 16 : nullptr;
+  const int8_t* q = static_cast<const int8_t*>(x.digits);
+  const BlockOfX* heads = x.blocks;
+  const __m512i low = _mm512_set1_epi8(15);
+  __m512 out[kPairRows][2];
+  for (int t = 0; t < kPairRows; t++) out[t][0] = out[t][1] = _mm512_setzero_ps();
+
+  for (int64_t group = 0, block = 0; group < groups; group++) {
+    __m512 scale[2], zero[2];
+    for (int n = 0; n < 2; n++) {
+      const int64_t at = (n * groups + group) * 16;
+      scale[n] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + at)));
+      if (ZEROS)
+        zero[n] = _mm512_cvtepi32_ps(
+            _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros + at))));
+    }
+    for (const int64_t end = block + weight.blocks_per_group; block < end;
+         block++, heads += kPairRows, q += kPairRows * kBlock) {
+      __m512i acc[kPairRows][2];
+      for (int t = 0; t < kPairRows; t++) acc[t][0] = acc[t][1] = _mm512_set1_epi32(heads[t].start[0]);
+      const uint8_t* at = values + block * bytes;
+      for (int i = 0; i < kFours; i++) {
+        __m512i w[2];
+        for (int n = 0; n < 2; n++) {
+          const uint8_t* from = at + n * blocks * bytes + 64 * (INT4 ? i / 2 : i);
+          w[n] = _mm512_loadu_si512(from);
+          if (INT4) w[n] = _mm512_and_si512(i % 2 ? _mm512_srli_epi16(w[n], 4) : w[n], low);
+        }
+        for (int t = 0; t < kPairRows; t++) {
+          int32_t four;
+          memcpy(&four, q + t * kBlock + 4 * i, 4);
+          const __m512i row = _mm512_set1_epi32(four);
+          for (int n = 0; n < 2; n++) acc[t][n] = _mm512_dpbusd_epi32(acc[t][n], w[n], row);
+        }
+      }
+      for (int t = 0; t < kPairRows; t++)
+        for (int n = 0; n < 2; n++) {
+          __m512 part = _mm512_cvtepi32_ps(acc[t][n]);
+          if (ZEROS) part = _mm512_fnmadd_ps(zero[n], _mm512_set1_ps(heads[t].total[0]), part);
+          out[t][n] = _mm512_fmadd_ps(part, _mm512_mul_ps(scale[n], _mm512_set1_ps(heads[t].step)), out[t][n]);
+        }
+    }
+  }
+  for (int t = 0; t < kPairRows; t++)
+    for (int n = 0; n < 2; n++) _mm512_storeu_ps(sums + (n * kPairRows + t) * llama_mm::kTileRows, out[t][n]);
+}
+
+void dot_pair(const PackedWeight& weight, int64_t tile, const RoundedX& x, float* sums) {
+  const auto dot = weight.int4 ? weight.zeros ? dot_two<true, true> : dot_two<true, false>
+                               : weight.zeros ? dot_two<false, true> : dot_two<false, false>;
+  dot(weight, tile, x, sums);
+}
+
 }  // namespace
 
 namespace llama_mm {
-extern const Kernels kAvx512 = {"avx512", Product::kMostRows,    {3, 2, 1}, round_row<int8_t>, dot_tile<Product>,
-                                unpack_tile, order_row, dot_bf16,          {attend<float>, attend<uint16_t>},
+extern const Kernels kAvx512 = {"avx512", Product::kMostRows, {3, 2, 1}, round_row<int8_t>, dot_tile<Product>,
+                                dot_pair, kPairRows, unpack_tile, order_row, dot_bf16,
+                                {attend<float>, attend<uint16_t>},
                                 {elementwise<float>(), elementwise<uint16_t>()}};
 }

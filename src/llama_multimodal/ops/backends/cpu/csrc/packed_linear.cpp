@@ -84,7 +84,8 @@ int llama_mm_cpu_packed_linear(const void* x, int dtype, int to_8_bits, int rows
   Scratch scratch(heads_bytes + rows * row_bytes);
   if (!scratch.memory) return 1;
   const RoundedX rounded = {reinterpret_cast<BlockOfX*>(scratch.memory), scratch.memory + heads_bytes};
-  const Panels panels = {rounded, rows, use.most_rows, blocks, use.digit_bytes[rounding]};
+  const bool pairs = to_8_bits && use.dot_pair;  // of tiles
+  const Panels panels = {rounded, rows, pairs ? use.pair_rows : use.most_rows, blocks, use.digit_bytes[rounding]};
   const int team = useful_threads(threads, outputs * inputs / (int4 ? 2 : 1));
 #pragma omp parallel for schedule(static) num_threads(team) if (team > 1 && rows > kMaxRows)
   for (int t = 0; t < rows; t++) {
@@ -96,12 +97,19 @@ int llama_mm_cpu_packed_linear(const void* x, int dtype, int to_8_bits, int rows
     }
   }
 
-#pragma omp parallel for schedule(dynamic, share(tiles, team)) num_threads(team) if (team > 1)
-  for (int64_t tile = 0; tile < tiles; tile++) {
+  const int64_t step = pairs ? 2 : 1;
+#pragma omp parallel for schedule(dynamic, share(tiles / step, team)) num_threads(team) if (team > 1)
+  for (int64_t first = 0; first < tiles; first += step) {
     float sums[kMaxTileRows * kTileRows];
+    const int64_t end = first + step < tiles ? first + step : tiles;
     for (int row = 0; row < rows; row += panels.count(row)) {
-      use.dot_tile(weight, tile, panels.at(row, 0), panels.count(row), rounding, sums);
-      output.put(sums, row, panels.count(row), tile * kTileRows, kTileRows);
+      const int count = panels.count(row);
+      const bool both = end - first == 2 && count == use.pair_rows;
+      if (both) use.dot_pair(weight, first, panels.at(row, 0), sums);
+      for (int64_t tile = first; tile < end; tile++) {
+        if (!both) use.dot_tile(weight, tile, panels.at(row, 0), count, rounding, sums);
+        output.put(sums + (both ? (tile - first) * count * kTileRows : 0), row, count, tile * kTileRows, kTileRows);
+      }
     }
   }
   return 0;
