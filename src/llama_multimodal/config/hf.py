@@ -1,0 +1,145 @@
+"""`config.json` of transformers, read and written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import ConfigError
+from .checks import build, check_keys, expect, section
+from .model import ModelConfig
+from .text import RopeScaling, TextConfig
+from .vision import TiledVisionConfig
+
+# Keys that say nothing about the arithmetic, or that only restate it.
+HF_IGNORED = {
+    "_name_or_path", "add_cross_attention", "architectures", "attention_dropout", "bad_words_ids",
+    "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "dropout", "dtype", "early_stopping",
+    "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty", "finetuning_task",
+    "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range", "is_decoder",
+    "is_encoder_decoder", "label2id", "length_penalty", "max_length", "min_length", "model_type",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
+    "output_hidden_states", "output_scores", "pad_token_id", "prefix", "problem_type", "pruned_heads",
+    "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
+    "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
+    "tie_word_embeddings", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
+    "transformers_version", "typical_p", "use_bfloat16", "use_cache",
+}  # fmt: skip
+
+
+def config_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+    """`config.json` (and `generation_config.json`, whose stop tokens win) of an mllama checkpoint.
+
+    Raises:
+        ConfigError: another `model_type`, an unknown key, a missing key, or a value this project does not implement.
+    """
+    if raw.get("model_type") != "mllama":
+        raise ConfigError(f'config.json has model_type "{raw.get("model_type")}"; supported: mllama')
+    check_keys(raw, {"vision_config", "text_config", "image_token_index", *HF_IGNORED}, "config.json")
+    vision, text = section(raw, "vision_config"), section(raw, "text_config")
+    return ModelConfig(
+        vision=vision_from_hf(vision),
+        text=text_from_hf(text, generation or {}),
+        image_token_id=int(raw.get("image_token_index", 128256)),
+    )
+
+
+def vision_from_hf(raw: Mapping[str, Any]) -> TiledVisionConfig:
+    where = "config.json: vision_config"
+    names = {
+        "hidden_size": "hidden_size",
+        "intermediate_size": "intermediate_size",
+        "num_hidden_layers": "num_hidden_layers",
+        "num_global_layers": "num_global_layers",
+        "num_channels": "num_channels",
+        "image_size": "image_size",
+        "patch_size": "patch_size",
+        "max_num_tiles": "max_num_tiles",
+        "norm_eps": "norm_eps",
+    }
+    heads = "num_attention_heads" if "num_attention_heads" in raw else "attention_heads"
+    known = {*names, "attention_heads", "num_attention_heads", "intermediate_layers_indices"}
+    check_keys(raw, {*known, "hidden_act", "vision_output_dim", "supported_aspect_ratios", *HF_IGNORED}, where)
+    expect(raw, "hidden_act", "gelu", where)
+    given = {ours: raw[theirs] for theirs, ours in names.items() if theirs in raw}
+    if heads in raw:
+        given["num_attention_heads"] = raw[heads]
+    if "intermediate_layers_indices" in raw:
+        given["intermediate_layers_indices"] = tuple(raw["intermediate_layers_indices"])
+    config = build(TiledVisionConfig, given, where)
+    expect(raw, "vision_output_dim", config.output_size, where)
+    if "supported_aspect_ratios" in raw:
+        stated = tuple(tuple(pair) for pair in raw["supported_aspect_ratios"])
+        if stated != config.aspect_ratios:
+            raise ConfigError(f"{where}: supported_aspect_ratios is not the list for {config.max_num_tiles} tiles")
+    return config
+
+
+def text_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> TextConfig:
+    where = "config.json: text_config"
+    names = {
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
+    }  # fmt: skip
+    known = {*names, "rope_theta", "rope_scaling", "rope_parameters", "cross_attention_layers", "hidden_act"}
+    check_keys(raw, {*known, *HF_IGNORED}, where)
+    expect(raw, "hidden_act", "silu", where)
+    expect(raw, "tie_word_embeddings", False, where)
+    given = {name: raw[name] for name in names if name in raw}
+    if "cross_attention_layers" in raw:
+        given["cross_attention_layers"] = tuple(raw["cross_attention_layers"])
+    # transformers 5 moved theta and scaling into `rope_parameters`.
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", raw.get("rope_theta"))
+    if theta is not None:
+        given["rope_theta"] = float(theta)
+    given["rope_scaling"] = rope_scaling_from_hf(rope, where)
+    for name in ("bos_token_id", "pad_token_id"):
+        value = generation.get(name, raw.get(name))
+        if value is not None:
+            given[name] = int(value)
+    eos = generation.get("eos_token_id", raw.get("eos_token_id"))
+    if eos is not None:
+        given["eos_token_ids"] = tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+    return build(TextConfig, given, where)
+
+
+def rope_scaling_from_hf(raw: Mapping[str, Any], where: str) -> RopeScaling | None:
+    """The `rope_scaling` / `rope_parameters` table of a config; None for the unscaled rotary embedding."""
+    kind = raw.get("rope_type", raw.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ConfigError(f'{where}: rope type "{kind}" is not implemented; supported: default, llama3')
+    known = {field.name for field in dataclasses.fields(RopeScaling)}
+    check_keys(raw, {*known, "rope_type", "type"}, f"{where}: rope_scaling")
+    return build(RopeScaling, {k: v for k, v in raw.items() if k in known}, where)
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The `config.json` that transformers reads for this model."""
+    text = {
+        key: value for key, value in dataclasses.asdict(config.text).items()
+        if key not in {"num_extra_embeddings", "eos_token_ids", "rope_scaling", "cross_attention_layers"}
+    }  # fmt: skip
+    text["cross_attention_layers"] = list(config.text.cross_attention_layers)
+    text["eos_token_id"] = list(config.text.eos_token_ids)
+    text["hidden_act"] = "silu"
+    text["tie_word_embeddings"] = False
+    scaling = config.text.rope_scaling
+    text["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(scaling)} if scaling else None
+    vision = dataclasses.asdict(config.vision)
+    vision["attention_heads"] = vision.pop("num_attention_heads")
+    vision["intermediate_layers_indices"] = list(config.vision.intermediate_layers_indices)
+    vision["supported_aspect_ratios"] = [list(pair) for pair in config.vision.aspect_ratios]
+    vision["vision_output_dim"] = config.vision.output_size
+    vision["hidden_act"] = "gelu"
+    return {
+        "architectures": ["MllamaForConditionalGeneration"],
+        "model_type": "mllama",
+        "image_token_index": config.image_token_id,
+        "text_config": {"model_type": "mllama_text_model", **text},
+        "vision_config": {"model_type": "mllama_vision_model", **vision},
+    }
