@@ -11,7 +11,7 @@ import torch
 from .cache import CrossAttentionCache, SelfAttentionCache
 from .errors import PromptError
 from .inputs import ModelInputs, TextDecoder
-from .models import VisionLanguageModel
+from .models import LanguageModel
 from .sampling import SamplingParams, sample
 
 
@@ -37,7 +37,7 @@ class GenerationEvent:
 
 @overload
 def generate(
-    model: VisionLanguageModel,
+    model: LanguageModel,
     inputs: ModelInputs,
     params: SamplingParams | None = None,
     *,
@@ -46,7 +46,7 @@ def generate(
 ) -> GenerationOutput: ...
 @overload
 def generate(
-    model: VisionLanguageModel,
+    model: LanguageModel,
     inputs: ModelInputs,
     params: SamplingParams | None = None,
     *,
@@ -56,7 +56,7 @@ def generate(
 
 
 def generate(
-    model: VisionLanguageModel,
+    model: LanguageModel,
     inputs: ModelInputs,
     params: SamplingParams | None = None,
     *,
@@ -90,7 +90,7 @@ def generate(
 
 @torch.inference_mode()
 def _events(
-    model: VisionLanguageModel,
+    model: LanguageModel,
     inputs: ModelInputs,
     rows: list[_Row],
     params: SamplingParams,

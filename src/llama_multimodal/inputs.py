@@ -72,7 +72,7 @@ class ModelInputs:
         )
 
 
-def visible_images(tokens: Sequence[int], image_token_id: int) -> list[tuple[int, int]]:
+def visible_images(tokens: Sequence[int], image_token_id: int | None) -> list[tuple[int, int]]:
     """The range of images each token may see (Meta's `create_vision_mask`).
 
     An image is seen from its own token to the next image's token; consecutive images share the later one's end.
@@ -96,11 +96,13 @@ def batch_inputs(
     tiles: Tensor,
     images: Sequence[ImageLayout],
     *,
-    image_token_id: int,
+    image_token_id: int | None,
     pad_token_id: int,
     decoder: Callable[[], TextDecoder] | None = None,
 ) -> ModelInputs:
     """Pad token rows into one batch and work out what each token may see.
+
+    image_token_id: None where no token stands for an image
 
     Raises:
         PromptError: an empty row, or a row whose image tokens and images differ in number.

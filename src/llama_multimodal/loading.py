@@ -11,14 +11,17 @@ from typing import cast
 
 import torch
 
-from .config import ModelConfig
+from .config import AnyModelConfig
 from .errors import CheckpointError, DeviceError
-from .models import VisionLanguageModel
+from .models import LanguageModel
 from .ops import Format
+from .processing.gguf_tokenizer import tokenizer_from_gguf
 from .processing.processor import Processor
+from .processing.template import ChatTemplate
 from .processing.tokenizer import Tokenizer
 from .quant.pack import Packing, use_int8_activations
-from .weights.checkpoint import Progress, open_checkpoint, read_model
+from .weights.checkpoint import Checkpoint, Progress, open_checkpoint, read_model
+from .weights.gguf import GGUFFile
 from .zoo.registry import EMBEDDED_FOLDER, EMBEDDED_MEND, EMBEDDED_MISSING, checkpoints, nearest_name
 
 DTYPES = {
@@ -38,10 +41,10 @@ def load(
     pack: Packing | str | None = None,
     int8_activations: bool = False,
     progress: Progress | None = None,
-) -> tuple[VisionLanguageModel, Processor]:
-    """Load a checkpoint in Hugging Face's or Meta's layout, found by itself; weights stream straight to the device.
+) -> tuple[LanguageModel, Processor]:
+    """Load a checkpoint in Hugging Face's, Meta's or GGUF's layout, found by itself; weights stream to the device.
 
-    path_or_repo_id: a folder, a hub id, or `tiny` for the embedded model
+    path_or_repo_id: a folder, a `.gguf` file, a hub id, or `tiny` for the embedded model
     dtype: float32, bfloat16 or float16 (or its name); None takes the checkpoint's
     device: "meta" gives the model without its weights
     pack: "bf16", "int8" or "int4" packs the decoder's linear layers as they come, so that the plain weights are never
@@ -62,7 +65,7 @@ def load(
     checkpoint = open_checkpoint(locate(path_or_repo_id))
     if kind is None:
         kind = checkpoint.dtype if checkpoint.dtype in DTYPES.values() else torch.float32
-    tokenizer = Tokenizer.load(checkpoint.folder)
+    tokenizer, template = _read_text(checkpoint)
     checkpoint = replace(checkpoint, config=with_end_tokens(checkpoint.config, tokenizer))
     if pack == "auto":
         loses_nothing = kind == torch.bfloat16 and place.type == "cpu" and not checkpoint.packed
@@ -71,10 +74,21 @@ def load(
     model = read_model(checkpoint, kind, place, progress, packing)
     if int8_activations:
         use_int8_activations(model)
-    return model.eval(), Processor(checkpoint.config, tokenizer)
+    return model.eval(), Processor(checkpoint.config, tokenizer, template)
 
 
-def with_end_tokens(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+def _read_text(checkpoint: Checkpoint) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    """What a checkpoint has for text."""
+    if not isinstance(checkpoint.store, GGUFFile):
+        return Tokenizer.load(checkpoint.folder), ChatTemplate.load(checkpoint.folder)
+    found = tokenizer_from_gguf(checkpoint.store.metadata)
+    if found is None:
+        return None, None
+    template = None if found.chat_template is None else ChatTemplate(found.chat_template, found.named)
+    return Tokenizer(found.backend, found.special_tokens), template
+
+
+def with_end_tokens(config: AnyModelConfig, tokenizer: Tokenizer | None) -> AnyModelConfig:
     """Where a checkpoint names no end tokens (Meta's files do not), its tokenizer does."""
     names = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
     if config.text.eos_token_ids or tokenizer is None or not tokenizer.special_tokens.keys() & set(names):
@@ -120,9 +134,10 @@ def pick_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def locate(source: str | Path) -> Path:
-    """The folder of a checkpoint; what lies on the hub is downloaded into its cache.
+    """The folder of a checkpoint, or a GGUF file; what lies on the hub is downloaded into its cache.
 
-    source: a folder, `tiny` (the embedded model), or a hub id such as `meta-llama/Llama-3.2-11B-Vision-Instruct`
+    source: a folder, a `.gguf` file, `tiny` (the embedded model), or a hub id such as
+        `meta-llama/Llama-3.2-11B-Vision-Instruct`
 
     Raises:
         CheckpointError: it is not there, may not be downloaded, or does not fit on the disk.
@@ -134,6 +149,8 @@ def locate(source: str | Path) -> Path:
     try:
         path = Path(source).expanduser()
         if path.is_dir():
+            return path
+        if path.suffix == ".gguf" and path.is_file():
             return path
         if path.exists():
             raise CheckpointError(f"{path} is a file; give the folder that it lies in")

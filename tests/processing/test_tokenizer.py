@@ -157,7 +157,7 @@ def test_damaged_json(content: str | bytes, tmp_path: Path) -> None:
 def test_other_kinds_of_tokenizer(tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     backend.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(CheckpointError, match="not byte-level"):
+    with pytest.raises(CheckpointError, match="not BPE over bytes"):
         Tokenizer.from_json(tmp_path / "tokenizer.json")
 
 

@@ -40,6 +40,7 @@ def chat(
     common.bind_threads()
     # Python leaves Ctrl-C ignored where its parent did, as a script's background jobs do; a chat needs it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    from ..models import VisionLanguageModel
     from ..processing.images import open_image
 
     pictures = [open_image(common.expand(path)) for path in image or ()]
@@ -48,7 +49,8 @@ def chat(
         options.model, options.dtype, options.device, options.pack, options.int8_activations
     )
     conversation = Conversation(loaded, processor, params, options.system, pictures)
-    common.say(f"{options.model} is ready. /image PATH adds a picture, /help lists the commands, Ctrl-D ends the chat.")
+    pictures_too = "/image PATH adds a picture, " if isinstance(loaded, VisionLanguageModel) else ""
+    common.say(f"{options.model} is ready. {pictures_too}/help lists the commands, Ctrl-D ends the chat.")
     if pictures:
         common.say(f"({_pictures(len(pictures))} with your first message)")
     while True:

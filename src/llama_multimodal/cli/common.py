@@ -18,7 +18,7 @@ from ..errors import DeviceError, PromptError
 from ..zoo.registry import find
 
 if TYPE_CHECKING:
-    from ..models import VisionLanguageModel
+    from ..models import LanguageModel
     from ..processing import Processor
     from ..sampling import SamplingParams
 
@@ -191,7 +191,7 @@ def num_cores() -> int:
 
 def load_model(
     model: str, dtype: str, device: str, pack: str, int8_activations: bool
-) -> tuple[VisionLanguageModel, Processor]:
+) -> tuple[LanguageModel, Processor]:
     """Load with a progress bar on stderr, which goes away when it is done.
 
     Raises:

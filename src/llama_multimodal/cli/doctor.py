@@ -22,10 +22,13 @@ from .zoo import size
 _REQUIRED = ("torch", "numpy", "pillow", "safetensors", "tokenizers", "jinja2", "huggingface_hub", "typer", "rich")
 _EXTRAS = {
     "train": ("pyyaml", "matplotlib"),
+    "gguf": ("gguf",),
     "bench": ("transformers",),
-    "dev": ("pytest", "hypothesis", "ruff", "mypy", "tiktoken"),
+    "dev": ("pytest", "hypothesis", "ruff", "mypy", "tiktoken", "transformers"),
 }
-_FOR = {"train": "llama-mm train and llama-mm eval", "bench": "benchmarks", "dev": "the tests"}
+_FOR = {
+    "train": "llama-mm train and llama-mm eval", "gguf": "GGUF files", "bench": "benchmarks", "dev": "the tests",
+}  # fmt: skip
 # What makes a matrix product fast, as the kernel names it on x86 and on ARM.
 _CPU_FLAGS = (
     "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile", "amx_bf16",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import PromptError
 from . import common
 
 if TYPE_CHECKING:
@@ -27,10 +28,13 @@ def evaluate(
     """Ask held-out questions of every kind and print the share of exact answers, with 95 % intervals."""
     common.bind_threads()
     from ..eval.harness import evaluate as ask
+    from ..models import VisionLanguageModel
     from ..zoo.world.fonts import faces
 
     faces()  # without the fonts there are no pictures to ask about; say so before the model is loaded
     loaded, processor = common.load_model(model, dtype, device, pack, int8_activations)
+    if not isinstance(loaded, VisionLanguageModel):
+        raise PromptError(f"{model} reads text only, and the questions are about pictures; take a vision model")
     with common.progress_bar("answering") as progress:
         report = ask(
             loaded, processor, per_kind=per_kind, first_seed=seed, batch_size=batch_size, progress=progress

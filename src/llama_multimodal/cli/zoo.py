@@ -13,7 +13,7 @@ _NOTES = (
     "",
     "bf16 and fp32: the size of the weights, on disk and in memory. Keys and values come on top; in bf16 a picture of",
     "four tiles takes 0.2 GiB and 1,000 tokens 0.1 GiB with the 11B models, 0.5 and 0.3 GiB with the 90B models.",
-    "Any other Llama 3.2 Vision checkpoint, a folder or a repository, works with --model too.",
+    "Any other Llama 3.2 Vision or Llama checkpoint, a folder or a repository, works with --model too.",
     "Gated models: accept the licence on the model's page at huggingface.co, then run: hf auth login",
 )
 
@@ -39,7 +39,7 @@ def zoo(as_json: common.AsJson = False) -> None:
         weights = [size(c.num_bytes(width)) if c.parameters else "" for width in (2, 4)]
         row = [c.name, _count(c.parameters), weights[0], _where(c)]
         if wide:
-            row[3:3] = [weights[1], f"{c.max_tiles} x {c.tile_size} px"]
+            row[3:3] = [weights[1], f"{c.max_tiles} x {c.tile_size} px" if c.tile_size else "-"]
             row.append(_license(c))
         table.add_row(*row)
     console.print(table)
@@ -73,12 +73,13 @@ def _where(checkpoint: Checkpoint) -> str:
 
 
 def in_cache(checkpoint: Checkpoint) -> bool:
-    """Whether the hub's cache holds the checkpoint's list of shards."""
+    """Whether the hub's cache holds the checkpoint's weights or the list of their shards."""
     if checkpoint.embedded:
         return False
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(checkpoint.name, "model.safetensors.index.json"), str)
+    files = ("model.safetensors.index.json", "model.safetensors")
+    return any(isinstance(try_to_load_from_cache(checkpoint.name, file), str) for file in files)
 
 
 def _count(parameters: int) -> str:

@@ -1,20 +1,45 @@
 """Model configurations: frozen dataclasses, and their readers for the files of others."""
 
 from .checks import from_dict, nearest
+from .encoders import (
+    Activation,
+    ClipVisionConfig,
+    Dinov2Config,
+    EncoderConfig,
+    SiglipConfig,
+    VitConfig,
+    clip_from_hf,
+    dinov2_from_hf,
+    encoder_from_hf,
+    siglip_from_hf,
+)
 from .hf import config_from_hf, config_to_hf
-from .model import LLAMA_3_2_11B_VISION, LLAMA_3_2_90B_VISION, ModelConfig
-from .text import RopeScaling, TextConfig
+from .model import LLAMA_3_2_11B_VISION, LLAMA_3_2_90B_VISION, AnyModelConfig, LanguageModelConfig, ModelConfig
+from .text import LinearRopeScaling, RopeScaling, TextConfig
 from .vision import TiledVisionConfig
 
 __all__ = [
     "LLAMA_3_2_11B_VISION",
     "LLAMA_3_2_90B_VISION",
+    "Activation",
+    "AnyModelConfig",
+    "ClipVisionConfig",
+    "Dinov2Config",
+    "EncoderConfig",
+    "LanguageModelConfig",
+    "LinearRopeScaling",
     "ModelConfig",
     "RopeScaling",
+    "SiglipConfig",
     "TextConfig",
     "TiledVisionConfig",
+    "VitConfig",
+    "clip_from_hf",
     "config_from_hf",
     "config_to_hf",
+    "dinov2_from_hf",
+    "encoder_from_hf",
     "from_dict",
     "nearest",
+    "siglip_from_hf",
 ]

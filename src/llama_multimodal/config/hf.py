@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import ConfigError
 from .checks import build, check_keys, expect, section
-from .model import ModelConfig
-from .text import RopeScaling, TextConfig
+from .model import AnyModelConfig, LanguageModelConfig, ModelConfig
+from .text import LinearRopeScaling, RopeScaling, TextConfig
 from .vision import TiledVisionConfig
 
 # Keys that say nothing about the arithmetic, or that only restate it.
@@ -29,19 +29,23 @@ HF_IGNORED = {
 }  # fmt: skip
 
 
-def config_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
-    """`config.json` (and `generation_config.json`, whose stop tokens win) of an mllama checkpoint.
+def config_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> AnyModelConfig:
+    """`config.json` (and `generation_config.json`, whose stop tokens win) of an mllama or a llama checkpoint.
 
     Raises:
         ConfigError: another `model_type`, an unknown key, a missing key, or a value this project does not implement.
     """
-    if raw.get("model_type") != "mllama":
-        raise ConfigError(f'config.json has model_type "{raw.get("model_type")}"; supported: mllama')
+    if raw.get("model_type") not in _READERS:
+        raise ConfigError(f'config.json has model_type "{raw.get("model_type")}"; supported: {", ".join(_READERS)}')
+    return _READERS[raw["model_type"]](raw, generation or {})
+
+
+def _mllama_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
     check_keys(raw, {"vision_config", "text_config", "image_token_index", *HF_IGNORED}, "config.json")
     vision, text = section(raw, "vision_config"), section(raw, "text_config")
     return ModelConfig(
         vision=vision_from_hf(vision),
-        text=text_from_hf(text, generation or {}),
+        text=text_from_hf(text, generation, "config.json: text_config"),
         image_token_id=int(raw.get("image_token_index", 128256)),
     )
 
@@ -77,8 +81,35 @@ def vision_from_hf(raw: Mapping[str, Any]) -> TiledVisionConfig:
     return config
 
 
-def text_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> TextConfig:
-    where = "config.json: text_config"
+_LLAMA = {  # what transformers takes where a llama config.json is silent
+    "vocab_size": 32000, "intermediate_size": 11008, "num_hidden_layers": 32, "max_position_embeddings": 2048,
+    "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_ids": (2,), "pad_token_id": 0,
+    "cross_attention_layers": (), "num_extra_embeddings": 0,
+}  # fmt: skip
+_LLAMA_IGNORED = {
+    "attention_bias", "head_dim", "is_llama_config", "mlp_bias", "pretraining_tp", "rope_interleaved",
+    "transformers.js_config",
+}  # fmt: skip
+
+
+def _llama_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> LanguageModelConfig:
+    where = "config.json"
+    for key in ("attention_bias", "mlp_bias", "rope_interleaved"):
+        expect(raw, key, False, where)
+    expect(raw, "quantization_config", None, where)
+    heads = raw.get("num_attention_heads", 32)
+    defaults = {**_LLAMA, "num_attention_heads": heads, "num_key_value_heads": heads}
+    tied = bool(raw.get("tie_word_embeddings", False))
+    plain = {key: value for key, value in raw.items() if key not in {*_LLAMA_IGNORED, "tie_word_embeddings"}}
+    text = text_from_hf(plain, generation, where, {**defaults, "tie_word_embeddings": tied})
+    expect(raw, "head_dim", text.head_dim, where)
+    return LanguageModelConfig(text)
+
+
+def text_from_hf(
+    raw: Mapping[str, Any], generation: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None
+) -> TextConfig:
+    """A decoder's table; defaults: for keys that it lacks, where those of `TextConfig` are not the family's."""
     names = {
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "max_position_embeddings", "rms_norm_eps",
@@ -87,7 +118,7 @@ def text_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> TextC
     check_keys(raw, {*known, *HF_IGNORED}, where)
     expect(raw, "hidden_act", "silu", where)
     expect(raw, "tie_word_embeddings", False, where)
-    given = {name: raw[name] for name in names if name in raw}
+    given = {**(defaults or {}), **{name: raw[name] for name in names if raw.get(name) is not None}}
     if "cross_attention_layers" in raw:
         given["cross_attention_layers"] = tuple(raw["cross_attention_layers"])
     # transformers 5 moved theta and scaling into `rope_parameters`.
@@ -106,30 +137,31 @@ def text_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> TextC
     return build(TextConfig, given, where)
 
 
-def rope_scaling_from_hf(raw: Mapping[str, Any], where: str) -> RopeScaling | None:
+def rope_scaling_from_hf(raw: Mapping[str, Any], where: str) -> RopeScaling | LinearRopeScaling | None:
     """The `rope_scaling` / `rope_parameters` table of a config; None for the unscaled rotary embedding."""
     kind = raw.get("rope_type", raw.get("type", "default"))
     if kind == "default":
         return None
-    if kind != "llama3":
-        raise ConfigError(f'{where}: rope type "{kind}" is not implemented; supported: default, llama3')
-    known = {field.name for field in dataclasses.fields(RopeScaling)}
+    if kind not in _ROPE:
+        raise ConfigError(f'{where}: rope type "{kind}" is not implemented; supported: default, {", ".join(_ROPE)}')
+    known = {field.name for field in dataclasses.fields(_ROPE[kind])}
     check_keys(raw, {*known, "rope_type", "type"}, f"{where}: rope_scaling")
-    return build(RopeScaling, {k: v for k, v in raw.items() if k in known}, where)
+    return build(_ROPE[kind], {k: v for k, v in raw.items() if k in known}, where)
 
 
-def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+_ROPE: dict[str, type[Any]] = {"llama3": RopeScaling, "linear": LinearRopeScaling}
+_READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], AnyModelConfig]] = {
+    "mllama": _mllama_from_hf,
+    "llama": _llama_from_hf,
+}
+
+
+def config_to_hf(config: AnyModelConfig) -> dict[str, Any]:
     """The `config.json` that transformers reads for this model."""
-    text = {
-        key: value for key, value in dataclasses.asdict(config.text).items()
-        if key not in {"num_extra_embeddings", "eos_token_ids", "rope_scaling", "cross_attention_layers"}
-    }  # fmt: skip
+    text = _text_to_hf(config.text)
+    if isinstance(config, LanguageModelConfig):
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **text}
     text["cross_attention_layers"] = list(config.text.cross_attention_layers)
-    text["eos_token_id"] = list(config.text.eos_token_ids)
-    text["hidden_act"] = "silu"
-    text["tie_word_embeddings"] = False
-    scaling = config.text.rope_scaling
-    text["rope_scaling"] = {"rope_type": "llama3", **dataclasses.asdict(scaling)} if scaling else None
     vision = dataclasses.asdict(config.vision)
     vision["attention_heads"] = vision.pop("num_attention_heads")
     vision["intermediate_layers_indices"] = list(config.vision.intermediate_layers_indices)
@@ -143,3 +175,16 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "text_config": {"model_type": "mllama_text_model", **text},
         "vision_config": {"model_type": "mllama_vision_model", **vision},
     }
+
+
+def _text_to_hf(config: TextConfig) -> dict[str, Any]:
+    text = {
+        key: value for key, value in dataclasses.asdict(config).items()
+        if key not in {"num_extra_embeddings", "eos_token_ids", "rope_scaling", "cross_attention_layers"}
+    }  # fmt: skip
+    text["eos_token_id"] = list(config.eos_token_ids)
+    text["hidden_act"] = "silu"
+    scaling = config.rope_scaling
+    kind = next((kind for kind, cls in _ROPE.items() if isinstance(scaling, cls)), None)
+    text["rope_scaling"] = {"rope_type": kind, **dataclasses.asdict(scaling)} if scaling else None
+    return text

@@ -10,6 +10,16 @@ from .vision import TiledVisionConfig
 
 
 @dataclass(frozen=True)
+class LanguageModelConfig:
+    """A decoder alone, for text."""
+
+    text: TextConfig
+
+    def __post_init__(self) -> None:
+        require(not self.text.cross_attention_layers, "cross-attention layers need a vision encoder", self)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A vision-language model: vision encoder → projector → decoder with gated cross-attention."""
 
@@ -21,6 +31,8 @@ class ModelConfig:
         rows = self.text.vocab_size + self.text.num_extra_embeddings
         require(0 <= self.image_token_id < rows, f"image_token_id must be under {rows}, the embedding's rows", self)
 
+
+AnyModelConfig = ModelConfig | LanguageModelConfig
 
 LLAMA_3_2_11B_VISION = ModelConfig()
 LLAMA_3_2_90B_VISION = ModelConfig(

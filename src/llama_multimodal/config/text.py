@@ -18,6 +18,13 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class LinearRopeScaling:
+    """Positions divided by a factor (`rope_type: linear`), as in Vicuna's models with a longer context."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """The Llama decoder (defaults: 11B). `num_hidden_layers` counts self- and cross-attention blocks together."""
 
@@ -30,16 +37,19 @@ class TextConfig:
     cross_attention_layers: tuple[int, ...] = (3, 8, 13, 18, 23, 28, 33, 38)
     max_position_embeddings: int = 131072
     rope_theta: float = 500000.0
-    rope_scaling: RopeScaling | None = RopeScaling()
+    rope_scaling: RopeScaling | LinearRopeScaling | None = RopeScaling()
     rms_norm_eps: float = 1e-5
     num_extra_embeddings: int = 8  # rows of the embedding past the vocabulary; the first is `<|image|>`
     bos_token_id: int = 128000
     eos_token_ids: tuple[int, ...] = (128001, 128008, 128009)
     pad_token_id: int = 128004
+    tie_word_embeddings: bool = False  # the LM head is the embedding
 
     def __post_init__(self) -> None:
         require(self.hidden_size % self.num_attention_heads == 0, "hidden_size must divide into the heads", self)
         require(self.num_attention_heads % self.num_key_value_heads == 0, "query heads must divide by kv heads", self)
+        tied = self.tie_word_embeddings and self.num_extra_embeddings
+        require(not tied, "an embedding with extra rows cannot be the LM head too", self)
         cross = self.cross_attention_layers
         require(list(cross) == sorted(set(cross)), "cross_attention_layers must ascend", self)
         require(all(0 <= i < self.num_hidden_layers for i in cross), "cross_attention_layers out of range", self)

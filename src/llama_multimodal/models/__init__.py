@@ -1,5 +1,20 @@
 """Models in plain PyTorch. They hold weights and arithmetic, no state and no files."""
 
-from .vlm import ModelOutput, VisionLanguageModel
+from .clip import ClipVisionEncoder
+from .dinov2 import Dinov2Encoder
+from .encoders import build_encoder
+from .siglip import SiglipEncoder
+from .vit import ImageEncoder
+from .vlm import LanguageModel, ModelOutput, VisionLanguageModel, build_model
 
-__all__ = ["ModelOutput", "VisionLanguageModel"]
+__all__ = [
+    "ClipVisionEncoder",
+    "Dinov2Encoder",
+    "ImageEncoder",
+    "LanguageModel",
+    "ModelOutput",
+    "SiglipEncoder",
+    "VisionLanguageModel",
+    "build_encoder",
+    "build_model",
+]

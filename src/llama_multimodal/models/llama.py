@@ -161,6 +161,12 @@ class LlamaDecoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.tie_lm_head()
+
+    def tie_lm_head(self) -> None:
+        """Make the LM head the embedding's own table, again after either was replaced."""
+        self.lm_head.weight = self.embedding.weight
 
     def project_images(self, features: Tensor, cache: CrossAttentionCache) -> None:
         """Fill a cross-attention cache from image features [S, E]."""

@@ -1,4 +1,4 @@
-"""The vision-language model: encoder → projector → decoder."""
+"""The whole models: a decoder alone, and encoder → projector → decoder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import CrossAttentionCache, SelfAttentionCache
-from ..config import ModelConfig
+from ..config import AnyModelConfig, LanguageModelConfig, ModelConfig
 from ..inputs import ModelInputs
 from .layers import Linear
 from .llama import LlamaDecoder
@@ -24,14 +24,12 @@ class ModelOutput:
     logits: Tensor
 
 
-class VisionLanguageModel(nn.Module):
-    """A tiled vision encoder read by a Llama decoder through gated cross-attention (Llama 3.2 Vision)."""
+class LanguageModel(nn.Module):
+    """A Llama decoder alone, for text."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: AnyModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision = TiledVisionEncoder(config.vision)
-        self.projector = Linear(config.vision.output_size, config.text.hidden_size)
         self.decoder = LlamaDecoder(config.text)
 
     @property
@@ -42,25 +40,9 @@ class VisionLanguageModel(nn.Module):
     def device(self) -> torch.device:
         return self.decoder.embedding.weight.device
 
-    def encode_images(self, inputs: ModelInputs) -> Tensor:
-        """Features of every real tile's tokens: [tiles, tokens, vision output size]."""
-        return self.vision(inputs.tiles.to(self.device, self.dtype), inputs.images)
-
-    def cross_attention_cache(self, inputs: ModelInputs, features: Tensor | None = None) -> CrossAttentionCache | None:
-        """Keys and values of the batch's images for every gated block; None without images.
-
-        features: from `encode_images`, which is called without them.
-        """
-        if not inputs.images:
-            return None
-        tokens = self.config.vision.num_patches
-        starts = [0, *itertools.accumulate(image.num_tiles * tokens for image in inputs.images)]
-        firsts = [0, *itertools.accumulate(inputs.images_per_row())]
-        cache = CrossAttentionCache(starts, firsts)
-        if features is None:
-            features = self.encode_images(inputs)
-        self.decoder.project_images(self.projector(features.flatten(0, 1)), cache)
-        return cache
+    def cross_attention_cache(self, inputs: ModelInputs) -> CrossAttentionCache | None:
+        """What gated blocks read: nothing here."""
+        return None
 
     def forward(
         self,
@@ -90,3 +72,41 @@ class VisionLanguageModel(nn.Module):
             last_token_of=last_token_of,
         )
         return ModelOutput(logits)
+
+
+class VisionLanguageModel(LanguageModel):
+    """A tiled vision encoder read by a Llama decoder through gated cross-attention (Llama 3.2 Vision)."""
+
+    config: ModelConfig
+
+    def __init__(self, config: ModelConfig) -> None:
+        nn.Module.__init__(self)  # the parts in the order of the data
+        self.config = config
+        self.vision = TiledVisionEncoder(config.vision)
+        self.projector = Linear(config.vision.output_size, config.text.hidden_size)
+        self.decoder = LlamaDecoder(config.text)
+
+    def encode_images(self, inputs: ModelInputs) -> Tensor:
+        """Features of every real tile's tokens: [tiles, tokens, vision output size]."""
+        return self.vision(inputs.tiles.to(self.device, self.dtype), inputs.images)
+
+    def cross_attention_cache(self, inputs: ModelInputs, features: Tensor | None = None) -> CrossAttentionCache | None:
+        """Keys and values of the batch's images for every gated block; None without images.
+
+        features: from `encode_images`, which is called without them.
+        """
+        if not inputs.images:
+            return None
+        tokens = self.config.vision.num_patches
+        starts = [0, *itertools.accumulate(image.num_tiles * tokens for image in inputs.images)]
+        firsts = [0, *itertools.accumulate(inputs.images_per_row())]
+        cache = CrossAttentionCache(starts, firsts)
+        if features is None:
+            features = self.encode_images(inputs)
+        self.decoder.project_images(self.projector(features.flatten(0, 1)), cache)
+        return cache
+
+
+def build_model(config: AnyModelConfig) -> LanguageModel:
+    """The model of a configuration, with fresh weights."""
+    return LanguageModel(config) if isinstance(config, LanguageModelConfig) else VisionLanguageModel(config)

@@ -10,19 +10,21 @@ import math
 import torch
 from torch import Tensor
 
-from ..config import RopeScaling
+from ..config import LinearRopeScaling, RopeScaling
 from . import _dispatch
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | LinearRopeScaling | None) -> Tensor:
     """Angular frequencies, radians a token, [D/2] fp32.
 
     Source: `apply_scaling` in Meta's `llama3/model.py`: long wavelengths are stretched by `factor`, short ones kept,
-    and those between blended.
+    and those between blended. Linear scaling stretches all alike.
     """
     frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
     if scaling is None:
         return frequencies
+    if isinstance(scaling, LinearRopeScaling):
+        return frequencies / scaling.factor
     wavelength = 2 * math.pi / frequencies
     longest = scaling.original_max_position_embeddings / scaling.low_freq_factor
     shortest = scaling.original_max_position_embeddings / scaling.high_freq_factor

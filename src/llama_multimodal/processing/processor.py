@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import ModelConfig
+from ..config import AnyModelConfig, LanguageModelConfig
 from ..errors import PromptError
 from ..inputs import ImageLayout, ModelInputs, batch_inputs
 from .images import ImageSource, open_image
-from .prompt import Message, encode_dialog
+from .prompt import Message, Prompt, encode_dialog, text_messages
+from .template import TEMPLATE_FILES, ChatTemplate
 from .tiles import cut_pixels, grid_of, normalise
 from .tokenizer import TOKENIZER_FILES, StreamDecoder, Tokenizer
 
@@ -21,9 +22,11 @@ from .tokenizer import TOKENIZER_FILES, StreamDecoder, Tokenizer
 class Processor:
     """Prepares what a model reads. Only text needs a tokenizer; `encode_tokens` works without one."""
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
-        self.config = config
-        self.tokenizer = tokenizer
+    def __init__(
+        self, config: AnyModelConfig, tokenizer: Tokenizer | None = None, template: ChatTemplate | None = None
+    ) -> None:
+        """template: how a conversation is written; None takes Llama 3's own format."""
+        self.config, self.tokenizer, self.template = config, tokenizer, template
 
     def __call__(self, conversation: Sequence[Message] | Sequence[Sequence[Message]]) -> ModelInputs:
         """One conversation, or a list of them as a batch, each ready for the assistant's next message.
@@ -36,8 +39,7 @@ class Processor:
             raise PromptError('a conversation is a list of messages such as {"role": "user", "content": "Hello"}')
         one = len(conversation) == 0 or isinstance(conversation[0], Mapping)
         conversations: Sequence[Any] = [conversation] if one else conversation
-        tokenizer = self._need_tokenizer()
-        prompts = [encode_dialog(tokenizer, messages, self.config.image_token_id) for messages in conversations]
+        prompts = [self._prompt(messages) for messages in conversations]
         return self.encode_tokens([prompt.tokens for prompt in prompts], [prompt.images for prompt in prompts])
 
     def encode_tokens(
@@ -63,6 +65,10 @@ class Processor:
             if isinstance(row_images, str | bytes) or not isinstance(row_images, Sequence):
                 raise PromptError(f"the images of row {b} must be a list, one for each of its image tokens")
         checked = [self._check(row, b) for b, row in enumerate(rows)]
+        if isinstance(self.config, LanguageModelConfig):
+            if any(images):
+                raise PromptError("this model reads text only; leave the images out, or take a vision model")
+            return self._batch(checked, torch.empty(0, 3, 0, 0), [])
         opened = [(b, open_image(source)) for b, row in enumerate(images) for source in row]
         vision = self.config.vision
         layouts = [
@@ -75,14 +81,33 @@ class Processor:
             pixels = cut_pixels(picture, layout.rows, layout.columns, vision.image_size)
             normalise(pixels, out=tiles[first : first + layout.num_tiles])
             first += layout.num_tiles
+        return self._batch(checked, torch.from_numpy(tiles), layouts)
+
+    def _batch(self, rows: Sequence[Sequence[int]], tiles: torch.Tensor, layouts: Sequence[ImageLayout]) -> ModelInputs:
         return batch_inputs(
-            checked,
-            torch.from_numpy(tiles),
+            rows,
+            tiles,
             layouts,
-            image_token_id=self.config.image_token_id,
+            image_token_id=self._image_token_id,
             pad_token_id=self.config.text.pad_token_id,
             decoder=None if self.tokenizer is None else self.stream_decoder,
         )
+
+    @property
+    def _image_token_id(self) -> int | None:
+        return None if isinstance(self.config, LanguageModelConfig) else self.config.image_token_id
+
+    def _prompt(self, messages: Any) -> Prompt:
+        tokenizer = self._need_tokenizer()
+        if isinstance(self.config, LanguageModelConfig):
+            if self.template is not None:
+                return Prompt(self.template.encode(tokenizer, text_messages(messages)))
+            if "<|start_header_id|>" not in tokenizer.special_tokens:
+                raise PromptError(
+                    f"this checkpoint has no chat template ({', '.join(TEMPLATE_FILES)}): a base model continues text,"
+                    " so pass encode_tokens the ids of yours, or take the model's instruct variant"
+                )
+        return encode_dialog(tokenizer, messages, self._image_token_id)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without special tokens.
@@ -117,9 +142,10 @@ class Processor:
         except TypeError:
             raise PromptError(f"row {b} must hold whole numbers, the ids of its tokens") from None
         for token in ids:
-            if not (0 <= token < text.vocab_size or token == self.config.image_token_id):
+            if not (0 <= token < text.vocab_size or token == self._image_token_id):
+                image = "" if self._image_token_id is None else f", and {self._image_token_id} for an image"
                 raise PromptError(
-                    f"row {b}: token id {token} is outside the vocabulary (0 to {text.vocab_size - 1}, and"
-                    f" {self.config.image_token_id} for an image); was it made by another model's tokenizer?"
+                    f"row {b}: token id {token} is outside the vocabulary (0 to {text.vocab_size - 1}{image});"
+                    " was it made by another model's tokenizer?"
                 )
         return ids

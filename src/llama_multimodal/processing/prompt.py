@@ -36,17 +36,14 @@ class Prompt:
 
 
 def encode_dialog(
-    tokenizer: Tokenizer, messages: Sequence[Message], image_token_id: int, *, answer: bool = True
+    tokenizer: Tokenizer, messages: Sequence[Message], image_token_id: int | None, *, answer: bool = True
 ) -> Prompt:
     """A conversation, BOS first; with `answer` it ends in the header of the assistant's next message.
 
     Raises:
         PromptError: no messages, an unknown role or type of content, or a part without its text or image.
     """
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
-        raise PromptError('a conversation is a list of messages such as {"role": "user", "content": "Hello"}')
-    if not messages:
-        raise PromptError("the conversation is empty; it needs at least one message")
+    _check_dialog(messages)
     prompt = Prompt([tokenizer.special("<|begin_of_text|>")])
     for number, message in enumerate(messages, 1):
         prompt.extend(encode_message(tokenizer, message, image_token_id, where=f"message {number}"))
@@ -55,15 +52,54 @@ def encode_dialog(
     return prompt
 
 
-def encode_completion(tokenizer: Tokenizer, content: str | Iterable[Any], image_token_id: int) -> Prompt:
+def text_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """A conversation for a chat template: role and content of every message, parts of text joined.
+
+    Raises:
+        PromptError: not a list of messages, no messages, or a part that is not text.
+    """
+    _check_dialog(messages)
+    found = []
+    for number, message in enumerate(messages, 1):
+        where = f"message {number}"
+        _check_message(message, where)
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else content
+        texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+        if any(isinstance(part, Mapping) and part.get("type") == "image" for part in parts):
+            raise PromptError(f"{where} has an image, and this model reads text only")
+        if not all(isinstance(text, str) for text in texts):
+            raise PromptError(f'{where}: content must be a text or parts such as {{"type": "text", "text": "Hello"}}')
+        found.append({"role": message["role"], "content": "".join(texts)})
+    return found
+
+
+def encode_completion(tokenizer: Tokenizer, content: str | Iterable[Any], image_token_id: int | None) -> Prompt:
     """BOS and content with no chat around it, for a base model to continue."""
     prompt = Prompt([tokenizer.special("<|begin_of_text|>")])
     prompt.extend(encode_content(tokenizer, content, image_token_id, where="the content"))
     return prompt
 
 
-def encode_message(tokenizer: Tokenizer, message: Message, image_token_id: int, where: str = "the message") -> Prompt:
+def encode_message(
+    tokenizer: Tokenizer, message: Message, image_token_id: int | None, where: str = "the message"
+) -> Prompt:
     """Header, content, `<|eot_id|>`."""
+    _check_message(message, where)
+    prompt = Prompt(encode_header(tokenizer, ROLES[message["role"]]))
+    prompt.extend(encode_content(tokenizer, message["content"], image_token_id, where))
+    prompt.tokens.append(tokenizer.special("<|eot_id|>"))
+    return prompt
+
+
+def _check_dialog(messages: Any) -> None:
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise PromptError('a conversation is a list of messages such as {"role": "user", "content": "Hello"}')
+    if not messages:
+        raise PromptError("the conversation is empty; it needs at least one message")
+
+
+def _check_message(message: Any, where: str) -> None:
     if not isinstance(message, Mapping):
         raise PromptError(f'{where} must be a dict with "role" and "content", not {type(message).__name__}')
     for key in ("role", "content"):
@@ -72,10 +108,6 @@ def encode_message(tokenizer: Tokenizer, message: Message, image_token_id: int, 
     role = message["role"]
     if not isinstance(role, str) or role not in ROLES:
         raise PromptError(f'{where} has an unknown role "{role}"{nearest(role, ROLES)}; known: {", ".join(ROLES)}')
-    prompt = Prompt(encode_header(tokenizer, ROLES[role]))
-    prompt.extend(encode_content(tokenizer, message["content"], image_token_id, where))
-    prompt.tokens.append(tokenizer.special("<|eot_id|>"))
-    return prompt
 
 
 def encode_header(tokenizer: Tokenizer, role: str) -> list[int]:
@@ -85,7 +117,7 @@ def encode_header(tokenizer: Tokenizer, role: str) -> list[int]:
 
 
 def encode_content(
-    tokenizer: Tokenizer, content: str | Iterable[Any], image_token_id: int, where: str = "the message"
+    tokenizer: Tokenizer, content: str | Iterable[Any], image_token_id: int | None, where: str = "the message"
 ) -> Prompt:
     """Text or a list of parts. Each text is tokenised by itself, as in the reference: no token spans two parts."""
     if isinstance(content, str):
@@ -104,6 +136,8 @@ def encode_content(
         if part.get(kind) is None:
             raise PromptError(f'{where}: a part of type "{kind}" has no "{kind}"')
         if kind == "image":
+            if image_token_id is None:
+                raise PromptError(f"{where} has an image, and this model reads text only")
             prompt.tokens.append(image_token_id)
             prompt.images.append(part["image"])
         elif not isinstance(part["text"], str):

@@ -8,11 +8,11 @@ from __future__ import annotations
 import base64
 import binascii
 import codecs
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
@@ -67,10 +67,13 @@ def llama3_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
 
 
 class Tokenizer:
-    """Byte-level BPE. Build it with `load`, `from_json` or `from_ranks`.
+    """BPE over bytes (Llama 3, SmolLM2), or over characters with bytes for what is rare (Llama 2, TinyLlama, Vicuna).
+
+    Build it with `load`, `from_json` or `from_ranks`.
 
     Attributes:
         special_tokens: the id of each special token by name (`<|eot_id|>`, …); `<|image|>` as the model knows it.
+        begins_with_space: whether the first word of a text is written with the space before it (Llama 2's kind).
         vocab_size: the ids a language-model head can give: all of them but `<|image|>`.
     """
 
@@ -81,11 +84,13 @@ class Tokenizer:
         backend.encode_special_tokens = True  # "encode their names as text"
         backend.no_truncation()
         backend.no_padding()
+        self.begins_with_space = "ByteLevel" not in _kinds_of(backend)
         self._names = {i: name for name, i in self.special_tokens.items()}
         added = {i: token.content.encode() for i, token in backend.get_added_tokens_decoder().items()}
+        spelt = _character_bytes if self.begins_with_space else _byte_level_bytes
         try:
             self._bytes = {
-                i: added[i] if i in added else bytes(_CHAR_TO_BYTE[char] for char in token)
+                i: added[i] if i in added else spelt(token)
                 for token, i in backend.get_vocab().items()
                 if i not in self._names
             }
@@ -130,9 +135,10 @@ class Tokenizer:
 
     @classmethod
     def _take_over(cls, backend: tokenizers.Tokenizer) -> Tokenizer:
-        decoder = backend.decoder
-        if decoder is None or not _is_byte_level(json.loads(decoder.__getstate__())):
-            raise CheckpointError("the tokenizer is not byte-level BPE; only that kind is supported")
+        if not _kinds_of(backend) & {"ByteLevel", "ByteFallback"}:
+            raise CheckpointError(
+                "the tokenizer is not BPE over bytes, or with bytes for what is rare; no other is read"
+            )
         added = backend.get_added_tokens_decoder()
         return cls(backend, {token.content: i for i, token in added.items() if token.special})
 
@@ -162,9 +168,18 @@ class Tokenizer:
         pieces = _pieces(_whole_characters(text))
         return [i for piece in pieces for i in self._backend.encode(piece, add_special_tokens=False).ids]
 
+    def encode_with_special(self, text: str) -> list[int]:
+        """Token ids of a text in which the names of special tokens stand for them: a chat template's."""
+        return self._with_special.encode(_whole_characters(text), add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _with_special(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(self._backend.to_str())  # which does not hold `encode_special_tokens`
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of token ids; bytes that are not UTF-8, and ids the tokenizer lacks, come out as U+FFFD."""
-        return b"".join(self.token_bytes(i, skip_special) for i in ids).decode("utf-8", "replace")
+        decoder = StreamDecoder(self, skip_special)
+        return "".join(map(decoder.push, ids)) + decoder.flush()
 
     def token_bytes(self, token: int, skip_special: bool = True) -> bytes:
         """What one token writes; it may be a part of a character."""
@@ -193,10 +208,15 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
         self._tokenizer, self._skip_special = tokenizer, skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._drops_space = tokenizer.begins_with_space  # of the first word
 
     def push(self, token: int) -> str:
         """The characters that this token completes; often one word, sometimes nothing."""
-        return self._utf8.decode(self._tokenizer.token_bytes(token, self._skip_special))
+        written = self._tokenizer.token_bytes(token, self._skip_special)
+        if self._drops_space and written:
+            self._drops_space = False
+            written = written.removeprefix(b" ")
+        return self._utf8.decode(written)
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD if a character was begun and not finished."""
@@ -228,8 +248,23 @@ def _pieces(text: str) -> Iterator[str]:
         yield part[begin:]
 
 
-def _is_byte_level(decoder: dict[str, Any]) -> bool:
-    return decoder["type"] == "ByteLevel" or any(map(_is_byte_level, decoder.get("decoders", [])))
+def _kinds_of(backend: tokenizers.Tokenizer) -> set[str]:
+    """The types of a backend's decoders."""
+    if backend.decoder is None:
+        return set()
+    decoder = json.loads(backend.decoder.__getstate__())
+    return {one["type"] for one in decoder.get("decoders", [decoder])}
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    return bytes(_CHAR_TO_BYTE[char] for char in token)
+
+
+def _character_bytes(token: str) -> bytes:
+    """What a token of Llama 2's kind writes: `<0x0A>` one byte, `▁` a space."""
+    if match := re.fullmatch("<0x([0-9A-F]{2})>", token):
+        return bytes([int(match[1], 16)])
+    return token.replace("▁", " ").encode()
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import ConfigError, DeviceError
-from ..models import VisionLanguageModel
+from ..models import LanguageModel
 from ..models.layers import Linear, PackedLinear, Projections
 from ..ops import Format, PackedWeight
 from ..ops.huge_pages import empty_parameter
@@ -43,7 +43,7 @@ class Packing:
                 raise ConfigError(f'weights are packed as {", ".join(get_args(Format))}, not as "{format}"')
 
 
-def pack(model: VisionLanguageModel, packing: Packing | Format) -> VisionLanguageModel:
+def pack(model: LanguageModel, packing: Packing | Format) -> LanguageModel:
     """Pack the decoder's linear layers in place, each as soon as its plain weight can be freed; returns the model.
 
     Queries, keys and values become one product, gate and up another. The vision encoder and the projector run once an
@@ -59,7 +59,7 @@ def pack(model: VisionLanguageModel, packing: Packing | Format) -> VisionLanguag
     return model
 
 
-def use_int8_activations(model: VisionLanguageModel) -> VisionLanguageModel:
+def use_int8_activations(model: LanguageModel) -> LanguageModel:
     """Round what goes into the int8 and int4 layers to 8 bits too ("W8A8", "W4A8"), token by token and 32 inputs at a
     time (`ops.round_activations`), which is faster on a CPU. A choice of this run: files do not hold it.
 
@@ -81,12 +81,12 @@ def use_int8_activations(model: VisionLanguageModel) -> VisionLanguageModel:
     return model
 
 
-def packable_layers(model: VisionLanguageModel) -> dict[str, tuple[str, ...]]:
+def packable_layers(model: LanguageModel) -> dict[str, tuple[str, ...]]:
     """Dotted path of every layer that `pack` replaces → the parameters it holds."""
     return {path: tuple(f"{path}.{name}" for name, _ in layer.named_parameters()) for path, layer in _outermost(model)}
 
 
-def _outermost(model: VisionLanguageModel) -> Iterator[tuple[str, Linear | Projections]]:
+def _outermost(model: LanguageModel) -> Iterator[tuple[str, Linear | Projections]]:
     within = "\0"
     for path, module in model.decoder.named_modules(prefix="decoder"):
         if isinstance(module, Linear | Projections) and not path.startswith(within):
@@ -95,7 +95,7 @@ def _outermost(model: VisionLanguageModel) -> Iterator[tuple[str, Linear | Proje
 
 
 @torch.no_grad()
-def pack_layer(model: VisionLanguageModel, path: str, packing: Packing | Format) -> None:
+def pack_layer(model: LanguageModel, path: str, packing: Packing | Format) -> None:
     """Replace one of `packable_layers` by its packed form.
 
     Raises:
@@ -114,7 +114,7 @@ def pack_layer(model: VisionLanguageModel, path: str, packing: Packing | Format)
     put_packed(model, path, packed)
 
 
-def put_packed(model: VisionLanguageModel, path: str, weight: PackedWeight) -> None:
+def put_packed(model: LanguageModel, path: str, weight: PackedWeight) -> None:
     """Replace one of `packable_layers` by a packed weight of its shape, in the plain layout."""
     layer = model.get_submodule(path)
     parts = None

@@ -167,6 +167,8 @@ def _copy_weights(source: str, model: VisionLanguageModel) -> None:
         ConfigError: its shape is not the recipe's.
     """
     started, _ = load(source, dtype=torch.float32)
+    if not isinstance(started, VisionLanguageModel):
+        raise ConfigError(f"start_from: {source} reads text only, and the recipe's model has a vision encoder")
     for section in ("vision", "text"):
         ours, theirs = (dataclasses.asdict(getattr(m.config, section)) for m in (model, started))
         if differing := [key for key in ours if ours[key] != theirs[key]]:

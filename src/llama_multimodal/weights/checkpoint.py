@@ -12,20 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..config import ModelConfig, config_from_hf
+from ..config import AnyModelConfig, LanguageModelConfig, ModelConfig, config_from_hf
 from ..errors import CheckpointError, ConfigError, DeviceError, UserError
-from ..models import VisionLanguageModel
+from ..models import LanguageModel, build_model
 from ..ops import PackedWeight
 from ..ops.huge_pages import empty_parameter
 from ..quant.pack import Packing, pack_layer, packable_layers, put_packed
+from .families import hf_rules, meta_rules
+from .gguf import GGUFFile, gguf_rules, read_gguf_config
 from .io import SafetensorsFile, TensorInfo, read_json
 from .meta_params import config_from_meta
 from .meta_pth import MetaShards, shard_paths
-from .mllama import hf_names, hf_rules, meta_rules
 from .packed import StoredPacked, check_config, find_packed, side_by_side
 from .rules import Held, Rule, Source
 
-Layout = Literal["hf", "meta"]
+Layout = Literal["hf", "meta", "gguf"]
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
@@ -64,7 +65,7 @@ class Checkpoint:
 
     folder: Path
     layout: Layout
-    config: ModelConfig
+    config: AnyModelConfig
     rules: tuple[Rule, ...]
     shapes: Mapping[str, tuple[int, ...]]  # of our parameters
     store: Store
@@ -90,7 +91,8 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Find the layout, read configuration and headers, and check every name, shape and dtype. Reads no weights.
+    """Find the layout of a folder, read configuration and headers, and check every name, shape and dtype. Reads no
+    weights. A GGUF file may be given itself.
 
     Raises:
         CheckpointError: no checkpoint, damaged files, or tensors that are missing, unknown or misshaped (one error
@@ -98,6 +100,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         ConfigError: the configuration is damaged or asks for something unknown.
     """
     folder = Path(folder)
+    if folder.is_file() or (files := _gguf_files(folder)):
+        return _open_gguf(folder if folder.is_file() else files[0])
     layout = find_layout(folder)
     if layout is None and find_layout(folder / "original") is not None:
         folder = folder / "original"  # where Meta's layout lies in the hub's repositories
@@ -106,11 +110,37 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         raise CheckpointError(_no_checkpoint(folder))
     store: Store = SafetensorsShards(folder) if layout == "hf" else MetaShards(shard_paths(folder))
     config = _read_config(folder, layout, store)
-    rules = hf_rules(config, hf_names(store.entries)) if layout == "hf" else meta_rules(config)
+    if config.text.tie_word_embeddings:
+        store.entries.pop("lm_head.weight", None)  # some files hold the embedding twice
+    rules = hf_rules(config, store.entries) if layout == "hf" else meta_rules(config)
     shapes = parameter_shapes(config)
     packed = find_packed(store.entries, rules, shapes) if layout == "hf" else {}
     _check_tensors(folder, store.entries, rules, shapes, packed)
     return Checkpoint(folder, layout, config, tuple(rules), shapes, store, packed)
+
+
+def _gguf_files(folder: Path) -> list[Path]:
+    """The one GGUF file of a folder that holds no other checkpoint.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    files = sorted(folder.glob("*.gguf")) if find_layout(folder) is None else []
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:4])
+        raise CheckpointError(
+            f"{folder} holds {len(files)} GGUF files ({names}); give the file, not the folder"
+        )
+    return files
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    store = GGUFFile(path)
+    config = _read_config(path, "gguf", store)
+    assert isinstance(config, LanguageModelConfig)
+    rules, shapes = gguf_rules(config), parameter_shapes(config)
+    _check_tensors(path, store.entries, rules, shapes, {})
+    return Checkpoint(path, "gguf", config, tuple(rules), shapes, store, {})
 
 
 def find_layout(folder: Path) -> Layout | None:
@@ -123,7 +153,7 @@ def find_layout(folder: Path) -> Layout | None:
 def _no_checkpoint(folder: Path) -> str:
     if not folder.is_dir():
         return f"there is no folder {folder}"
-    wanted = f"config.json with {SINGLE} or {INDEX}, or params.json with consolidated.*.pth"
+    wanted = f"config.json with {SINGLE} or {INDEX}, or params.json with consolidated.*.pth, or a .gguf file"
     if any(folder.glob("pytorch_model*.bin")):
         return f"{folder} has its weights in pytorch_model*.bin, which is not read; save it as safetensors first"
     present = sorted(path.name for path in folder.iterdir())[:8]
@@ -171,11 +201,14 @@ class SafetensorsShards:
         self._files[name].copy_into(name, out)
 
 
-def _read_config(folder: Path, layout: Layout, store: Store) -> ModelConfig:
-    path = folder / ("config.json" if layout == "hf" else "params.json")
-    raw = read_json(path)
+def _read_config(folder: Path, layout: Layout, store: Store) -> AnyModelConfig:
+    path = folder if layout == "gguf" else folder / ("config.json" if layout == "hf" else "params.json")
+    raw = {} if layout == "gguf" else read_json(path)
+    config: AnyModelConfig
     try:
-        if layout == "meta":
+        if isinstance(store, GGUFFile):
+            config = read_gguf_config(store)
+        elif layout == "meta":
             config = config_from_meta(raw, {name: info.shape for name, info in store.entries.items()})
         else:
             vision = raw.get("vision_config")
@@ -192,13 +225,15 @@ def _read_config(folder: Path, layout: Layout, store: Store) -> ModelConfig:
         raise type(error)(f"{path}: {error}") from error
     except Exception as error:  # a value of an unforeseen type
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
-    layers = config.text.num_hidden_layers + config.vision.num_hidden_layers + config.vision.num_global_layers
+    layers = config.text.num_hidden_layers
+    if isinstance(config, ModelConfig):
+        layers += config.vision.num_hidden_layers + config.vision.num_global_layers
     if layers > len(store.entries):
         raise CheckpointError(f"{path} asks for {layers} layers, but there are only {len(store.entries)} tensors")
     return config
 
 
-def build_on_meta(config: ModelConfig) -> VisionLanguageModel:
+def build_on_meta(config: AnyModelConfig) -> LanguageModel:
     """The model without memory for its weights.
 
     Raises:
@@ -206,7 +241,7 @@ def build_on_meta(config: ModelConfig) -> VisionLanguageModel:
     """
     try:
         with torch.device("meta"), _NoInitialValues():
-            return VisionLanguageModel(config)
+            return build_model(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ConfigError(f"a model of these sizes cannot be built: {str(error).splitlines()[0]}") from error
 
@@ -221,7 +256,7 @@ class _NoInitialValues(TorchFunctionMode):
         return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: AnyModelConfig) -> dict[str, tuple[int, ...]]:
     """Name → shape of every parameter of our model."""
     return {name: tuple(value.shape) for name, value in build_on_meta(config).named_parameters()}
 
@@ -266,7 +301,7 @@ def read_model(
     device: torch.device,
     progress: Progress | None = None,
     packing: Packing | None = None,
-) -> VisionLanguageModel:
+) -> LanguageModel:
     """Build the model without memory, then give it one parameter at a time, straight in its dtype and on its device.
 
     packing: pack each of the decoder's linear layers as soon as it is there; its plain weight is freed
@@ -293,6 +328,10 @@ def read_model(
             if device.type != "meta":
                 rule.read(checkpoint.sources(rule), value)
             set_parameter(model, rule.ours, value)
+            if model.config.text.tie_word_embeddings and rule.ours == "decoder.embedding.weight":
+                model.decoder.tie_lm_head()
+                if packing is not None:
+                    pack_layer(model, "decoder.lm_head", packing)
         elif rule.ours == layers[path][0]:  # the first of its layer brings the others
             weight = _read_packed(checkpoint, layers[path], device)
             with _allocating(device, dtype, total):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint, Layout, Progress, open_checkpoint
+from .families import hf_rules, meta_rules
 from .io import SafetensorsFile, TensorInfo
-from .mllama import hf_rules, meta_rules
 from .rules import Rename, Rule, TileGrid
 from .save import LEFTOVERS, Weights, copy_tokenizer, write_weights, writing
 

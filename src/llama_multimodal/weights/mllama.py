@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..config import ModelConfig
 from ..errors import CheckpointError
-from .rules import Rename, Rule, TileGrid, interleave, reshape, split_rows
+from .llama import decoder_rules
+from .rules import Rename, Rule, TileGrid, interleave, renames, reshape, split_rows
 
 # --- Hugging Face ----------------------------------------------------------------------------------------------------
 
@@ -43,17 +44,6 @@ _HF_VISION_BLOCK = {
     "mlp.fc2.bias": "mlp.fc2.bias",
 }
 _HF_VISION_GATES = {"attention_gate": "gate_attn", "mlp_gate": "gate_ffn"}
-_HF_TEXT_BLOCK = {
-    "input_norm.weight": "input_layernorm.weight",
-    "post_attention_norm.weight": "post_attention_layernorm.weight",
-    "mlp.gate_up.gate_proj.weight": "mlp.gate_proj.weight",
-    "mlp.gate_up.up_proj.weight": "mlp.up_proj.weight",
-    "mlp.down_proj.weight": "mlp.down_proj.weight",
-}
-_HF_SELF_ATTENTION = {
-    "attention.o_proj.weight": "self_attn.o_proj.weight",
-    **{f"attention.qkv.{x}_proj.weight": f"self_attn.{x}_proj.weight" for x in "qkv"},
-}
 _HF_CROSS_ATTENTION = {
     **{f"attention.{x}_proj.weight": f"cross_attn.{x}_proj.weight" for x in "qo"},
     **{f"attention.kv.{x}_proj.weight": f"cross_attn.{x}_proj.weight" for x in "kv"},
@@ -74,18 +64,12 @@ def hf_rules(config: ModelConfig, names: HFNames = HF_RELEASED) -> list[Rule]:
     v, ratios = config.vision, len(config.vision.aspect_ratios) + 1
 
     def rules() -> Iterator[Rule]:
-        yield Rename("decoder.embedding.weight", (f"{names.text}.embed_tokens.weight",))
-        for i in range(config.text.num_hidden_layers):
-            cross = i in config.text.cross_attention_layers
-            block = _HF_TEXT_BLOCK | (_HF_CROSS_ATTENTION if cross else _HF_SELF_ATTENTION)
-            yield from _renames(f"decoder.layers.{i}", f"{names.text}.layers.{i}", block)
-        yield Rename("decoder.norm.weight", (f"{names.text}.norm.weight",))
-        yield Rename("decoder.lm_head.weight", (f"{names.lm_head}.weight",))
+        yield from decoder_rules(config.text, names.text, names.lm_head, _HF_CROSS_ATTENTION)
         yield Rename("projector.weight", (f"{names.projector}.weight",))
         yield Rename("projector.bias", (f"{names.projector}.bias",))
         pixels = (v.hidden_size, v.num_channels, v.patch_size, v.patch_size)
         yield Rename("vision.patch_embedding.weight", (f"{names.vision}.patch_embedding.weight",), reshape(*pixels))
-        yield from _renames(
+        yield from renames(
             "vision",
             names.vision,
             {
@@ -107,10 +91,10 @@ def hf_rules(config: ModelConfig, names: HFNames = HF_RELEASED) -> list[Rule]:
         ):
             yield Rename(f"vision.{ours}", (f"{names.vision}.{theirs}",), reshape(ratios, -1))
         for i in range(v.num_hidden_layers):
-            yield from _renames(f"vision.layers.{i}", f"{names.vision}.transformer.layers.{i}", _HF_VISION_BLOCK)
+            yield from renames(f"vision.layers.{i}", f"{names.vision}.transformer.layers.{i}", _HF_VISION_BLOCK)
         for i in range(v.num_global_layers):
             block = _HF_VISION_BLOCK | _HF_VISION_GATES
-            yield from _renames(f"vision.global_layers.{i}", f"{names.vision}.global_transformer.layers.{i}", block)
+            yield from renames(f"vision.global_layers.{i}", f"{names.vision}.global_transformer.layers.{i}", block)
 
     return list(rules())
 
@@ -184,18 +168,18 @@ def meta_rules(config: ModelConfig) -> list[Rule]:
         yield Rename("decoder.embedding.weight", tables, rows)
         for n, i in enumerate(selves):
             ours, theirs = f"decoder.layers.{i}", f"text_model.layers.{n}"
-            yield from _renames(ours, theirs, _META_TEXT_BLOCK | _META_SELF_ATTENTION)
+            yield from renames(ours, theirs, _META_TEXT_BLOCK | _META_SELF_ATTENTION)
             for name, heads in (("q", text.num_attention_heads), ("k", text.num_key_value_heads)):
                 place = (f"{theirs}.attention.w{name}.weight",)
                 yield Rename(f"{ours}.attention.qkv.{name}_proj.weight", place, interleave(heads), reshaped=True)
         for n, i in enumerate(crosses):
             block = _META_TEXT_BLOCK | _META_CROSS_ATTENTION
-            yield from _renames(f"decoder.layers.{i}", f"text_model.cross_attention_layers.{n}", block)
+            yield from renames(f"decoder.layers.{i}", f"text_model.cross_attention_layers.{n}", block)
         yield Rename("decoder.norm.weight", ("text_model.norm.weight",))
         yield Rename("decoder.lm_head.weight", ("text_model.output.weight",))
         yield Rename("projector.weight", ("vision_model.vision_projection.weight",))
         yield Rename("projector.bias", ("vision_model.vision_projection.bias",))
-        yield from _renames(
+        yield from renames(
             "vision",
             ENCODER,
             {
@@ -219,10 +203,10 @@ def meta_rules(config: ModelConfig) -> list[Rule]:
             place = (f"{ENCODER}.{theirs}",)
             yield TileGrid(f"vision.{ours}", place, v.aspect_ratios, v.max_num_tiles, middle)
         for i in range(v.num_hidden_layers):
-            yield from _renames(f"vision.layers.{i}", f"{ENCODER}.transformer.resblocks.{i}", _META_VISION_BLOCK)
+            yield from renames(f"vision.layers.{i}", f"{ENCODER}.transformer.resblocks.{i}", _META_VISION_BLOCK)
         for i in range(v.num_global_layers):
             block = _META_VISION_BLOCK | _META_VISION_GATES
-            yield from _renames(f"vision.global_layers.{i}", f"{ENCODER}.global_transformer.resblocks.{i}", block)
+            yield from renames(f"vision.global_layers.{i}", f"{ENCODER}.global_transformer.resblocks.{i}", block)
 
     return list(rules())
 
@@ -240,8 +224,3 @@ def meta_shard_axis(name: str) -> int | None:
     if name.endswith(_META_ROWS):
         return 0
     return 1 if name.endswith(_META_COLUMNS) else None
-
-
-def _renames(ours: str, theirs: str, names: Mapping[str, str]) -> Iterator[Rule]:
-    for a, b in names.items():
-        yield Rename(f"{ours}.{a}", (f"{theirs}.{b}",))

@@ -34,6 +34,7 @@ METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 BITS: dict[Format, int] = {"int8": 8, "int4": 4}
 _NEVER_PACKED = ("re:.*vision_model.*", "re:.*multi_modal_projector.*")
 _DECODER, _LM_HEAD = "re:.*language_model.*_proj$", "re:.*lm_head$"
+_DECODER_ALONE = "re:.*_proj$"
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,8 @@ def quantization_config(packed: Sequence[StoredPacked]) -> dict[str, Any]:
     kinds: dict[StoredPacked, list[str]] = {}
     for one in packed:
         kind = dataclasses.replace(one, name="", shape=(0, 0))
-        kinds.setdefault(kind, []).append(_LM_HEAD if one.name.endswith("lm_head.weight") else _DECODER)
+        decoder = _DECODER if "language_model" in one.name else _DECODER_ALONE
+        kinds.setdefault(kind, []).append(_LM_HEAD if one.name.endswith("lm_head.weight") else decoder)
     ignored = list(_NEVER_PACKED)
     if not any(_LM_HEAD in targets for targets in kinds.values()):
         ignored.append(_LM_HEAD)

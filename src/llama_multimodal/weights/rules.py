@@ -7,7 +7,7 @@ writing copies the views out, so the two cannot disagree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -78,6 +78,12 @@ class Rename:
         if self.reshaped:
             return [view.reshape(ours.shape) for view in self.views(ours)]
         return self.views(ours)
+
+
+def renames(ours: str, theirs: str, names: Mapping[str, str]) -> Iterator[Rule]:
+    """One `Rename` a name within a module: ours, theirs."""
+    for a, b in names.items():
+        yield Rename(f"{ours}.{a}", (f"{theirs}.{b}",))
 
 
 def split_rows(*sizes: int) -> Callable[[Tensor], list[Tensor]]:

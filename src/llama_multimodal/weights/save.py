@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..config import ModelConfig, config_to_hf
+from ..config import AnyModelConfig, ModelConfig, config_to_hf
 from ..errors import CheckpointError
-from ..models import VisionLanguageModel
+from ..models import LanguageModel
 from ..ops import PackedWeight
 from ..quant.pack import PackedLinear
 from .checkpoint import INDEX, SINGLE, Layout, find_layout
+from .families import hf_rules, meta_rules
 from .io import TensorInfo, flush, write_json, write_safetensors
 from .meta_params import config_to_meta
-from .mllama import hf_rules, meta_rules
 from .packed import StoredPacked, quantization_config
 from .rules import Rule, TileGrid
 
@@ -55,7 +55,7 @@ class Weights:
 
 
 def save_checkpoint(
-    model: VisionLanguageModel,
+    model: LanguageModel,
     folder: str | Path,
     layout: Layout = "hf",
     *,
@@ -75,6 +75,8 @@ def save_checkpoint(
     Raises:
         CheckpointError: the layout cannot hold this model, or the folder cannot be written.
     """
+    if layout == "gguf":
+        raise CheckpointError("GGUF files are read and not written; save in the layout hf")
     rules = hf_rules(model.config) if layout == "hf" else meta_rules(model.config)
     weights = _weights_of(model, rules, unpacked)
     if weights.infos.keys() | weights.packed.keys() != {rule.ours for rule in rules}:
@@ -88,12 +90,14 @@ def save_checkpoint(
         copy_tokenizer(tokenizer_from, aside)
 
 
-def _weights_of(model: VisionLanguageModel, rules: Sequence[Rule], unpacked: bool) -> Weights:
+def _weights_of(model: LanguageModel, rules: Sequence[Rule], unpacked: bool) -> Weights:
     """A model's parameters, and its packed layers' weights by the names of the plain layers' parameters."""
     plain = {name: value.detach() for name, value in model.named_parameters()}
     infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in plain.items()}
     theirs = {rule.ours: rule.theirs[0] for rule in rules}
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+    if model.config.text.tie_word_embeddings:
+        layers.pop("decoder.lm_head", None)  # files hold the embedding it was packed from
     places: dict[str, tuple[str, str]] = {}  # of a layer, and of the parameter within it
     packed: dict[str, StoredPacked] = {}
     for path, layer in layers.items():
@@ -179,16 +183,28 @@ def _replace(folder: Path, new: Path, old: Path, layout: Layout) -> None:
 
 
 def write_weights(
-    folder: Path, layout: Layout, config: ModelConfig, rules: Sequence[Rule], weights: Weights, max_shard_size: int
+    folder: Path,
+    layout: Layout,
+    config: AnyModelConfig,
+    rules: Sequence[Rule],
+    weights: Weights,
+    max_shard_size: int,
 ) -> None:
     """Configuration and tensors into an empty folder."""
     if layout == "hf":
         _write_hf(folder, config, rules, weights, max_shard_size)
     else:
+        assert isinstance(config, ModelConfig)
         _write_meta(folder, config, rules, weights)
 
 
-def _write_hf(folder: Path, config: ModelConfig, rules: Sequence[Rule], weights: Weights, max_shard_size: int) -> None:
+def _write_hf(
+    folder: Path,
+    config: AnyModelConfig,
+    rules: Sequence[Rule],
+    weights: Weights,
+    max_shard_size: int,
+) -> None:
     placed: dict[str, tuple[TensorInfo, Callable[[], Tensor]]] = {}  # by their name
     for rule in rules:  # in this layout every plain parameter is one tensor
         if rule.ours in weights.packed:
@@ -240,7 +256,7 @@ def _packed_tensor(weights: Weights, ours: str, theirs: str) -> Tensor:
     return weights.packed[ours].write(weights.get_packed(ours))[theirs]
 
 
-def _generation(config: ModelConfig) -> dict[str, Any]:
+def _generation(config: AnyModelConfig) -> dict[str, Any]:
     text = config.text
     return {
         "bos_token_id": text.bos_token_id,

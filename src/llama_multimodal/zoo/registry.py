@@ -1,4 +1,4 @@
-"""The table of known checkpoints. Any other Llama 3.2 Vision checkpoint loads as well; these have names and figures."""
+"""The table of known checkpoints. Any other Llama 3.2 Vision or Llama checkpoint loads as well; these have figures."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Checkpoint:
 
     name: str  # what `load` and `--model` take
     parameters: int  # of the model as it is built here; 0 where an embedded model has not been built in
-    tile_size: int  # side of one tile, pixels
-    max_tiles: int
+    tile_size: int | None  # side of one tile, pixels; None for a model that reads text only
+    max_tiles: int | None
     context: int  # tokens
     license: str
     license_url: str | None
@@ -52,6 +52,20 @@ _GATED_MODELS = (
 )
 
 
+_TEXT = "Follows instructions; text only"
+_APACHE, _LLAMA_2 = "Apache 2.0", "Llama 2 Community License"
+_TEXT_MODELS = (
+    ("meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400, 131072, _LLAMA_LICENSE, _TEXT),
+    ("meta-llama/Llama-3.2-3B-Instruct", 3_212_749_824, 131072, _LLAMA_LICENSE, _TEXT),
+    ("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, 131072, "Llama 3.1 Community License", _TEXT),
+    ("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008, 8192, _APACHE, _TEXT),
+    ("HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120, 8192, _APACHE, _TEXT),
+    ("HuggingFaceTB/SmolLM2-1.7B-Instruct", 1_711_376_384, 8192, _APACHE, _TEXT),
+    ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", 1_100_048_384, 2048, _APACHE, _TEXT),
+    ("lmsys/vicuna-7b-v1.5", 6_738_415_616, 4096, _LLAMA_2, _TEXT),
+)
+
+
 def checkpoints() -> list[Checkpoint]:
     """Every known checkpoint, the embedded model first."""
     return [
@@ -59,6 +73,10 @@ def checkpoints() -> list[Checkpoint]:
         *(
             Checkpoint(name, parameters, 560, 4, 131072, _LLAMA_LICENSE, _LLAMA_LICENSE_URL, summary, gated=True)
             for name, parameters, summary in _GATED_MODELS
+        ),
+        *(
+            Checkpoint(name, parameters, None, None, context, licence, None, summary, "meta-llama/" in name)
+            for name, parameters, context, licence, summary in _TEXT_MODELS
         ),
     ]
 
