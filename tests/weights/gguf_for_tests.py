@@ -136,10 +136,13 @@ def transformers_model(path: Path, **config: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    raw = {key: value for key, value in load_gguf_checkpoint(str(path))["config"].items() if not key.startswith("_")}
+    layers = GGUFFile(path).metadata["llama.block_count"]
     with torch.device("meta"):  # no time for initial values
+        names = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers))  # the reader wants nothing else of a model
+        read = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=names)
+        raw = {key: value for key, value in read["config"].items() if not key.startswith("_")}
         model = LlamaForCausalLM(LlamaConfig(**{**raw, **config}))
-    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    tensors = read["tensors"]
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its buffers are in no file

@@ -28,7 +28,7 @@ PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 """ggml's types that are numbers as torch has them."""
 
 ROPE_FACTORS = "rope_freqs.weight"
-_PIECE = 1 << 20  # elements dequantized at a time: 4 MiB, and a few times that in the package's temporaries
+_PIECE = 1 << 16  # elements dequantized at a time: the package's temporaries then stay in the cache
 
 
 class GGUFFile:
@@ -120,7 +120,8 @@ class GGUFFile:
         """
         stored = self._stored(name)
         if stored.kind not in PLAIN:
-            return self._dequantized(stored, 0, math.prod(stored.shape)).view(stored.shape)
+            self.copy_into(name, out := torch.empty(stored.shape))
+            return out
         dtype = PLAIN[stored.kind]
         raw = torch.frombuffer(self._map, dtype=torch.uint8, count=self._num_bytes(stored), offset=stored.offset)
         if raw.data_ptr() % dtype.itemsize:  # a file may choose an alignment of 1
