@@ -85,7 +85,9 @@ def _read_text(checkpoint: Checkpoint) -> tuple[Tokenizer | None, ChatTemplate |
     if found is None:
         return None, None
     template = None if found.chat_template is None else ChatTemplate(found.chat_template, found.named)
-    return Tokenizer(found.backend, found.special_tokens), template
+    tokenizer = Tokenizer(found.backend, found.special_tokens)
+    tokenizer.begins_with_space = found.begins_with_space  # which its decoder alone does not tell
+    return tokenizer, template
 
 
 def with_end_tokens(config: AnyModelConfig, tokenizer: Tokenizer | None) -> AnyModelConfig:

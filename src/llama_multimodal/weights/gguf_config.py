@@ -81,7 +81,7 @@ def config_from_gguf(
     for key in _HEAD_DIMS:
         if raw.get(key, text.head_dim) != text.head_dim:
             raise ConfigError(f"{_WHERE}: {prefix}{key} is {raw[key]!r}; this model needs {text.head_dim}")
-    scaling = _stated_scaling(raw)
+    scaling: RopeScaling | LinearRopeScaling | None = _stated_scaling(raw)
     if rope_factors is not None:
         if scaling is not None:
             raise ConfigError(f"{_WHERE}: linear scaling and rope_freqs.weight together are not implemented")
