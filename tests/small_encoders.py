@@ -35,7 +35,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # class of transformers withou
     "DINOv2, SwiGLU": ("Dinov2", {**_SIZES, "use_swiglu_ffn": True}),
     "DINOv2, no biases of q, k and v": ("Dinov2", {**_SIZES, "qkv_bias": False, "mlp_ratio": 2}),
     "DINOv2, registers": ("Dinov2WithRegisters", {**_SIZES, "num_register_tokens": 3}),
-    "DINOv2, registers, SwiGLU": ("Dinov2WithRegisters", {**_SIZES, "use_swiglu_ffn": True}),
+    "DINOv2, registers, SwiGLU": (
+        "Dinov2WithRegisters",
+        {**_SIZES, "hidden_size": 20, "num_attention_heads": 2, "use_swiglu_ffn": True},  # width rounded up to 56
+    ),
 }
 NAFLEX: dict[str, tuple[str, dict[str, Any]]] = {
     "SigLIP 2": ("Siglip2Vision", _NAFLEX),
