@@ -61,9 +61,7 @@ def test_saved_as_a_checkpoint_of_hugging_face(tmp_path: Path) -> None:
 def test_several_files(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         write_gguf(tmp_path / name, METADATA, {})
-    with pytest.raises(
-        CheckpointError, match=r"holds 2 GGUF files \(a\.gguf, b\.gguf\); give the file"
-    ):
+    with pytest.raises(CheckpointError, match=r"holds 2 GGUF files \(a\.gguf, b\.gguf\); give the file"):
         lmm.load(tmp_path)
     with pytest.raises(CheckpointError, match=r"a\.gguf"):
         lmm.load(tmp_path / "a.gguf")  # without tensors

@@ -128,9 +128,7 @@ def _gguf_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.gguf")) if find_layout(folder) is None else []
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:4])
-        raise CheckpointError(
-            f"{folder} holds {len(files)} GGUF files ({names}); give the file, not the folder"
-        )
+        raise CheckpointError(f"{folder} holds {len(files)} GGUF files ({names}); give the file, not the folder")
     return files
 
 

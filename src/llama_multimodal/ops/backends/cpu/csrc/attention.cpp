@@ -136,7 +136,8 @@ int llama_mm_cpu_attention(const void* q, const int64_t* q_strides, const void* 
         const int64_t slot = task % here, member = task / here % group;
         const int64_t piece = pieces - 1 - task / (here * group);  // causal: the longest first
         const int64_t row = (pair + slot) / kv_heads, head = (pair + slot) % kv_heads * group + member;
-        const int64_t first = piece * kTaskQueries, end = queries - first < kTaskQueries ? queries : first + kTaskQueries;
+        const int64_t first = piece * kTaskQueries, left = queries - first;
+        const int64_t end = first + (left < kTaskQueries ? left : kTaskQueries);
         attend_some(p, use, row, head, first, end, ordered_keys + slot * of_pair, ordered_values + slot * of_pair, bias,
                     my_q, my_acc);
       }

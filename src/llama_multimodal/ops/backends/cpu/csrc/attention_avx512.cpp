@@ -80,8 +80,8 @@ void order_values(const uint16_t* v, int64_t stride, int64_t count, int64_t dim,
   }
 }
 
-// scores[query][0 .. 64) of kQueries queries [kQueries, Dp] against 4 × 16 ordered keys, in powers of two and with their
-// bias; top[query]: the largest so far in each lane.
+// scores[query][0 .. 64) of kQueries queries [kQueries, Dp] against 4 × 16 ordered keys, in powers of two and with
+// their bias; top[query]: the largest so far in each lane.
 INLINE void score(const uint16_t* q, const uint16_t* keys, int64_t padded, float scale, const float* bias,
                   float (*scores)[kKeys], __m512* top) {
   constexpr int parts = kTile / 16;
