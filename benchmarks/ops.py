@@ -37,9 +37,8 @@ def backends_for(row: Row, args: Sequence[Any]) -> list[str]:
     found = []
     for backend in ops.available().get(row.op, ()):
         kernel = _dispatch._kernels[row.op, backend]
-        if kernel.leaves(*args, **row.keywords):
-            continue
-        if _dispatch._objection(kernel, tuple(args), dict(row.keywords)) is None:
+        keywords = dict(row.keywords)
+        if not kernel.leaves(*args, **keywords) and _dispatch._objection(kernel, tuple(args), keywords) is None:
             found.append(backend)
     return found or (["torch"] if row.eager else [])  # torch's best against torch written out
 

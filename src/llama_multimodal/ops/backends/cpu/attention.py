@@ -16,7 +16,9 @@ from .library import dense_last, functions, has_attention, pointer, strides
 _LEAST_QUERIES = 16  # putting the keys in order is not worth it for fewer; one alone reads them as they lie
 
 
-def _leaves(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, key_bias: Tensor | None) -> bool:
+def _leaves(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None, key_bias: Tensor | None = None
+) -> bool:
     """Whether torch's own is used: for other dtypes, masks and few queries, and on other machines."""
     tensors = (q, k, v) if key_bias is None else (q, k, v, key_bias)
     return (
@@ -30,7 +32,9 @@ def _leaves(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | Non
 
 
 @_dispatch.register("attention", "cpu", leaves=_leaves)
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, key_bias: Tensor | None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None, key_bias: Tensor | None = None
+) -> Tensor:
     """Raises ValueError where shapes do not go together."""
     check_heads("attention", q, k, v, k.shape[1])
     if q.shape[0] != k.shape[0] or (causal and q.shape[2] != k.shape[2]):
