@@ -263,7 +263,7 @@ def test_place_losses_of_micro_batches_add_up() -> None:
         heads.place[1].bias.copy_(places[0] + 0.4)
         exact = dataclasses.replace(whole, places=places[:1].expand(5, 2))
     # Smooth l1 with a knee at 0.1: 0.4 - 0.05 for each coordinate.
-    assert heads.places(state, exact, totals).item() == pytest.approx(2.0 * 2 * 0.35, rel=1e-5)
+    assert heads.places(state, exact, totals).item() == pytest.approx(3.0 * 2 * 0.35, rel=1e-5)
 
 
 def test_picture_targets_find_their_patch() -> None:
