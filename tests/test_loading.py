@@ -74,6 +74,13 @@ def test_text_and_picture_through_a_loaded_model() -> None:
     assert [len(ids) for ids in out.token_ids] == [3, 3] and out.texts is None
 
 
+def test_a_vision_models_template_is_not_read(tmp_path: Path) -> None:
+    """Its conversations are written as Meta's reference does; a text model's file would be an error."""
+    convert(META, tmp_path, "hf")
+    (tmp_path / "chat_template.json").write_text("{")
+    assert lmm.load(tmp_path)[1].template is None
+
+
 def test_end_tokens_come_from_the_tokenizer_where_no_file_states_them(tmp_path: Path) -> None:
     """Meta's params.json has none; the embedding has rows for the tokenizer's."""
     vocab = 512  # 256 bytes and 256 special tokens

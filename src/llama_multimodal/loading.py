@@ -11,7 +11,7 @@ from typing import cast
 
 import torch
 
-from .config import AnyModelConfig
+from .config import AnyModelConfig, LanguageModelConfig
 from .errors import CheckpointError, DeviceError
 from .models import LanguageModel
 from .ops import Format
@@ -80,14 +80,14 @@ def load(
 def _read_text(checkpoint: Checkpoint) -> tuple[Tokenizer | None, ChatTemplate | None]:
     """What a checkpoint has for text."""
     if not isinstance(checkpoint.store, GGUFFile):
-        return Tokenizer.load(checkpoint.folder), ChatTemplate.load(checkpoint.folder)
+        # Llama 3.2 Vision writes conversations as Meta does, whatever its template says.
+        text_only = isinstance(checkpoint.config, LanguageModelConfig)
+        return Tokenizer.load(checkpoint.folder), ChatTemplate.load(checkpoint.folder) if text_only else None
     found = tokenizer_from_gguf(checkpoint.store.metadata)
     if found is None:
         return None, None
     template = None if found.chat_template is None else ChatTemplate(found.chat_template, found.named)
-    tokenizer = Tokenizer(found.backend, found.special_tokens)
-    tokenizer.begins_with_space = found.begins_with_space  # which its decoder alone does not tell
-    return tokenizer, template
+    return Tokenizer(found.backend, found.special_tokens), template
 
 
 def with_end_tokens(config: AnyModelConfig, tokenizer: Tokenizer | None) -> AnyModelConfig:

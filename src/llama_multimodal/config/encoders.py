@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ..errors import ConfigError
-from .checks import build, check_keys, expect, nearest, require, section
-from .hf import HF_IGNORED
+from .checks import HF_IGNORED, build, check_keys, expect, nearest, require, section
 
 Activation = Literal["gelu", "gelu_pytorch_tanh", "quick_gelu"]
 """The exact GELU, its approximation by tanh, and `x · sigmoid(1.702 x)` (Hendrycks and Gimpel 2016)."""

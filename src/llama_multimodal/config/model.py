@@ -18,6 +18,10 @@ class LanguageModelConfig:
     def __post_init__(self) -> None:
         require(not self.text.cross_attention_layers, "cross-attention layers need a vision encoder", self)
 
+    @property
+    def image_token_id(self) -> None:
+        """No token stands for an image."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -40,7 +40,6 @@ class GGUFTokenizer:
         backend: gives the ids of the original tokenizer and adds none of its own; control tokens are special in it.
         special_tokens: name → id of the control tokens and of the one for what is unknown; no text should give them.
         user_tokens: name → id of tokens that are text, but are never cut (`<think>`).
-        begins_with_space: whether the first word of a text is written with a space before it.
         adds_bos: whether the model wants `bos_token_id` before a text.
         named: `bos_token`, `eos_token`, `unk_token` and `pad_token`, those that are stated, as they are written.
         chat_template: Jinja, where there is one.
@@ -49,7 +48,6 @@ class GGUFTokenizer:
     backend: tokenizers.Tokenizer
     special_tokens: Mapping[str, int]
     user_tokens: Mapping[str, int]
-    begins_with_space: bool
     adds_bos: bool
     named: Mapping[str, str]
     chat_template: str | None
@@ -89,7 +87,6 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> GGUFTokenizer | None:
         backend=backend,
         special_tokens=special,
         user_tokens=users,
-        begins_with_space=add_space,
         adds_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in _WHOLE_WORDS)),
         named=_named(metadata, tokens),
         chat_template=template if isinstance(template, str) else None,

@@ -88,14 +88,10 @@ class Processor:
             rows,
             tiles,
             layouts,
-            image_token_id=self._image_token_id,
+            image_token_id=self.config.image_token_id,
             pad_token_id=self.config.text.pad_token_id,
             decoder=None if self.tokenizer is None else self.stream_decoder,
         )
-
-    @property
-    def _image_token_id(self) -> int | None:
-        return None if isinstance(self.config, LanguageModelConfig) else self.config.image_token_id
 
     def _prompt(self, messages: Any) -> Prompt:
         tokenizer = self._need_tokenizer()
@@ -107,7 +103,7 @@ class Processor:
                     f"this checkpoint has no chat template ({', '.join(TEMPLATE_FILES)}): a base model continues text,"
                     " so pass encode_tokens the ids of yours, or take the model's instruct variant"
                 )
-        return encode_dialog(tokenizer, messages, self._image_token_id)
+        return encode_dialog(tokenizer, messages, self.config.image_token_id)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without special tokens.
@@ -142,8 +138,8 @@ class Processor:
         except TypeError:
             raise PromptError(f"row {b} must hold whole numbers, the ids of its tokens") from None
         for token in ids:
-            if not (0 <= token < text.vocab_size or token == self._image_token_id):
-                image = "" if self._image_token_id is None else f", and {self._image_token_id} for an image"
+            if not (0 <= token < text.vocab_size or token == self.config.image_token_id):
+                image = "" if self.config.image_token_id is None else f", and {self.config.image_token_id} for an image"
                 raise PromptError(
                     f"row {b}: token id {token} is outside the vocabulary (0 to {text.vocab_size - 1}{image});"
                     " was it made by another model's tokenizer?"

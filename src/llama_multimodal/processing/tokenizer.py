@@ -84,10 +84,11 @@ class Tokenizer:
         backend.encode_special_tokens = True  # "encode their names as text"
         backend.no_truncation()
         backend.no_padding()
-        self.begins_with_space = "ByteLevel" not in _kinds_of(backend)
+        kinds = _kinds_of(backend)
+        self.begins_with_space = not kinds.isdisjoint(("Strip", "Metaspace"))
         self._names = {i: name for name, i in self.special_tokens.items()}
         added = {i: token.content.encode() for i, token in backend.get_added_tokens_decoder().items()}
-        spelt = _character_bytes if self.begins_with_space else _byte_level_bytes
+        spelt = _byte_level_bytes if "ByteLevel" in kinds else _character_bytes
         try:
             self._bytes = {
                 i: added[i] if i in added else spelt(token)

@@ -115,7 +115,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     rules = hf_rules(config, store.entries) if layout == "hf" else meta_rules(config)
     shapes = parameter_shapes(config)
     packed = find_packed(store.entries, rules, shapes) if layout == "hf" else {}
-    _check_tensors(folder, store.entries, rules, shapes, packed)
+    check_tensors(folder, store.entries, rules, shapes, packed)
     return Checkpoint(folder, layout, config, tuple(rules), shapes, store, packed)
 
 
@@ -137,7 +137,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     config = _read_config(path, "gguf", store)
     assert isinstance(config, LanguageModelConfig)
     rules, shapes = gguf_rules(config), parameter_shapes(config)
-    _check_tensors(path, store.entries, rules, shapes, {})
+    check_tensors(path, store.entries, rules, shapes, {})
     return Checkpoint(path, "gguf", config, tuple(rules), shapes, store, {})
 
 
@@ -237,11 +237,22 @@ def build_on_meta(config: AnyModelConfig) -> LanguageModel:
     Raises:
         ConfigError: sizes that no tensor can have.
     """
+    with on_meta("a model"):
+        return build_model(config)
+
+
+@contextmanager
+def on_meta(what: str) -> Iterator[None]:
+    """What is built inside has no memory for its weights; `what` it is, for the error.
+
+    Raises:
+        ConfigError: sizes that no tensor can have.
+    """
     try:
         with torch.device("meta"), _NoInitialValues():
-            return build_model(config)
+            yield
     except (RuntimeError, TypeError, OverflowError) as error:
-        raise ConfigError(f"a model of these sizes cannot be built: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{what} of these sizes cannot be built: {str(error).splitlines()[0]}") from error
 
 
 class _NoInitialValues(TorchFunctionMode):
@@ -259,13 +270,18 @@ def parameter_shapes(config: AnyModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in build_on_meta(config).named_parameters()}
 
 
-def _check_tensors(
+def check_tensors(
     folder: Path,
     found: Mapping[str, TensorInfo],
     rules: Sequence[Rule],
     shapes: Mapping[str, tuple[int, ...]],
     packed: Mapping[str, StoredPacked],
 ) -> None:
+    """Hold what is found against what the rules want for our parameters' shapes.
+
+    Raises:
+        CheckpointError: tensors that are missing, unknown, misshaped or of another kind; one error lists them all.
+    """
     integers = {name: info for stored in packed.values() for name, info in stored.infos().items()}
     wanted = {name: info.shape for name, info in integers.items()}
     for rule in rules:

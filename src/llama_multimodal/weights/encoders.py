@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..config import ClipVisionConfig, Dinov2Config, EncoderConfig, SiglipConfig, encoder_from_hf
-from ..errors import CheckpointError, ConfigError, UserError
+from ..errors import CheckpointError, UserError
 from ..models.encoders import build_encoder
 from ..models.vit import ImageEncoder
 from ..ops.huge_pages import empty_parameter
-from .checkpoint import SafetensorsShards, Stored, set_parameter
-from .io import TensorInfo, read_json
+from .checkpoint import SafetensorsShards, Stored, check_tensors, on_meta, set_parameter
+from .io import read_json
 from .rules import Rename, Rule, reshape
 
 # Ours → theirs, modules that have a weight and a bias.
@@ -160,10 +160,12 @@ def load_encoder(
     if config.num_hidden_layers > len(store.entries):
         layers, tensors = config.num_hidden_layers, len(store.entries)
         raise CheckpointError(f"{path} asks for {layers} layers, but there are only {tensors} tensors")
-    encoder = _build_on_meta(config)
+    with on_meta("an encoder"):
+        encoder = build_encoder(config)
     shapes = {name: tuple(value.shape) for name, value in encoder.named_parameters()}
     rules = encoder_rules(config, prefix)
-    _check_tensors(folder, store.entries, prefix, rules, shapes)
+    found = {name: info for name, info in store.entries.items() if _is_ours(name, prefix)}
+    check_tensors(folder, found, rules, shapes, {})
     for rule in rules:
         value = empty_parameter(shapes[rule.ours], dtype, place)
         if place.type != "meta":
@@ -172,45 +174,11 @@ def load_encoder(
     return encoder.eval()
 
 
-def _build_on_meta(config: EncoderConfig) -> ImageEncoder:
-    try:
-        with torch.device("meta"):
-            return build_encoder(config)
-    except (RuntimeError, TypeError, OverflowError) as error:
-        raise ConfigError(f"an encoder of these sizes cannot be built: {str(error).splitlines()[0]}") from error
-
-
 def _prefix(names: Iterable[str]) -> str:
     """What the encoder's names begin with: nothing in a checkpoint of it alone, written by transformers 5."""
     return next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in names)), "")
 
 
-def _check_tensors(
-    folder: Path,
-    found: Mapping[str, TensorInfo],
-    prefix: str,
-    rules: Sequence[Rule],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> None:
-    wanted: dict[str, tuple[int, ...]] = {}
-    for rule in rules:
-        wanted |= dict(zip(rule.theirs, rule.shapes(shapes[rule.ours]), strict=True))
-    spare = {prefix + name for name in _NOT_NEEDED}
-    problems = [f"missing {name}: {list(shape)} expected" for name, shape in wanted.items() if name not in found]
-    problems += [
-        f"unknown {name}: {list(info.shape)}"
-        for name, info in found.items()
-        if name not in wanted and name not in spare and not name.startswith(_NOT_OURS)
-    ]
-    for name, shape in wanted.items():
-        info = found.get(name)
-        if info is None:
-            continue
-        if info.shape != shape:
-            problems.append(f"misshaped {name}: {list(info.shape)} found, {list(shape)} expected")
-        elif not info.dtype.is_floating_point or info.dtype.itemsize == 1:
-            problems.append(f"quantized {name}: {info.dtype} found, a floating-point dtype expected")
-    if problems:
-        rest = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
-        lines = "\n  ".join([*problems[:_LISTED], *rest])
-        raise CheckpointError(f"{folder} does not fit its configuration ({len(problems)} tensors):\n  {lines}")
+def _is_ours(name: str, prefix: str) -> bool:
+    """Whether a tensor belongs to the encoder, rather than to what stands beside it in a checkpoint."""
+    return not name.startswith(_NOT_OURS) and name not in {prefix + spare for spare in _NOT_NEEDED}

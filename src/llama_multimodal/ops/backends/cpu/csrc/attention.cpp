@@ -18,9 +18,7 @@ namespace {
 
 using namespace llama_mm;
 
-constexpr float kLog2E = 1.44269504f;
 constexpr int64_t kTaskQueries = 16 * kQueries;
-constexpr int64_t kPadKeys = 64;  // keys are padded to a multiple of this
 
 int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -95,7 +93,7 @@ int llama_mm_cpu_attention(const void* q, const int64_t* q_strides, const void* 
                      heads,                           kv_heads,
                      queries,                         keys,
                      dim,                             causal != 0};
-  const int64_t padded = padded_dim(dim), padded_keys = rounded_up(keys, kPadKeys), group = heads / kv_heads;
+  const int64_t padded = padded_dim(dim), padded_keys = rounded_up(keys, kTile), group = heads / kv_heads;
   const int64_t pairs = rows * kv_heads, together = pairs < threads ? pairs : threads;  // key heads in order at a time
   const int64_t of_pair = padded_keys * padded, pieces = (queries + kTaskQueries - 1) / kTaskQueries;
   const Scratch ordered(2 * together * of_pair * 2), biases(padded_keys * 4);

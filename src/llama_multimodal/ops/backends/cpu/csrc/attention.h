@@ -8,6 +8,7 @@
 namespace llama_mm {
 
 constexpr int kQueries = 6;  // queries whose sums lie in registers together
+constexpr int kTile = 64;    // keys whose scores are summed in registers with them; memory goes on to a multiple
 constexpr int kKeys = 256;   // keys that they look at together
 constexpr float kHidden = -1e30f;  // a score below this weighs nothing; far from -inf, whose differences are NaN
 
@@ -23,7 +24,7 @@ struct QueryGroup {
   float scale;  // log2(e) / √D
 };
 
-// Up to kKeys keys and their values, in order; memory and bias go on to a multiple of 64.
+// Up to kKeys keys and their values, in order; memory and bias go on to a multiple of kTile.
 struct KeyBlock {
   const uint16_t* keys;    // [keys/16, Dp/2, 16, 2]
   const uint16_t* values;  // [keys/2, Dp, 2]

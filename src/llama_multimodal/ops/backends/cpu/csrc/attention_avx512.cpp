@@ -14,7 +14,7 @@ namespace {
 
 using llama_mm::kKeys;
 using llama_mm::kQueries;
-constexpr int kTile = 64;  // keys whose scores are summed in registers
+using llama_mm::kTile;
 
 INLINE __m512 multiply(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 

@@ -17,7 +17,6 @@ namespace {
 
 using namespace llama_mm;
 
-constexpr float kLog2E = 1.44269504f;  // the softmax runs in powers of two
 constexpr int64_t kLeastPart = 128;    // keys; fewer are not worth a part of their own
 constexpr int64_t kSmall = 1 << 15;    // bytes of keys and values; fewer are not worth waking another thread
 constexpr int kNoMemory = -1;

@@ -7,6 +7,8 @@
 
 namespace {
 
+constexpr float kLog2E = 1.44269504f;  // softmax runs in powers of two
+
 inline int bytes_of(llama_mm::DType dtype) { return dtype == llama_mm::kFloat32 ? 4 : 2; }
 
 inline float get(const void* from, llama_mm::DType dtype, int64_t i) {
