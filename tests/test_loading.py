@@ -265,6 +265,6 @@ def test_a_download_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 def test_a_config_of_another_model(tmp_path: Path) -> None:
     convert(META, tmp_path, "hf")
-    write_json(tmp_path / "config.json", {**config_to_hf(CONFIG), "model_type": "llava"})
-    with pytest.raises(lmm.UserError, match='model_type "llava"; supported: mllama'):
+    write_json(tmp_path / "config.json", {**config_to_hf(CONFIG), "model_type": "qwen2_vl"})
+    with pytest.raises(lmm.UserError, match='model_type "qwen2_vl"; supported: mllama, llama, llava, llava_next'):
         lmm.load(tmp_path)

@@ -154,10 +154,10 @@ def test_prefill_equals_decode(model, first: int) -> None:
     row, grids = [60, 5, IMAGE, 9, 4, 33, 2, 17, 8, 40], [(2, 1)]
     inputs = make_inputs([row], [grids])
     whole = model(inputs).logits
-    cross = model.cross_attention_cache(inputs)
+    cross = model.read_images(inputs)
     cache = SelfAttentionCache.allocate(CONFIG.text, 1, len(row), torch.float64, "cpu")
     steps = [slice(0, first), *(slice(t, t + 1) for t in range(first, len(row)))]
-    parts = [model(part(inputs, step), cross_cache=cross, self_cache=cache).logits for step in steps]
+    parts = [model(part(inputs, step), images=cross, self_cache=cache).logits for step in steps]
     assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-12
 
 
@@ -165,10 +165,10 @@ def test_prefill_equals_decode(model, first: int) -> None:
 def test_prefill_in_pieces(model) -> None:
     """Several tokens onto a cache that already holds some."""
     inputs = make_inputs([[60, 5, IMAGE, 9, 4, 33, 2, IMAGE, 8, 40]], [[(2, 1), (1, 3)]])
-    whole, cross = model(inputs).logits, model.cross_attention_cache(inputs)
+    whole, cross = model(inputs).logits, model.read_images(inputs)
     cache = SelfAttentionCache.allocate(CONFIG.text, 1, 10, torch.float64, "cpu")
     steps = [slice(0, 4), slice(4, 9), slice(9, 10)]
-    parts = [model(part(inputs, step), cross_cache=cross, self_cache=cache).logits for step in steps]
+    parts = [model(part(inputs, step), images=cross, self_cache=cache).logits for step in steps]
     assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-12
 
 
@@ -182,16 +182,16 @@ def part(inputs: ModelInputs, at: slice) -> ModelInputs:
 def test_ragged_decoding(model, batch) -> None:
     """Rows of different lengths, prefilled together and continued at their own positions."""
     steps = torch.tensor([[3, 8, 41], [9, 22, 5], [50, 1, 7], [2, 2, 30]])
-    cross = model.cross_attention_cache(batch)
+    cross = model.read_images(batch)
     cache = SelfAttentionCache.allocate(CONFIG.text, len(ROWS), 12, torch.float64, "cpu")
     last = [length - 1 for length in batch.lengths]
-    out = [model(batch, cross_cache=cross, self_cache=cache, last_token_of=last).logits]
+    out = [model(batch, images=cross, self_cache=cache, last_token_of=last).logits]
     assert out[0].shape == (4, 1, CONFIG.text.vocab_size)
     visible = batch.visible[torch.arange(4), torch.tensor(last)][:, None]
     for i in range(3):
         positions = torch.tensor(batch.lengths)[:, None] + i
         step = replace(batch, tokens=steps[:, i : i + 1], positions=positions, visible=visible)
-        out.append(model(step, cross_cache=cross, self_cache=cache).logits)
+        out.append(model(step, images=cross, self_cache=cache).logits)
     for b, row in enumerate(ROWS):
         whole = model(make_inputs([[*row, *steps[b].tolist()]], [GRIDS[b]])).logits[0, -4:]
         assert (torch.cat([logits[b] for logits in out]) - whole).abs().max() < 1e-12

@@ -73,3 +73,14 @@ class CrossAttentionCache:
         """The vision tokens of images [first, end) of a row."""
         base = self.first_image[row]
         return self.image_starts[base + first], self.image_starts[base + end]
+
+
+@dataclass
+class SplicedImages:
+    """Embeddings of the batch's images, one for each placeholder token in the order of rows: [placeholders, E]."""
+
+    embeddings: Tensor
+
+
+ReadImages = CrossAttentionCache | SplicedImages
+"""What a model's decoder reads of the images, by its fusion."""

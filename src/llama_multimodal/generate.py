@@ -8,7 +8,7 @@ from typing import Literal, overload
 
 import torch
 
-from .cache import CrossAttentionCache, SelfAttentionCache
+from .cache import ReadImages, SelfAttentionCache, SplicedImages
 from .errors import PromptError
 from .inputs import ModelInputs, TextDecoder
 from .models import LanguageModel
@@ -42,7 +42,7 @@ def generate(
     params: SamplingParams | None = None,
     *,
     stream: Literal[False] = ...,
-    cross_cache: CrossAttentionCache | None = ...,
+    images: ReadImages | None = ...,
 ) -> GenerationOutput: ...
 @overload
 def generate(
@@ -51,7 +51,7 @@ def generate(
     params: SamplingParams | None = None,
     *,
     stream: Literal[True],
-    cross_cache: CrossAttentionCache | None = ...,
+    images: ReadImages | None = ...,
 ) -> Iterator[GenerationEvent]: ...
 
 
@@ -61,13 +61,13 @@ def generate(
     params: SamplingParams | None = None,
     *,
     stream: bool = False,
-    cross_cache: CrossAttentionCache | None = None,
+    images: ReadImages | None = None,
 ) -> GenerationOutput | Iterator[GenerationEvent]:
     """Continue every row of a batch; rows may differ in length and in number of images.
 
     Returns the whole answers, or with `stream` an iterator of events.
 
-    cross_cache: `model.cross_attention_cache(inputs)`, for callers who ask more than once about the same images.
+    images: `model.read_images(inputs)`, for callers who ask more than once about the same images.
 
     Raises:
         PromptError: a prompt that leaves no room in the context, or stop strings without a tokenizer.
@@ -79,7 +79,7 @@ def generate(
     if params.stop and inputs.decoder is None:
         raise PromptError("stop strings need a tokenizer, and this checkpoint has none; use the end tokens instead")
     rows = [_Row(params, inputs, b, model.config.text.eos_token_ids, context) for b in range(inputs.num_rows)]
-    events = _events(model, inputs, rows, params, cross_cache)
+    events = _events(model, inputs, rows, params, images)
     if stream:
         return events
     for _ in events:
@@ -94,17 +94,19 @@ def _events(
     inputs: ModelInputs,
     rows: list[_Row],
     params: SamplingParams,
-    cross_cache: CrossAttentionCache | None,
+    images: ReadImages | None,
 ) -> Iterator[GenerationEvent]:
     config = model.config.text
     capacity = min(max(inputs.lengths) + params.max_new_tokens, config.max_position_embeddings)
     self_cache = SelfAttentionCache.allocate(config, len(rows), capacity, model.dtype, model.device)
-    if cross_cache is None:
-        cross_cache = model.cross_attention_cache(inputs)
+    if images is None:
+        images = model.read_images(inputs)
     last = [length - 1 for length in inputs.lengths]
     # What the last prompt token saw is what every new token sees.
     visible = inputs.visible[torch.arange(len(rows)), torch.tensor(last)][:, None]
-    logits = model(inputs, cross_cache=cross_cache, self_cache=self_cache, last_token_of=last).logits[:, -1]
+    logits = model(inputs, images=images, self_cache=self_cache, last_token_of=last).logits[:, -1]
+    if isinstance(images, SplicedImages):
+        images = None  # they are in the cache of the text now
     while True:
         for b, row in enumerate(rows):
             if row.finish_reason is None:
@@ -117,8 +119,10 @@ def _events(
             tokens=torch.tensor([[row.answer[-1]] for row in rows]),
             positions=torch.tensor([[row.length - 1] for row in rows]),
             visible=visible,
+            tiles=inputs.tiles[:0],
+            images=(),
         )
-        logits = model(step, cross_cache=cross_cache, self_cache=self_cache).logits[:, -1]
+        logits = model(step, images=images, self_cache=self_cache).logits[:, -1]
 
 
 class _Row:

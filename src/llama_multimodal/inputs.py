@@ -30,10 +30,34 @@ class ImageLayout:
     rows: int
     columns: int
     row: int = 0  # the batch row it belongs to
+    whole: bool = False  # a tile of the whole picture besides, before the others or after them
+    num_tokens: int = 1  # placeholder tokens in its row
+    size: tuple[int, int] = (1, 1)  # the picture's (width, height), of which LLaVA-NeXT needs the ratio
 
     @property
     def num_tiles(self) -> int:
-        return self.rows * self.columns
+        return self.rows * self.columns + self.whole
+
+    def unpadded_patches(self, side: int) -> tuple[slice, slice]:
+        """Which rows and columns of the grid's rows · side × columns · side patches show the picture rather than its
+        padding (LLaVA-NeXT).
+
+        Worked out in patches, not in pixels, with as much cut off on either side: a patch of padding may stay. Nothing
+        may be left of a very narrow picture.
+        """
+        (width, height), grid_height, grid_width = self.size, self.rows * side, self.columns * side
+        top = left = 0
+        # Rounded before it is cut: a product a hair below a whole number counts as that number.
+        if width / height > grid_width / grid_height:
+            top = (grid_height - int(round(height * (grid_width / width), 7))) // 2
+        else:
+            left = (grid_width - int(round(width * (grid_height / height), 7))) // 2
+        return slice(top, grid_height - top), slice(left, grid_width - left)
+
+    def anyres_tokens(self, side: int) -> int:
+        """LLaVA-NeXT's tokens: side² of the whole picture, then its unpadded patches and a newline behind each row."""
+        rows, columns = self.unpadded_patches(side)
+        return side**2 + (rows.stop - rows.start) * (columns.stop - columns.start + 1)
 
 
 @dataclass(frozen=True)
@@ -98,18 +122,20 @@ def batch_inputs(
     *,
     image_token_id: int | None,
     pad_token_id: int,
+    spliced: bool = False,
     decoder: Callable[[], TextDecoder] | None = None,
 ) -> ModelInputs:
     """Pad token rows into one batch and work out what each token may see.
 
     image_token_id: None where no token stands for an image
+    spliced: the images take their tokens' places, and no token looks at one
 
     Raises:
         PromptError: an empty row, or a row whose image tokens and images differ in number.
     """
     given = [0] * len(rows)
     for image in images:
-        given[image.row] += 1
+        given[image.row] += image.num_tokens
     width = max((len(row) for row in rows), default=0)
     tokens = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
     visible = torch.zeros(len(rows), width, 2, dtype=torch.int64)
@@ -118,11 +144,14 @@ def batch_inputs(
             raise PromptError(f"row {b} has no tokens; a prompt needs at least one")
         placeholders = sum(token == image_token_id for token in row)
         if placeholders != given[b]:
+            number = sum(image.row == b for image in images)
+            became = f" of {given[b]} tokens" if given[b] != number else ""
             raise PromptError(
-                f"row {b} has {placeholders} image placeholders (token {image_token_id}) but {given[b]} images were"
-                " given; give one image for each placeholder"
+                f"row {b} has {placeholders} image placeholders (token {image_token_id}) but {number} images{became}"
+                " were given; give one image for each placeholder"
             )
         tokens[b, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
-        visible[b, : len(row)] = torch.tensor(visible_images(row, image_token_id))
+        if not spliced:
+            visible[b, : len(row)] = torch.tensor(visible_images(row, image_token_id))
     positions = torch.arange(width).expand(len(rows), width).contiguous()
     return ModelInputs(tokens, positions, tuple(len(row) for row in rows), tiles, tuple(images), visible, decoder)

@@ -11,11 +11,12 @@ from typing import cast
 
 import torch
 
-from .config import AnyModelConfig, LanguageModelConfig
+from .config import AnyModelConfig, ModelConfig, TiledVisionConfig
 from .errors import CheckpointError, DeviceError
 from .models import LanguageModel
 from .ops import Format
 from .processing.gguf_tokenizer import tokenizer_from_gguf
+from .processing.preprocess import load_preprocess
 from .processing.processor import Processor
 from .processing.template import ChatTemplate
 from .processing.tokenizer import Tokenizer
@@ -66,6 +67,7 @@ def load(
     if kind is None:
         kind = checkpoint.dtype if checkpoint.dtype in DTYPES.values() else torch.float32
     tokenizer, template = _read_text(checkpoint)
+    preprocess = load_preprocess(checkpoint.folder) if _reads_preprocess(checkpoint.config) else None
     checkpoint = replace(checkpoint, config=with_end_tokens(checkpoint.config, tokenizer))
     if pack == "auto":
         loses_nothing = kind == torch.bfloat16 and place.type == "cpu" and not checkpoint.packed
@@ -74,20 +76,26 @@ def load(
     model = read_model(checkpoint, kind, place, progress, packing)
     if int8_activations:
         use_int8_activations(model)
-    return model.eval(), Processor(checkpoint.config, tokenizer, template)
+    return model.eval(), Processor(checkpoint.config, tokenizer, template, preprocess)
 
 
 def _read_text(checkpoint: Checkpoint) -> tuple[Tokenizer | None, ChatTemplate | None]:
     """What a checkpoint has for text."""
     if not isinstance(checkpoint.store, GGUFFile):
+        folder, config = checkpoint.folder, checkpoint.config
         # Llama 3.2 Vision writes conversations as Meta does, whatever its template says.
-        text_only = isinstance(checkpoint.config, LanguageModelConfig)
-        return Tokenizer.load(checkpoint.folder), ChatTemplate.load(checkpoint.folder) if text_only else None
+        metas = isinstance(config, ModelConfig) and config.model_type == "mllama"
+        return Tokenizer.load(folder), None if metas else ChatTemplate.load(folder)
     found = tokenizer_from_gguf(checkpoint.store.metadata)
     if found is None:
         return None, None
     template = None if found.chat_template is None else ChatTemplate(found.chat_template, found.named)
     return Tokenizer(found.backend, found.special_tokens), template
+
+
+def _reads_preprocess(config: AnyModelConfig) -> bool:
+    """Whether pictures are cut as a file says; Meta's tiles follow from the model's configuration."""
+    return isinstance(config, ModelConfig) and not isinstance(config.vision, TiledVisionConfig)
 
 
 def with_end_tokens(config: AnyModelConfig, tokenizer: Tokenizer | None) -> AnyModelConfig:

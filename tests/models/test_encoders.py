@@ -16,7 +16,7 @@ from torch import Tensor
 from llama_multimodal.config import ClipVisionConfig, Dinov2Config, EncoderConfig, SiglipConfig
 from llama_multimodal.errors import ConfigError, ImageError
 from llama_multimodal.models import Dinov2Encoder, SiglipEncoder, build_encoder
-from llama_multimodal.weights.encoders import load_encoder
+from llama_multimodal.weights.load_encoder import load_encoder
 
 TOLERANCE = 1e-5
 
@@ -44,7 +44,7 @@ def test_final_state_and_pooled(kind: str, tmp_path: Path) -> None:
     expected, features = reference(theirs, images), encoder(images)
     assert expected.last_hidden_state.abs().mean() > 0.3
     assert difference(features, expected.last_hidden_state) < TOLERANCE
-    assert features.shape == (2, encoder.num_tokens(size, size), encoder.output_size)
+    assert features.shape == (2, encoder.config.num_tokens(size, size), encoder.config.output_size)
     if expected.pooler_output is None:
         with pytest.raises(ConfigError, match="no pooling head"):
             encoder.pooled(images)
@@ -71,7 +71,7 @@ def test_clip_as_llava_reads_it(tmp_path: Path) -> None:
     encoder = load_encoder(tmp_path, layer=-2, with_class_token=False)
     expected = reference(theirs, images, output_hidden_states=True).hidden_states[-2][:, 1:]
     assert difference(encoder(images), expected) < TOLERANCE
-    assert encoder.num_tokens(16, 16) == 16
+    assert encoder.config.num_tokens(16, 16) == 16
 
 
 @pytest.mark.parametrize("with_class_token", [True, False])
@@ -84,7 +84,7 @@ def test_tokens_that_dinov2_returns(with_class_token: bool, with_registers: bool
     expected = reference(theirs, images)
     assert difference(encoder(images), expected.last_hidden_state[:, keep]) < TOLERANCE
     assert difference(encoder.pooled(images), expected.pooler_output) < TOLERANCE
-    assert encoder.num_tokens(16, 16) == len(keep)
+    assert encoder.config.num_tokens(16, 16) == len(keep)
 
 
 # 8×32 has as many patches as the table has rows.
@@ -96,7 +96,7 @@ def test_other_sizes(kind: str, size: tuple[int, int], tmp_path: Path) -> None:
     images = pixels(*size)
     expected = reference(theirs, images, interpolate_pos_encoding=True).last_hidden_state
     assert difference(encoder(images), expected) < TOLERANCE
-    assert expected.shape[1] == encoder.num_tokens(*size)
+    assert expected.shape[1] == encoder.config.num_tokens(*size)
 
 
 @pytest.mark.parametrize("kind", NAFLEX)
@@ -116,7 +116,7 @@ def test_siglip2_of_variable_resolution(kind: str, tmp_path: Path) -> None:
     grids = torch.tensor([(height // 4, width // 4) for height, width in sizes])
     expected = theirs(patches, pixel_attention_mask=mask, spatial_shapes=grids)
     for i, image in enumerate(images):
-        count = encoder.num_tokens(*sizes[i])
+        count = encoder.config.num_tokens(*sizes[i])
         assert difference(encoder(image), expected.last_hidden_state[i : i + 1, :count]) < TOLERANCE, sizes[i]
         assert difference(encoder.pooled(image), expected.pooler_output[i : i + 1]) < TOLERANCE, sizes[i]
 
@@ -171,7 +171,7 @@ def test_images_do_not_see_each_other(kind: str) -> None:
     encoder = build_encoder(SMALL[kind])
     images = pixels(16, 16, images=3)
     assert difference(encoder(images)[1:2], encoder(images[1:2])) < TOLERANCE
-    assert encoder(images[:0]).shape == (0, encoder.num_tokens(16, 16), 24)
+    assert encoder(images[:0]).shape == (0, encoder.config.num_tokens(16, 16), 24)
 
 
 # --- sizes of released checkpoints -----------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_built_without_memory_at_real_sizes(config: EncoderConfig, parameters: i
     with torch.device("meta"):
         encoder = build_encoder(config)
     assert sum(value.numel() for value in encoder.parameters()) == parameters
-    assert encoder.num_tokens(config.image_size, config.image_size) == tokens
+    assert encoder.config.num_tokens(config.image_size, config.image_size) == tokens
 
 
 @pytest.mark.parametrize("config", [SO400M, VIT_L_336, GIANT], ids=["so400m", "ViT-L/14-336", "giant"])
@@ -227,7 +227,7 @@ def test_pixels_that_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ImageError, match=r"multiples of 4|\[images, 3, height, width\]"):
         encoder(torch.zeros(shape))
     with pytest.raises(ImageError, match="14×17 pixels does not divide into patches of 4; resize it to 16×16"):
-        encoder.num_tokens(14, 17)
+        encoder.config.num_tokens(14, 17)
 
 
 @pytest.mark.parametrize(
@@ -250,4 +250,4 @@ def test_configurations_that_are_refused(config: Any, change: dict[str, Any], me
 def test_the_gated_block_is_two_thirds_as_wide() -> None:
     assert GIANT.intermediate_size == 4096 and Dinov2Config().intermediate_size == 3072
     assert Dinov2Config(hidden_size=20, num_attention_heads=2, swiglu=True).intermediate_size == 56
-    assert Dinov2Encoder(SMALL["DINOv2"]).output_size == 24  # type: ignore[arg-type]
+    assert Dinov2Encoder(SMALL["DINOv2"]).config.output_size == 24  # type: ignore[arg-type]

@@ -31,9 +31,9 @@ def test_decode(golden, case_name_: str) -> None:
     row, prompt = case.rows[0], case.prompt
     model = golden.model
     inputs = golden.processor.encode_tokens([row[:prompt]], images=case.images)
-    cross_cache = model.cross_attention_cache(inputs)
+    images = model.read_images(inputs)
     self_cache = SelfAttentionCache.allocate(model.config.text, 1, len(row), model.dtype, model.device)
-    logits = [model(inputs, cross_cache=cross_cache, self_cache=self_cache).logits]
+    logits = [model(inputs, images=images, self_cache=self_cache).logits]
     for position in range(prompt, len(row)):
         step = replace(
             inputs,
@@ -41,7 +41,7 @@ def test_decode(golden, case_name_: str) -> None:
             positions=torch.tensor([[position]]),
             visible=inputs.visible[:, -1:],  # as the last token of the prompt
         )
-        logits.append(model(step, cross_cache=cross_cache, self_cache=self_cache).logits)
+        logits.append(model(step, images=images, self_cache=self_cache).logits)
     assert (torch.cat(logits, dim=1)[0] - case.logits[0]).abs().max() < TOLERANCE
 
 
@@ -151,7 +151,7 @@ def test_fault_4_the_first_text_token_reads_the_whole_image(golden) -> None:
     assert difference[0, :at].abs().max() == 0
 
     inputs = golden.encode(golden.case("tiles_1x2"))
-    cache = golden.model.cross_attention_cache(inputs)
+    cache = golden.model.read_images(inputs)
     assert cache.keys[0].shape[1] == 2 * golden.model.config.vision.num_patches
 
 

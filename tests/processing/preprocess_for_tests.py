@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llama_multimodal.config import preprocess_from_hf
 from llama_multimodal.errors import ConfigError
-from llama_multimodal.processing.preprocess import preprocess_from_hf
 
 HALF = [0.5, 0.5, 0.5]
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]

@@ -8,15 +8,14 @@ import pytest
 from PIL import Image
 from preprocess_for_tests import LLAVA_16, SHAPES, SIGLIP, picture, shapes
 
+from llama_multimodal.config import preprocess_from_hf
 from llama_multimodal.errors import ConfigError, ImageError
+from llama_multimodal.inputs import ImageLayout
 from llama_multimodal.processing.anyres import (
     anyres_pixels,
     choose_canvas,
     grid_of,
-    num_image_tokens,
-    unpadded_patches,
 )
-from llama_multimodal.processing.preprocess import preprocess_from_hf
 
 SIDE = 28
 SMALL: dict[str, Any] = LLAVA_16 | {
@@ -117,7 +116,7 @@ def test_tokens(strategy: str, additional: int) -> None:
     for width, height in many_sizes():
         theirs = processor.replace_image_token({"pixel_values": crops, "image_sizes": [(height, width)]}, 0)
         canvas = choose_canvas(width, height, preprocess.grid_pinpoints)
-        ours = num_image_tokens(width, height, canvas[0] // 336, canvas[1] // 336, 24)
+        ours = ImageLayout(canvas[0] // 336, canvas[1] // 336, size=(width, height)).anyres_tokens(24)
         assert ours * len("<image>") == len(theirs), (width, height)
 
 
@@ -129,19 +128,19 @@ def test_the_patches_that_are_kept() -> None:
     for width, height in many_sizes()[:600]:
         for rows, columns in ((1, 1), (1, 3), (2, 2), (3, 1)):
             patches = torch.arange(rows * 5 * columns * 5).view(1, rows * 5, columns * 5)
-            high, wide = unpadded_patches(width, height, rows, columns, 5)
+            high, wide = ImageLayout(rows, columns, size=(width, height)).unpadded_patches(5)
             theirs = unpad_image(patches, (height, width))
             assert torch.equal(patches[:, high, wide], theirs), (width, height, rows, columns)
 
 
 def test_a_count_by_hand() -> None:
     # 600 x 300 on 1 x 2 crops: no padding, so 24 rows of 48 patches and a newline, after 24 x 24 of the whole.
-    assert num_image_tokens(600, 300, 1, 2, 24) == 24 * 24 + 24 * 49
+    assert ImageLayout(1, 2, size=(600, 300)).anyres_tokens(24) == 24 * 24 + 24 * 49
     # 600 x 250: 20 of 24 rows, 2 off on either side.
-    assert unpadded_patches(600, 250, 1, 2, 24) == (slice(2, 22), slice(0, 48))
-    assert num_image_tokens(600, 250, 1, 2, 24) == 24 * 24 + 20 * 49
+    assert ImageLayout(1, 2, size=(600, 250)).unpadded_patches(24) == (slice(2, 22), slice(0, 48))
+    assert ImageLayout(1, 2, size=(600, 250)).anyres_tokens(24) == 24 * 24 + 20 * 49
     # So narrow that no column is left: only the newlines are.
-    assert num_image_tokens(1, 1000, 3, 1, 24) == 24 * 24 + 72
+    assert ImageLayout(3, 1, size=(1, 1000)).anyres_tokens(24) == 24 * 24 + 72
 
 
 # --- what cannot be --------------------------------------------------------------------------------------------------

@@ -20,8 +20,9 @@ from preprocess_for_tests import (
     shapes,
 )
 
+from llama_multimodal.config import Preprocess, preprocess_from_hf
 from llama_multimodal.errors import ConfigError, ImageError
-from llama_multimodal.processing.preprocess import Preprocess, image_pixels, preprocess_from_hf
+from llama_multimodal.processing.preprocess import image_pixels
 
 SINGLE = {name: raw for name, raw in PUBLISHED.items() if not {"max_image_size", "image_grid_pinpoints"} & raw.keys()}
 
@@ -137,7 +138,7 @@ def test_what_is_read() -> None:
         (SIGLIP | {"image_maen": HALF}, 'unknown key "image_maen"; did you mean "image_mean"?'),
         (SIGLIP | {"image_grid_pinpoints": [[1, 1]]}, 'unknown key "image_grid_pinpoints"'),
         (SIGLIP | {"image_processor_type": "SiglipImageProcesor"}, 'did you mean "SiglipImageProcessor"?'),
-        (SIGLIP | {"image_processor_type": "Siglip2ImageProcessor"}, "Siglip2ImageProcessor is not implemented"),
+        (SIGLIP | {"image_processor_type": "ViTImageProcessor"}, "ViTImageProcessor is not implemented"),
         (SIGLIP | {"image_processor_type": None}, "there is no image_processor_type"),
         (SIGLIP | {"pad_size": {"height": 9, "width": 9}}, "pad_size is {'height': 9, 'width': 9}, which is not impl"),
         (SIGLIP | {"size": {"hieght": 9, "width": 9}}, 'size: unknown key "hieght"; did you mean "height"?'),

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from preprocess_for_tests import ON, PUBLISHED, SMOLVLM, picture, shapes
 
+from llama_multimodal.config import preprocess_from_hf
 from llama_multimodal.errors import ConfigError, ImageError
-from llama_multimodal.processing.preprocess import preprocess_from_hf
 from llama_multimodal.processing.splitting import grid_of, image_prompt, split_pixels
 
 SPLIT = {name: raw for name, raw in PUBLISHED.items() if "max_image_size" in raw}

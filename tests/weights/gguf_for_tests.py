@@ -125,7 +125,7 @@ def logits_of(model: LanguageModel, tokens: Tensor) -> Tensor:
     """tokens: [B, T] → [B, T, vocab]."""
     rows, length = tokens.shape
     positions = torch.arange(length).expand(rows, length)
-    return model.decoder(tokens, positions, torch.zeros(rows, length, 2, dtype=torch.long))
+    return model.decoder(model.decoder.embedding(tokens), positions, torch.zeros(rows, length, 2, dtype=torch.long))
 
 
 def transformers_model(path: Path, **config: Any) -> Any:

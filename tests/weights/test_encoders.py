@@ -23,7 +23,8 @@ from llama_multimodal.config import (
 )
 from llama_multimodal.errors import CheckpointError, ConfigError
 from llama_multimodal.models import build_encoder
-from llama_multimodal.weights.encoders import encoder_rules, load_encoder
+from llama_multimodal.weights.encoders import encoder_rules
+from llama_multimodal.weights.load_encoder import load_encoder
 from llama_multimodal.weights.rules import same_bits
 
 

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import nearest
 from ..errors import UserError
 from . import common
 
@@ -82,7 +81,7 @@ class Conversation:
     system: str | None
     waiting: list[Any] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
-    seen: Any = None  # cross-attention cache of the pictures so far: a turn without new ones encodes none
+    seen: Any = None  # what the model read of the pictures so far: a turn without new ones encodes none
     seen_pictures: int = 0
 
     def __post_init__(self) -> None:
@@ -113,9 +112,9 @@ class Conversation:
             if len(inputs.images) != self.seen_pictures:
                 self.seen, self.seen_pictures = None, 0
                 with torch.inference_mode():
-                    self.seen = self.model.cross_attention_cache(inputs)
+                    self.seen = self.model.read_images(inputs)
                 self.seen_pictures = len(inputs.images)
-            for event in generate(self.model, inputs, self.params, stream=True, cross_cache=self.seen):
+            for event in generate(self.model, inputs, self.params, stream=True, images=self.seen):
                 answer += event.text
                 reason = event.finish_reason
                 sys.stdout.write(common.printable(event.text))
@@ -159,6 +158,8 @@ def _act(conversation: Conversation, line: str) -> bool:
     elif word == "/image":
         _add_picture(conversation, rest.strip())
     else:
+        from ..config import nearest
+
         common.say(f"error: unknown command {common.printable(word)}{nearest(word, _COMMANDS)}; /help lists them")
     return True
 

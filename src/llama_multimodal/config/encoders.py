@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ImageError
 from .checks import HF_IGNORED, build, check_keys, expect, nearest, require, section
+from .preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 Activation = Literal["gelu", "gelu_pytorch_tanh", "quick_gelu"]
 """The exact GELU, its approximation by tanh, and `x · sigmoid(1.702 x)` (Hendrycks and Gimpel 2016)."""
@@ -51,6 +52,39 @@ class VitConfig:
         """Blocks that lie before the hidden state which is returned."""
         return self.num_hidden_layers if self.layer is None else self.layer % (self.num_hidden_layers + 1)
 
+    @property
+    def output_size(self) -> int:
+        """Width of the features."""
+        return self.hidden_size
+
+    @property
+    def num_extra_tokens(self) -> int:
+        """Tokens of an image that are returned before those of its patches."""
+        return 0
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """Tokens that an image of this size becomes.
+
+        Raises:
+            ImageError: its sides are neither the configuration's nor multiples of the patch.
+        """
+        rows, columns = self.grid(height, width)
+        return self.num_extra_tokens + rows * columns
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image of this size.
+
+        Raises:
+            ImageError: its sides are neither the configuration's nor multiples of the patch.
+        """
+        patch, usual = self.patch_size, self.image_size
+        if any(side < patch or (side % patch and side != usual) for side in (height, width)):
+            raise ImageError(
+                f"an image of {height}×{width} pixels does not divide into patches of {patch}; resize it to"
+                f" {usual}×{usual} or to multiples of {patch}"
+            )
+        return height // patch, width // patch
+
 
 @dataclass(frozen=True)
 class SiglipConfig(VitConfig):
@@ -60,6 +94,10 @@ class SiglipConfig(VitConfig):
     intermediate_size: int = 3072
     pooling_head: bool = True  # attention pooling; language models do without
     channels_last: bool = False  # how a checkpoint holds a patch's weights: row, column, channel (NaFlex)
+
+    def preprocess(self) -> Preprocess:
+        """The whole picture, squeezed into a square."""
+        return Preprocess(size=(self.image_size, self.image_size), mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 @dataclass(frozen=True)
@@ -71,6 +109,15 @@ class ClipVisionConfig(VitConfig):
     hidden_act: Activation = "quick_gelu"
     intermediate_size: int = 3072
     with_class_token: bool = True  # return it before the patches
+
+    @property
+    def num_extra_tokens(self) -> int:
+        return int(self.with_class_token)
+
+    def preprocess(self) -> Preprocess:
+        """The middle square of the picture."""
+        side = self.image_size
+        return Preprocess(shortest_edge=side, crop=(side, side), mean=CLIP_MEAN, std=CLIP_STD)
 
 
 @dataclass(frozen=True)
@@ -90,6 +137,15 @@ class Dinov2Config(VitConfig):
         """Width of the feed-forward block. The gated one has three products, so two thirds of the width, in eights."""
         plain = int(self.hidden_size * self.mlp_ratio)
         return (int(plain * 2 / 3) + 7) // 8 * 8 if self.swiglu else plain
+
+    @property
+    def num_extra_tokens(self) -> int:
+        return int(self.with_class_token) + self.with_registers * self.num_register_tokens
+
+    def preprocess(self) -> Preprocess:
+        """The middle square of the picture, at the size of the position table."""
+        side = self.image_size
+        return Preprocess(shortest_edge=side, crop=(side, side), mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 EncoderConfig = SiglipConfig | ClipVisionConfig | Dinov2Config
@@ -118,16 +174,22 @@ _DINOV2_IGNORED = {
 }  # fmt: skip
 
 
-def encoder_from_hf(raw: Mapping[str, Any]) -> EncoderConfig:
+def encoder_from_hf(raw: Mapping[str, Any], where: str = "config.json", *, layer: int | None = None) -> EncoderConfig:
     """`config.json` of a SigLIP, CLIP or DINOv2 checkpoint, of the whole model or of its vision part, by `model_type`.
+
+    where: what errors call the table. layer: the hidden state that the encoder returns
 
     Raises:
         ConfigError: another `model_type`, an unknown key, or a value this project does not implement.
     """
-    return _reader(raw)(raw)
+    config = _reader(raw, where)(raw, where)
+    try:
+        return replace(config, layer=layer)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
-def siglip_from_hf(raw: Mapping[str, Any]) -> SiglipConfig:
+def siglip_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> SiglipConfig:
     """`config.json` of a SigLIP checkpoint, or the `vision_config` in it.
 
     A `model_type` of siglip2 is the layout of the variable resolution (NaFlex): a checkpoint of SigLIP 2 for one
@@ -136,7 +198,7 @@ def siglip_from_hf(raw: Mapping[str, Any]) -> SiglipConfig:
     Raises:
         ConfigError: an unknown key, or a value this project does not implement.
     """
-    raw, where = _vision_part(raw, siglip_from_hf)
+    raw, where = _vision_part(raw, siglip_from_hf, where)
     names = {**_NAMES, "intermediate_size": "intermediate_size", "vision_use_head": "pooling_head"}
     given, known = _given(raw, names), {*names, *_IGNORED}
     if raw.get("model_type") == "siglip2_vision_model":
@@ -152,25 +214,25 @@ def siglip_from_hf(raw: Mapping[str, Any]) -> SiglipConfig:
     return build(SiglipConfig, given, where)
 
 
-def clip_from_hf(raw: Mapping[str, Any]) -> ClipVisionConfig:
+def clip_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ClipVisionConfig:
     """`config.json` of a CLIP checkpoint, or the `vision_config` in it.
 
     Raises:
         ConfigError: an unknown key, or a value this project does not implement.
     """
-    raw, where = _vision_part(raw, clip_from_hf)
+    raw, where = _vision_part(raw, clip_from_hf, where)
     names = {**_NAMES, "intermediate_size": "intermediate_size"}
     check_keys(raw, {*names, *_IGNORED}, where)
     return build(ClipVisionConfig, _given(raw, names), where)
 
 
-def dinov2_from_hf(raw: Mapping[str, Any]) -> Dinov2Config:
+def dinov2_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> Dinov2Config:
     """`config.json` of a DINOv2 checkpoint, with or without registers.
 
     Raises:
         ConfigError: an unknown key, or a value this project does not implement.
     """
-    raw, where = _vision_part(raw, dinov2_from_hf)
+    raw, where = _vision_part(raw, dinov2_from_hf, where)
     names = {**_NAMES, "mlp_ratio": "mlp_ratio", "qkv_bias": "qkv_bias", "use_swiglu_ffn": "swiglu"}
     defaults: dict[str, Any] = {}
     if raw.get("model_type") == "dinov2_with_registers":
@@ -183,7 +245,8 @@ def dinov2_from_hf(raw: Mapping[str, Any]) -> Dinov2Config:
     return config
 
 
-_READERS: dict[str, Callable[[Mapping[str, Any]], EncoderConfig]] = {
+_Reader = Callable[[Mapping[str, Any], str], EncoderConfig]
+_READERS: dict[str, _Reader] = {
     "siglip": siglip_from_hf,
     "siglip_vision_model": siglip_from_hf,
     "siglip2": siglip_from_hf,
@@ -197,31 +260,47 @@ _WHOLE = {"siglip": "siglip_vision_model", "siglip2": "siglip2_vision_model", "c
 """Models with a text tower → what their `vision_config` is."""
 
 
-def _reader(raw: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], EncoderConfig]:
+def _reader(raw: Mapping[str, Any], where: str) -> _Reader:
     kind = raw.get("model_type")
     if kind not in _READERS:
         hint = nearest(str(kind), _READERS)
-        raise ConfigError(f'config.json: model_type "{kind}" is no encoder; supported: {", ".join(_READERS)}{hint}')
+        raise ConfigError(f'{where}: model_type "{kind}" is no encoder; supported: {", ".join(_READERS)}{hint}')
     return _READERS[str(kind)]
 
 
-def _vision_part(
-    raw: Mapping[str, Any], reader: Callable[[Mapping[str, Any]], EncoderConfig]
-) -> tuple[Mapping[str, Any], str]:
+def _vision_part(raw: Mapping[str, Any], reader: _Reader, where: str) -> tuple[Mapping[str, Any], str]:
     """The table of the vision part, with its `model_type`, and what to call it in errors."""
     kind = str(raw.get("model_type"))
-    if _reader(raw) is not reader:
+    if _reader(raw, where) is not reader:
         family = [name for name, other in _READERS.items() if other is reader]
-        raise ConfigError(f'config.json: model_type is "{kind}"; {", ".join(family)} was expected')
+        raise ConfigError(f'{where}: model_type is "{kind}"; {", ".join(family)} was expected')
     if kind not in _WHOLE:
-        return raw, "config.json"
+        return raw, where
     tables = {"vision_config", "text_config", "vision_config_dict", "text_config_dict"}
-    check_keys(raw, {*tables, *_IGNORED}, "config.json")
+    check_keys(raw, {*tables, *_IGNORED}, where)
     # Where CLIP's first files hold the table twice, transformers takes this one.
-    where = "vision_config_dict" if raw.get("vision_config_dict") is not None else "vision_config"
-    vision = section(raw, where)
-    expect(vision, "model_type", _WHOLE[kind], f"config.json: {where}")
-    return {**vision, "model_type": _WHOLE[kind]}, f"config.json: {where}"
+    name = "vision_config_dict" if raw.get("vision_config_dict") is not None else "vision_config"
+    vision = section(raw, name)
+    expect(vision, "model_type", _WHOLE[kind], f"{where}: {name}")
+    return {**vision, "model_type": _WHOLE[kind]}, f"{where}: {name}"
+
+
+def encoder_to_hf(config: EncoderConfig) -> dict[str, Any]:
+    """The table of transformers for an encoder alone."""
+    table = {theirs: getattr(config, ours) for theirs, ours in _NAMES.items()}
+    if isinstance(config, Dinov2Config):
+        table |= {"mlp_ratio": config.mlp_ratio, "qkv_bias": config.qkv_bias, "use_swiglu_ffn": config.swiglu}
+        if not config.num_register_tokens:
+            return {"model_type": "dinov2", **table}
+        return {"model_type": "dinov2_with_registers", **table, "num_register_tokens": config.num_register_tokens}
+    table["intermediate_size"] = config.intermediate_size
+    if isinstance(config, ClipVisionConfig):
+        return {"model_type": "clip_vision_model", **table}
+    table["vision_use_head"] = config.pooling_head
+    if not config.channels_last:
+        return {"model_type": "siglip_vision_model", **table}
+    del table["image_size"]
+    return {"model_type": "siglip2_vision_model", **table, "num_patches": config.side**2}
 
 
 def _given(raw: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

@@ -48,8 +48,6 @@ class TextConfig:
     def __post_init__(self) -> None:
         require(self.hidden_size % self.num_attention_heads == 0, "hidden_size must divide into the heads", self)
         require(self.num_attention_heads % self.num_key_value_heads == 0, "query heads must divide by kv heads", self)
-        tied = self.tie_word_embeddings and self.num_extra_embeddings
-        require(not tied, "an embedding with extra rows cannot be the LM head too", self)
         cross = self.cross_attention_layers
         require(list(cross) == sorted(set(cross)), "cross_attention_layers must ascend", self)
         require(all(0 <= i < self.num_hidden_layers for i in cross), "cross_attention_layers out of range", self)

@@ -35,6 +35,10 @@ class TiledVisionConfig:
         """Tokens of one tile: its patches and the class token."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
+    def num_tokens(self, height: int, width: int) -> int:
+        """Tokens of one tile, whose size is fixed."""
+        return self.num_patches
+
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads

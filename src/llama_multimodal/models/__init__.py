@@ -2,7 +2,7 @@
 
 from .clip import ClipVisionEncoder
 from .dinov2 import Dinov2Encoder
-from .encoders import build_encoder
+from .parts import build_encoder, register_encoder, register_projector
 from .siglip import SiglipEncoder
 from .vit import ImageEncoder
 from .vlm import LanguageModel, ModelOutput, VisionLanguageModel, build_model
@@ -17,4 +17,6 @@ __all__ = [
     "VisionLanguageModel",
     "build_encoder",
     "build_model",
+    "register_encoder",
+    "register_projector",
 ]

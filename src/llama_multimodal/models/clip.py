@@ -30,10 +30,6 @@ class ClipVisionEncoder(ImageEncoder):
         )
         self.post_norm = nn.LayerNorm(size, eps=config.norm_eps)
 
-    @property
-    def num_extra_tokens(self) -> int:
-        return int(self.config.with_class_token)
-
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: [N, 3, H, W] → [N, T, E]
 

@@ -33,11 +33,6 @@ class Dinov2Encoder(ImageEncoder):
         )
         self.post_norm = nn.LayerNorm(size, eps=config.norm_eps)
 
-    @property
-    def num_extra_tokens(self) -> int:
-        config = self.config
-        return config.with_class_token + config.with_registers * config.num_register_tokens
-
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: [N, 3, H, W] → [N, T, E], in the order class token, registers, patches
 

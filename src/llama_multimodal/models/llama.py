@@ -179,7 +179,7 @@ class LlamaDecoder(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,  # [B, T]
+        x: Tensor,  # [B, T, E], embeddings of tokens, or of images in their place
         positions: Tensor,  # [B, T]
         visible: Tensor,  # [B, T, 2], CPU
         cross_cache: CrossAttentionCache | None = None,
@@ -191,7 +191,6 @@ class LlamaDecoder(nn.Module):
         Raises:
             PromptError: a position past `max_position_embeddings` or past the cache.
         """
-        x = self.embedding(tokens)  # [B, T, E]
         mask = self._cache_mask(positions, self_cache)
         frequencies = ops.rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         angles = ops.rope_angles(positions, frequencies.to(x.device))
@@ -208,7 +207,9 @@ class LlamaDecoder(nn.Module):
                 cross_layer += 1
         if last_token_of is not None:
             x = x[torch.arange(x.shape[0]), torch.as_tensor(last_token_of)][:, None]
-        return self.lm_head(self.norm(x))
+        logits = self.lm_head(self.norm(x))
+        # An embedding that is the LM head too may have rows past the vocabulary: they stand for images.
+        return logits if logits.shape[-1] == self.config.vocab_size else logits[..., : self.config.vocab_size]
 
     def _cache_mask(self, positions: Tensor, cache: SelfAttentionCache | None) -> Tensor | None:
         """Which cache slots each query may read: bool [B, 1, T, slots]; None when the call starts every row."""

@@ -118,39 +118,6 @@ class ImageEncoder(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(size)) if class_token else None
         self.position_embedding = nn.Parameter(scale * torch.randn(config.side**2 + class_token, size))
 
-    @property
-    def output_size(self) -> int:
-        """Width of the features."""
-        return self.config.hidden_size
-
-    @property
-    def num_extra_tokens(self) -> int:
-        """Tokens of an image that are returned before those of its patches."""
-        return 0
-
-    def num_tokens(self, height: int, width: int) -> int:
-        """Tokens that an image of this size becomes.
-
-        Raises:
-            ImageError: its sides are neither the configuration's nor multiples of the patch.
-        """
-        rows, columns = self.grid(height, width)
-        return self.num_extra_tokens + rows * columns
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches of an image of this size.
-
-        Raises:
-            ImageError: its sides are neither the configuration's nor multiples of the patch.
-        """
-        patch, usual = self.config.patch_size, self.config.image_size
-        if any(side < patch or (side % patch and side != usual) for side in (height, width)):
-            raise ImageError(
-                f"an image of {height}×{width} pixels does not divide into patches of {patch}; resize it to"
-                f" {usual}×{usual} or to multiples of {patch}"
-            )
-        return height // patch, width // patch
-
     def pooled(self, pixels: Tensor) -> Tensor:
         """One vector an image, [N, 3, H, W] → [N, E]."""
         raise NotImplementedError
@@ -160,7 +127,7 @@ class ImageEncoder(nn.Module):
         if pixels.ndim != 4 or pixels.shape[1] != self.config.num_channels:
             wanted = f"[images, {self.config.num_channels}, height, width]"
             raise ImageError(f"pixels must be {wanted}, not {list(pixels.shape)}")
-        rows, columns = self.grid(*pixels.shape[2:])
+        rows, columns = self.config.grid(*pixels.shape[2:])
         patch, table = self.config.patch_size, self.position_embedding
         x = self.patch_embedding(pixels[:, :, : rows * patch, : columns * patch])
         if self.class_embedding is None:

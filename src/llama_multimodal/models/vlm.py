@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..cache import CrossAttentionCache, SelfAttentionCache
+from ..cache import CrossAttentionCache, ReadImages, SelfAttentionCache, SplicedImages
 from ..config import AnyModelConfig, LanguageModelConfig, ModelConfig
-from ..inputs import ModelInputs
-from .layers import Linear
+from ..errors import PromptError
+from ..inputs import ImageLayout, ModelInputs
 from .llama import LlamaDecoder
 from .mllama_vision import TiledVisionEncoder
+from .parts import build_projector, build_vision
 
 
 @dataclass(frozen=True)
@@ -40,34 +42,38 @@ class LanguageModel(nn.Module):
     def device(self) -> torch.device:
         return self.decoder.embedding.weight.device
 
-    def cross_attention_cache(self, inputs: ModelInputs) -> CrossAttentionCache | None:
-        """What gated blocks read: nothing here."""
+    def read_images(self, inputs: ModelInputs) -> ReadImages | None:
+        """What the decoder reads of the images: nothing here."""
         return None
+
+    def embed(self, tokens: Tensor, images: ReadImages | None) -> Tensor:
+        """What the decoder reads for tokens [B, T]: [B, T, E]."""
+        return self.decoder.embedding(tokens)
 
     def forward(
         self,
         inputs: ModelInputs,
         *,
-        cross_cache: CrossAttentionCache | None = None,
+        images: ReadImages | None = None,
         self_cache: SelfAttentionCache | None = None,
         last_token_of: Sequence[int] | None = None,
     ) -> ModelOutput:
         """Logits of every token, or of one token a row (`last_token_of`).
 
-        cross_cache: from `cross_attention_cache`; without one the images in `inputs` are encoded here.
+        images: from `read_images`; without it the images in `inputs` are encoded here.
         self_cache: read and extended in place; without one the whole sequence is in `inputs`.
 
         Raises:
             PromptError: a position past the context or past the cache.
         """
-        if cross_cache is None:
-            cross_cache = self.cross_attention_cache(inputs)
+        if images is None:
+            images = self.read_images(inputs)
         device = self.device
         logits = self.decoder(
-            inputs.tokens.to(device),
+            self.embed(inputs.tokens.to(device), images),
             inputs.positions.to(device),
             inputs.visible,
-            cross_cache=cross_cache,
+            cross_cache=images if isinstance(images, CrossAttentionCache) else None,
             self_cache=self_cache,
             last_token_of=last_token_of,
         )
@@ -75,36 +81,76 @@ class LanguageModel(nn.Module):
 
 
 class VisionLanguageModel(LanguageModel):
-    """A tiled vision encoder read by a Llama decoder through gated cross-attention (Llama 3.2 Vision)."""
+    """A vision encoder and a projector, read by a Llama decoder: through gated cross-attention (Llama 3.2 Vision), or
+    as embeddings in the place of placeholder tokens (LLaVA, Idefics3, SmolVLM)."""
 
     config: ModelConfig
 
     def __init__(self, config: ModelConfig) -> None:
         nn.Module.__init__(self)  # the parts in the order of the data
         self.config = config
-        self.vision = TiledVisionEncoder(config.vision)
-        self.projector = Linear(config.vision.output_size, config.text.hidden_size)
+        width = config.text.hidden_size
+        self.vision = build_vision(config.vision)
+        self.projector = build_projector(config.projector, config.vision.output_size, width)
+        self.image_newline = nn.Parameter(width**-0.5 * torch.randn(width)) if config.grid_pinpoints else None
         self.decoder = LlamaDecoder(config.text)
 
     def encode_images(self, inputs: ModelInputs) -> Tensor:
-        """Features of every real tile's tokens: [tiles, tokens, vision output size]."""
-        return self.vision(inputs.tiles.to(self.device, self.dtype), inputs.images)
+        """Features of every tile's tokens: [tiles, tokens, vision output size]."""
+        tiles = inputs.tiles.to(self.device, self.dtype)
+        if isinstance(self.vision, TiledVisionEncoder):
+            return self.vision(tiles, inputs.images)
+        return self.vision(tiles)
 
-    def cross_attention_cache(self, inputs: ModelInputs, features: Tensor | None = None) -> CrossAttentionCache | None:
-        """Keys and values of the batch's images for every gated block; None without images.
+    def read_images(self, inputs: ModelInputs, features: Tensor | None = None) -> ReadImages | None:
+        """What the decoder reads of the batch's images: keys and values for every gated block, or embeddings. None
+        without images.
 
         features: from `encode_images`, which is called without them.
+
+        Raises:
+            PromptError: images that do not become as many tokens as their places in the rows.
         """
         if not inputs.images:
             return None
-        tokens = self.config.vision.num_patches
+        projected = self.projector(self.encode_images(inputs) if features is None else features)  # [M, T, E]
+        if self.config.fusion == "splice":
+            return SplicedImages(self._embeddings(projected, inputs))
+        tokens = projected.shape[1]
         starts = [0, *itertools.accumulate(image.num_tiles * tokens for image in inputs.images)]
         firsts = [0, *itertools.accumulate(inputs.images_per_row())]
         cache = CrossAttentionCache(starts, firsts)
-        if features is None:
-            features = self.encode_images(inputs)
-        self.decoder.project_images(self.projector(features.flatten(0, 1)), cache)
+        self.decoder.project_images(projected.flatten(0, 1), cache)
         return cache
+
+    def embed(self, tokens: Tensor, images: ReadImages | None) -> Tensor:
+        """What the decoder reads for tokens [B, T], spliced images in the place of theirs: [B, T, E]."""
+        x = self.decoder.embedding(tokens)
+        if not isinstance(images, SplicedImages):
+            return x
+        places = (tokens == self.config.image_token_id)[..., None]
+        return x.masked_scatter(places, images.embeddings.to(x.dtype))
+
+    def _embeddings(self, projected: Tensor, inputs: ModelInputs) -> Tensor:
+        """One embedding a placeholder, in their order: [placeholders, E]."""
+        pieces = projected.split([image.num_tiles for image in inputs.images])
+        if self.image_newline is not None:
+            pieces = tuple(self._unpadded(tiles, image) for tiles, image in zip(pieces, inputs.images, strict=True))
+        for tiles, image in zip(pieces, inputs.images, strict=True):
+            if tiles.shape[:-1].numel() != image.num_tokens:
+                made = f"an image becomes {tiles.shape[:-1].numel()} tokens"
+                raise PromptError(f"{made}, and row {image.row} has {image.num_tokens} places for it")
+        return torch.cat([tiles.flatten(0, -2) for tiles in pieces])
+
+    def _unpadded(self, tiles: Tensor, image: ImageLayout) -> Tensor:
+        """LLaVA-NeXT's order: the whole picture, then the crops side by side without their padding, and a newline
+        behind each row of patches; [tiles, P², E] → [tokens, E]."""
+        assert self.image_newline is not None
+        side = math.isqrt(tiles.shape[1])
+        whole, crops = tiles[0], tiles[1:].unflatten(1, (side, side)).unflatten(0, (image.rows, image.columns))
+        grid = crops.transpose(1, 2).flatten(2, 3).flatten(0, 1)[image.unpadded_patches(side)]  # [rows, columns, E]
+        newline = self.image_newline.expand(len(grid), 1, -1)
+        return torch.cat((whole, torch.cat((grid, newline), dim=1).flatten(0, 1)))
 
 
 def build_model(config: AnyModelConfig) -> LanguageModel:

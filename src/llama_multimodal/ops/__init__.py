@@ -7,7 +7,7 @@ from .decode_attention import decode_attention, kv_write, paged_decode_attention
 from .decode_block import DecoderBlock, PackedProduct, decode_block
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
-from .linear_gelu import linear_gelu
+from .linear_gelu import Approximation, linear_gelu
 from .packed_linear import (
     ACTIVATION_BLOCK,
     Format,
@@ -26,6 +26,7 @@ from .swiglu import swiglu
 __all__ = [
     "ACTIVATION_BLOCK",
     "BACKENDS",
+    "Approximation",
     "DecoderBlock",
     "Format",
     "KeyRanges",

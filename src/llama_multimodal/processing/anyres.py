@@ -1,10 +1,9 @@
 """LLaVA-NeXT: a picture on the canvas that wastes least, cut into crops, and the whole picture before them.
 
-Bit for bit what transformers 5.23 makes of the pixels (`LlavaNextImageProcessorPil`) and of the number of tokens
-(`LlavaNextProcessor`).
+Bit for bit what transformers 5.23 makes of the pixels (`LlavaNextImageProcessorPil`). The number of tokens is in
+`inputs.ImageLayout` and `pictures.py`.
 
-Shapes: S side of a crop in pixels · P patches on a side of a crop · rows, columns of the grid of crops ·
-n = 1 + rows · columns
+Shapes: S side of a crop in pixels · rows, columns of the grid of crops · n = 1 + rows · columns
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ..config import Preprocess
 from ..config.checks import require
-from .preprocess import Preprocess, check_picture, normalise, resized
+from .preprocess import check_picture, normalise, resized
 
 
 def choose_canvas(width: int, height: int, grid_pinpoints: Iterable[tuple[int, int]]) -> tuple[int, int]:
@@ -76,31 +76,3 @@ def fitted_size(width: int, height: int, canvas_height: int, canvas_width: int) 
     if scale_width < scale_height:
         return min(math.ceil(height * scale_width), canvas_height), canvas_width
     return canvas_height, min(math.ceil(width * scale_height), canvas_width)
-
-
-# --- tokens ----------------------------------------------------------------------------------------------------------
-
-
-def unpadded_patches(width: int, height: int, rows: int, columns: int, patches: int) -> tuple[slice, slice]:
-    """Which rows and columns of the grid's rows · P × columns · P patches show the picture rather than its padding.
-
-    Worked out in patches, not in pixels, with as much cut off on either side: a patch of padding may stay. Nothing may
-    be left of a very narrow picture.
-    """
-    grid_height, grid_width = rows * patches, columns * patches
-    top = left = 0
-    # Rounded before it is cut: a product a hair below a whole number counts as that number.
-    if width / height > grid_width / grid_height:
-        top = (grid_height - int(round(height * (grid_width / width), 7))) // 2
-    else:
-        left = (grid_width - int(round(width * (grid_height / height), 7))) // 2
-    return slice(top, grid_height - top), slice(left, grid_width - left)
-
-
-def num_image_tokens(width: int, height: int, rows: int, columns: int, patches: int) -> int:
-    """Tokens of a picture: P² for the whole of it, then its unpadded patches and a newline after each row of them.
-
-    For a vision tower that has no class token or drops it, as in every published checkpoint.
-    """
-    high, wide = unpadded_patches(width, height, rows, columns, patches)
-    return patches**2 + (high.stop - high.start) * (wide.stop - wide.start + 1)

@@ -1,234 +1,53 @@
-"""One picture as the pixels of a vision encoder, as `preprocessor_config.json` says: resize, crop, scale, normalise.
+"""One picture as the pixels of a vision encoder: resize, crop, scale, normalise, as its `Preprocess` says.
 
-Bit for bit what the PIL image processors of transformers 5.23 give. A key of the file is understood, or does not change
-the pixels, or is an error.
+Bit for bit what the PIL image processors of transformers 5.23 give.
 
 Shapes: H, W of the picture that is made · n pictures
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+import json
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..config.checks import check_keys, nearest, require
+from ..config import Preprocess, preprocess_from_hf
+from ..config.checks import require
 from ..errors import ConfigError, ImageError
 from .images import MAX_PIXELS
 
-WHERE = "preprocessor_config.json"
+PREPROCESS_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-@dataclass(frozen=True)
-class Preprocess:
-    """What is done to a picture, in this order. At most one of `size`, `shortest_edge` and `longest_edge` is set."""
-
-    layout: Literal["single", "anyres", "split"] = "single"  # one picture; anyres.py; splitting.py
-    pad_to_square: bool = False  # with the mean's colour, before anything else (LLaVA 1.5)
-    size: tuple[int, int] | None = None  # (height, width), whatever the picture's ratio
-    shortest_edge: int | None = None  # its ratio kept
-    longest_edge: int | None = None  # its ratio kept; layout "split" only
-    resample: int = 3  # PIL's number: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming
-    crop: tuple[int, int] | None = None  # (height, width) from the middle, black where the picture is smaller
-    rescale_factor: float | None = 1 / 255  # None: the values stay 0…255
-    mean: tuple[float, ...] | None = None  # per channel; None: not normalised
-    std: tuple[float, ...] | None = None
-    tile_size: int | None = None  # side of a crop of layouts "anyres" and "split"
-    grid_pinpoints: tuple[tuple[int, int], ...] = ()  # (height, width) of the canvases of layout "anyres"
-    split: bool = True  # layout "split": False makes one square of the picture
-
-    def __post_init__(self) -> None:
-        resizes = [edge for edge in (self.size, self.shortest_edge, self.longest_edge) if edge is not None]
-        lengths = [*(self.size or ()), *(self.crop or ()), *(edge for edge in resizes if isinstance(edge, int))]
-        require(len(resizes) <= 1, "only one of size, shortest_edge and longest_edge can be set", self)
-        require(min(lengths, default=1) > 0, "sizes must be positive", self)
-        require(self.resample in range(6), f"resample is {self.resample}; PIL's filters are 0 to 5", self)
-        require((self.mean is None) == (self.std is None), "mean and std go together", self)
-        if self.mean is not None and self.std is not None:
-            require(len(self.mean) == len(self.std) == 3, "mean and std need a number for each of 3 channels", self)
-            require(min(self.std) > 0, "std must be positive", self)
-        require(not self.pad_to_square or self.mean is not None, "pad_to_square needs the mean for its colour", self)
-        require(self.longest_edge is None or self.layout == "split", "longest_edge needs layout split", self)
-        if self.layout == "single":
-            return
-        require((self.tile_size or 0) > 0, f"layout {self.layout} needs a tile_size", self)
-        if self.layout == "split":
-            require(self.crop is None and self.size is None, "layout split takes a longest_edge only", self)
-            require(self.shortest_edge is None, "layout split takes a longest_edge only", self)
-            return
-        tile = self.tile_size or 1
-        same = {self.size or (tile, tile), self.crop or (tile, tile), (self.shortest_edge or tile,) * 2}
-        require(same == {(tile, tile)}, "the crops must be squares that size and crop leave as they are", self)
-        whole = all(h > 0 and w > 0 and h % tile == w % tile == 0 for h, w in self.grid_pinpoints)
-        require(len(self.grid_pinpoints) > 0 and whole, f"grid_pinpoints must be multiples of {tile}", self)
-
-
-# --- from the file ---------------------------------------------------------------------------------------------------
-
-_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-_COMMON = {
-    "do_resize": True, "do_center_crop": False, "crop_size": None, "do_rescale": True, "rescale_factor": 1 / 255,
-    "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "default_to_square": False,
-}  # fmt: skip
-_CLIP = _COMMON | {
-    "size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True, "crop_size": {"height": 224, "width": 224},
-    "image_mean": _CLIP_MEAN, "image_std": _CLIP_STD,
-}  # fmt: skip
-_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-_IDEFICS3 = _COMMON | {
-    "size": {"longest_edge": 1456}, "resample": 1, "max_image_size": {"longest_edge": 364}, "do_image_splitting": True,
-    "default_to_square": True,
-}  # fmt: skip
-
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "SiglipImageProcessor": _COMMON | {"size": {"height": 224, "width": 224}, "resample": 3},
-    "CLIPImageProcessor": _CLIP,
-    "BitImageProcessor": _CLIP,  # DINOv2
-    "LlavaImageProcessor": _CLIP,
-    "LlavaNextImageProcessor": _CLIP | {"image_grid_pinpoints": _PINPOINTS, "aspect_ratio_setting": "anyres"},
-    "Idefics3ImageProcessor": _IDEFICS3,
-    "SmolVLMImageProcessor": _IDEFICS3,
-}
-"""What a missing or null key means depends on the kind of processor that the file names; these are the keys it has."""
-
-_HARMLESS = {
-    "image_processor_type", "feature_extractor_type", "processor_class",  # read before, or names of Python classes
-    "do_convert_rgb",  # every picture is RGB by then
-    "do_pad",  # fills up a batch; only LlavaImageProcessor pads the picture itself
-    "data_format", "input_data_format", "device", "return_tensors", "disable_grouping", "return_row_col_info",
-    "_valid_processor_keys",  # how Python hands the pixels on
-    "image_seq_length",  # the prompt's, not the pixels'
-    "video_sampling",  # pictures are not videos
-}  # fmt: skip
-_NOT_DONE = {"pad_size", "size_divisor", "use_square_size"}
-_SIZE_KEYS = ({"height", "width"}, {"shortest_edge"}, {"longest_edge"})
-_SIZES_NOT_DONE = {"max_height", "max_width", "min_pixels", "max_pixels"}
-
-
-def preprocess_from_hf(raw: Mapping[str, Any]) -> Preprocess:
-    """Read the table of a `preprocessor_config.json` (or the `image_processor` table of a `processor_config.json`).
+def load_preprocess(folder: str | Path) -> Preprocess | None:
+    """What a checkpoint folder's `preprocessor_config.json` says, else the table in `processor_config.json` (where
+    transformers 5 writes it), else None.
 
     Raises:
-        ConfigError: an unknown key, a kind of processor or a setting that is not implemented, or a malformed value.
+        ConfigError: a file is damaged, or asks for what is not implemented.
     """
-    kind = _kind(raw)
-    known = _DEFAULTS[kind]
-    check_keys(raw, {*known, *_HARMLESS, *_NOT_DONE}, f"{WHERE} ({kind})")
-    for key in sorted(_NOT_DONE & raw.keys()):
-        if raw[key] not in (None, False):
-            raise ConfigError(f"{WHERE}: {key} is {raw[key]!r}, which is not implemented")
-    given = known | {key: value for key, value in raw.items() if value is not None}
-    if given.get("aspect_ratio_setting", "anyres") != "anyres":
-        setting = given["aspect_ratio_setting"]
-        raise ConfigError(f"{WHERE}: aspect_ratio_setting is {setting!r}, which is not implemented; anyres is")
-    layout = _layout(given)
-    settings: dict[str, Any] = {}
-    if _switch(given, "do_resize") or layout == "anyres":  # whose whole picture is always resized
-        settings |= _size(given, "size", square=_switch(given, "default_to_square"))
-    if _switch(given, "do_center_crop"):
-        settings["crop"] = _crop(given)
-    settings["rescale_factor"] = _number(given, "rescale_factor") if _switch(given, "do_rescale") else None
-    if _switch(given, "do_normalize"):
-        settings |= {"mean": _channels(given, "image_mean"), "std": _channels(given, "image_std")}
-    if layout == "anyres":
-        height, width = _crop(given)
-        if height != width:
-            raise ConfigError(f"{WHERE}: crop_size is {height} x {width}; the crops of a grid must be square")
-        settings |= {"tile_size": height, "grid_pinpoints": _pinpoints(given["image_grid_pinpoints"])}
-    if layout == "split":
-        side = _size(given, "max_image_size", square=True).get("longest_edge")
-        if side is None:
-            raise ConfigError(f"{WHERE}: max_image_size is {given['max_image_size']!r}; it needs a longest_edge")
-        settings |= {"tile_size": side, "split": _switch(given, "do_image_splitting")}
-    settings["pad_to_square"] = kind == "LlavaImageProcessor" and _switch(given, "do_pad")
-    settings["resample"] = _whole(given["resample"], "resample")
-    return Preprocess(layout=layout, **settings)
-
-
-def _kind(raw: Mapping[str, Any]) -> str:
-    """The name of the processor, the same for its several implementations and for files of before 2023."""
-    written = raw.get("image_processor_type") or raw.get("feature_extractor_type")
-    if not isinstance(written, str):
-        raise ConfigError(f"{WHERE}: there is no image_processor_type; known are {', '.join(_DEFAULTS)}")
-    name = written.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
-    if name not in _DEFAULTS:
-        raise ConfigError(f"{WHERE}: image_processor_type {written} is not implemented{nearest(name, _DEFAULTS)}")
-    return name
-
-
-def _layout(given: Mapping[str, Any]) -> Literal["single", "anyres", "split"]:
-    """By the keys that the kind of processor has."""
-    if "image_grid_pinpoints" in given:
-        return "anyres"
-    return "split" if "max_image_size" in given else "single"
-
-
-def _switch(given: Mapping[str, Any], key: str) -> bool:
-    value = given.get(key, False)
-    if not isinstance(value, bool):
-        raise ConfigError(f"{WHERE}: {key} must be true or false, not {value!r}")
-    return value
-
-
-def _number(given: Mapping[str, Any], key: str) -> float:
-    value = given[key]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{WHERE}: {key} must be a number, not {value!r}")
-    return float(value)
-
-
-def _whole(value: Any, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigError(f"{WHERE}: {key} must be a whole number of at least 0, not {value!r}")
-    return value
-
-
-def _channels(given: Mapping[str, Any], key: str) -> tuple[float, ...]:
-    values = given[key]
-    if not isinstance(values, list | tuple):
-        return (_number(given, key),) * 3
-    return tuple(_number({key: value}, key) for value in values)
-
-
-def _size(given: Mapping[str, Any], key: str, *, square: bool) -> dict[str, Any]:
-    """`size`, `shortest_edge` or `longest_edge` for `Preprocess`. One number is a square or the shortest edge."""
-    value = given[key]
-    if isinstance(value, list | tuple) and len(value) == 2:
-        value = {"height": value[0], "width": value[1]}
-    elif not isinstance(value, Mapping):
-        edge = _whole(value, key)
-        value = {"height": edge, "width": edge} if square else {"shortest_edge": edge}
-    known = set().union(*_SIZE_KEYS)
-    check_keys(value, known | _SIZES_NOT_DONE, f"{WHERE}: {key}")
-    edges = {name: _whole(edge, f"{key}.{name}") for name, edge in value.items() if edge is not None}
-    if edges.keys() not in _SIZE_KEYS:
-        raise ConfigError(f"{WHERE}: {key} by {' and '.join(sorted(edges)) or 'nothing'} is not implemented")
-    return {"size": (edges["height"], edges["width"])} if "height" in edges else edges
-
-
-def _crop(given: Mapping[str, Any]) -> tuple[int, int]:
-    if given["crop_size"] is None:
-        raise ConfigError(f"{WHERE}: do_center_crop is true and crop_size is missing")
-    size = _size(given, "crop_size", square=True).get("size")
-    if size is None:
-        raise ConfigError(f"{WHERE}: crop_size is {given['crop_size']!r}; it needs height and width")
-    return size
-
-
-def _pinpoints(value: Any) -> tuple[tuple[int, int], ...]:
-    if not isinstance(value, list | tuple) or not all(
-        isinstance(pair, list | tuple) and len(pair) == 2 for pair in value
-    ):
-        raise ConfigError(f"{WHERE}: image_grid_pinpoints must be a list of pairs [height, width], not {value!r}")
-    return tuple((_whole(h, "image_grid_pinpoints"), _whole(w, "image_grid_pinpoints")) for h, w in value)
-
-
-# --- pixels ----------------------------------------------------------------------------------------------------------
+    for name in PREPROCESS_FILES:
+        path = Path(folder) / name
+        if not path.is_file():
+            continue
+        try:
+            table = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}; download it again") from error
+        if isinstance(table, dict) and name == PREPROCESS_FILES[1]:
+            table = table.get("image_processor")
+            if table is None:  # an older one, which only says how prompts are made
+                continue
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path} must hold a table; download it again")
+        try:
+            return preprocess_from_hf(table)
+        except ConfigError as error:
+            raise ConfigError(f"{path.parent}: {error}") from error
+    return None
 
 
 def image_pixels(image: Image.Image, preprocess: Preprocess) -> npt.NDArray[np.float32]:

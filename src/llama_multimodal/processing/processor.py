@@ -6,16 +6,16 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from ..config import AnyModelConfig, LanguageModelConfig
+from ..config import AnyModelConfig, LanguageModelConfig, ModelConfig, Preprocess
 from ..errors import PromptError
 from ..inputs import ImageLayout, ModelInputs, batch_inputs
 from .images import ImageSource, open_image
-from .prompt import Message, Prompt, encode_dialog, text_messages
+from .pictures import prepare_pictures
+from .prompt import Message, Prompt, chat_messages, encode_dialog
+from .splitting import image_prompt
 from .template import TEMPLATE_FILES, ChatTemplate
-from .tiles import cut_pixels, grid_of, normalise
 from .tokenizer import TOKENIZER_FILES, StreamDecoder, Tokenizer
 
 
@@ -23,10 +23,19 @@ class Processor:
     """Prepares what a model reads. Only text needs a tokenizer; `encode_tokens` works without one."""
 
     def __init__(
-        self, config: AnyModelConfig, tokenizer: Tokenizer | None = None, template: ChatTemplate | None = None
+        self,
+        config: AnyModelConfig,
+        tokenizer: Tokenizer | None = None,
+        template: ChatTemplate | None = None,
+        preprocess: Preprocess | None = None,
     ) -> None:
-        """template: how a conversation is written; None takes Llama 3's own format."""
+        """template: how a conversation is written; None takes Llama 3's own format.
+        preprocess: how a picture becomes pixels; None takes what is usual for the model's encoder.
+        """
         self.config, self.tokenizer, self.template = config, tokenizer, template
+        if preprocess is None and isinstance(config, ModelConfig):
+            preprocess = config.preprocess()
+        self.preprocess = preprocess
 
     def __call__(self, conversation: Sequence[Message] | Sequence[Sequence[Message]]) -> ModelInputs:
         """One conversation, or a list of them as a batch, each ready for the assistant's next message.
@@ -45,7 +54,10 @@ class Processor:
     def encode_tokens(
         self, rows: Sequence[Sequence[int]], images: Sequence[Sequence[ImageSource]] | None = None
     ) -> ModelInputs:
-        """Rows of token ids, and for each row the pictures of its image tokens, in order. Nothing is added.
+        """Rows of token ids, and for each row the pictures of its image tokens, in order.
+
+        Where pictures take several tokens' places, a row has one image token a picture, which is spelt out here, or
+        all of them already. Nothing else is added.
 
         Returns:
             tokens [B, T] padded on the right; tiles [M, 3, S, S] float32 of all pictures, M = 0 for text only.
@@ -69,19 +81,31 @@ class Processor:
             if any(images):
                 raise PromptError("this model reads text only; leave the images out, or take a vision model")
             return self._batch(checked, torch.empty(0, 3, 0, 0), [])
+        assert self.preprocess is not None
         opened = [(b, open_image(source)) for b, row in enumerate(images) for source in row]
-        vision = self.config.vision
-        layouts = [
-            ImageLayout(*grid_of(picture, vision.image_size, vision.max_num_tiles), row=b) for b, picture in opened
-        ]
-        total = sum(layout.num_tiles for layout in layouts)
-        tiles = np.empty((total, 3, vision.image_size, vision.image_size), np.float32)
-        first = 0
-        for (_, picture), layout in zip(opened, layouts):
-            pixels = cut_pixels(picture, layout.rows, layout.columns, vision.image_size)
-            normalise(pixels, out=tiles[first : first + layout.num_tiles])
-            first += layout.num_tiles
-        return self._batch(checked, torch.from_numpy(tiles), layouts)
+        tiles, layouts = prepare_pictures(opened, self.config, self.preprocess)
+        for b, row in enumerate(checked):
+            checked[b] = self._spell_out(row, [layout for layout in layouts if layout.row == b])
+            self._check_length(checked[b], b)
+        return self._batch(checked, tiles, layouts)
+
+    def _spell_out(self, row: list[int], layouts: Sequence[ImageLayout]) -> list[int]:
+        """A row with all tokens of its pictures, from one with a single image token for each."""
+        image = self.config.image_token_id
+        assert image is not None
+        wanted = sum(layout.num_tokens for layout in layouts)
+        if row.count(image) != len(layouts) or wanted == len(layouts):  # spelt out already, or `batch_inputs` objects
+            return row
+        left = iter(layouts)
+        return [i for token in row for i in (self._picture(next(left)) if token == image else (token,))]
+
+    def _picture(self, layout: ImageLayout) -> list[int]:
+        """The tokens of one picture: its image tokens, and in Idefics3's way what tells its squares apart."""
+        assert self.preprocess is not None and self.config.image_token_id is not None
+        if self.preprocess.layout != "split":
+            return [self.config.image_token_id] * layout.num_tokens
+        text = image_prompt(layout.rows, layout.columns, layout.num_tokens // layout.num_tiles)
+        return self._need_tokenizer().encode_with_special(text)
 
     def _batch(self, rows: Sequence[Sequence[int]], tiles: torch.Tensor, layouts: Sequence[ImageLayout]) -> ModelInputs:
         return batch_inputs(
@@ -90,20 +114,38 @@ class Processor:
             layouts,
             image_token_id=self.config.image_token_id,
             pad_token_id=self.config.text.pad_token_id,
+            spliced=isinstance(self.config, ModelConfig) and self.config.fusion == "splice",
             decoder=None if self.tokenizer is None else self.stream_decoder,
         )
 
     def _prompt(self, messages: Any) -> Prompt:
-        tokenizer = self._need_tokenizer()
-        if isinstance(self.config, LanguageModelConfig):
-            if self.template is not None:
-                return Prompt(self.template.encode(tokenizer, text_messages(messages)))
-            if "<|start_header_id|>" not in tokenizer.special_tokens:
-                raise PromptError(
-                    f"this checkpoint has no chat template ({', '.join(TEMPLATE_FILES)}): a base model continues text,"
-                    " so pass encode_tokens the ids of yours, or take the model's instruct variant"
-                )
-        return encode_dialog(tokenizer, messages, self.config.image_token_id)
+        tokenizer, image = self._need_tokenizer(), self.config.image_token_id
+        if self.template is not None:
+            written, images = chat_messages(messages, images=image is not None)
+            return self._from_template(self.template, written, images)
+        if "<|start_header_id|>" not in tokenizer.special_tokens:
+            raise PromptError(
+                f"this checkpoint has no chat template ({', '.join(TEMPLATE_FILES)}): a base model continues text,"
+                " so pass encode_tokens the ids of yours, or take the model's instruct variant"
+            )
+        return encode_dialog(tokenizer, messages, image)
+
+    def _from_template(self, template: ChatTemplate, messages: list[dict[str, Any]], images: list[Any]) -> Prompt:
+        tokenizer, image = self._need_tokenizer(), self.config.image_token_id
+        if image is None:
+            return Prompt(template.encode(tokenizer, messages))
+        names = [name for name, i in tokenizer.special_tokens.items() if i == image]
+        if not names and images:
+            raise PromptError(f"the tokenizer has no special token with the id {image}, which stands for an image")
+        tokens = template.encode(tokenizer, messages, names[0] if names else None)
+        if (count := tokens.count(image)) != len(images):
+            raise PromptError(
+                f"the model's chat template wrote {count} image tokens for {len(images)} images; pictures may not go"
+                " with this role, or with this kind of message"
+            )
+        # As transformers does for models that read images: what the tokenizer's file begins with, unless it is there.
+        prefix = tokenizer.prefix
+        return Prompt(tokens if tokens[: len(prefix)] == prefix else [*prefix, *tokens], images)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without special tokens.
@@ -127,12 +169,8 @@ class Processor:
 
     def _check(self, row: Sequence[int], b: int) -> list[int]:
         """A row as plain integers that the model has embeddings for, no longer than its context."""
+        self._check_length(row, b)
         text = self.config.text
-        if len(row) > text.max_position_embeddings:
-            raise PromptError(
-                f"row {b} has {len(row)} tokens, and the model's context is {text.max_position_embeddings};"
-                " shorten the prompt or drop earlier turns"
-            )
         try:
             ids = [operator.index(token) for token in row]
         except TypeError:
@@ -145,3 +183,11 @@ class Processor:
                     " was it made by another model's tokenizer?"
                 )
         return ids
+
+    def _check_length(self, row: Sequence[int], b: int) -> None:
+        context = self.config.text.max_position_embeddings
+        if len(row) > context:
+            raise PromptError(
+                f"row {b} has {len(row)} tokens, and the model's context is {context};"
+                " shorten the prompt or drop earlier turns"
+            )

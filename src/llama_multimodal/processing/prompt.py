@@ -52,26 +52,27 @@ def encode_dialog(
     return prompt
 
 
-def text_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """A conversation for a chat template: role and content of every message, parts of text joined.
+def chat_messages(messages: Sequence[Message], *, images: bool) -> tuple[list[dict[str, Any]], list[Any]]:
+    """A conversation for a chat template: role and parts of every message; and its pictures in order.
+
+    images: whether the model reads any
 
     Raises:
-        PromptError: not a list of messages, no messages, or a part that is not text.
+        PromptError: not a list of messages, no messages, an unknown role, or a part that is neither text nor image.
     """
     _check_dialog(messages)
-    found = []
+    found, pictures = [], []
     for number, message in enumerate(messages, 1):
         where = f"message {number}"
         _check_message(message, where)
-        content = message["content"]
-        parts = [content] if isinstance(content, str) else content
-        texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-        if any(isinstance(part, Mapping) and part.get("type") == "image" for part in parts):
-            raise PromptError(f"{where} has an image, and this model reads text only")
-        if not all(isinstance(text, str) for text in texts):
-            raise PromptError(f'{where}: content must be a text or parts such as {{"type": "text", "text": "Hello"}}')
-        found.append({"role": message["role"], "content": "".join(texts)})
-    return found
+        parts = _parts(message["content"], where)
+        for part in parts:
+            if part["type"] == "image":
+                if not images:
+                    raise PromptError(f"{where} has an image, and this model reads text only")
+                pictures.append(part["image"])
+        found.append({"role": message["role"], "content": parts})
+    return found, pictures
 
 
 def encode_completion(tokenizer: Tokenizer, content: str | Iterable[Any], image_token_id: int | None) -> Prompt:
@@ -120,11 +121,29 @@ def encode_content(
     tokenizer: Tokenizer, content: str | Iterable[Any], image_token_id: int | None, where: str = "the message"
 ) -> Prompt:
     """Text or a list of parts. Each text is tokenised by itself, as in the reference: no token spans two parts."""
+    prompt = Prompt()
+    for part in _parts(content, where):
+        if part["type"] == "text":
+            prompt.tokens += tokenizer.encode(part["text"])
+        elif image_token_id is None:
+            raise PromptError(f"{where} has an image, and this model reads text only")
+        else:
+            prompt.tokens.append(image_token_id)
+            prompt.images.append(part["image"])
+    return prompt
+
+
+def _parts(content: Any, where: str) -> list[Mapping[str, Any]]:
+    """Content as parts of type text, with a string, or image, with something.
+
+    Raises:
+        PromptError: it is anything else.
+    """
     if isinstance(content, str):
         content = [content]
     elif isinstance(content, Mapping) or not isinstance(content, Iterable):
         raise PromptError(f"{where}: content must be a text or a list of parts, not {type(content).__name__}")
-    prompt = Prompt()
+    parts = []
     for part in content:
         if isinstance(part, str):
             part = {"type": "text", "text": part}
@@ -135,13 +154,7 @@ def encode_content(
             raise PromptError(f"{where}: unknown type of content {stated}{hint}; known: text, image")
         if part.get(kind) is None:
             raise PromptError(f'{where}: a part of type "{kind}" has no "{kind}"')
-        if kind == "image":
-            if image_token_id is None:
-                raise PromptError(f"{where} has an image, and this model reads text only")
-            prompt.tokens.append(image_token_id)
-            prompt.images.append(part["image"])
-        elif not isinstance(part["text"], str):
+        if kind == "text" and not isinstance(part["text"], str):
             raise PromptError(f"{where}: text must be a string, not {type(part['text']).__name__}")
-        else:
-            prompt.tokens += tokenizer.encode(part["text"])
-    return prompt
+        parts.append(part)
+    return parts

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ..config import Preprocess
 from ..config.checks import require
-from .preprocess import Preprocess, check_picture, normalise, resized
+from .preprocess import check_picture, normalise, resized
 
 MAX_EDGE = 4096  # however long an edge is asked for
 

@@ -38,6 +38,8 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
         self.source, self.tokens = source, dict(tokens or {})
+        # A template that knows of images wants content as a list of parts; any other wants one text.
+        self.takes_parts = "image" in source
         try:
             self._template = environment.from_string(source)
         except TemplateError as error:
@@ -77,15 +79,34 @@ class ChatTemplate:
         except TemplateError as error:
             raise PromptError(f"the model's chat template refuses this conversation: {error}") from error
 
-    def encode(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, answer: bool = True) -> list[int]:
-        """Token ids of the conversation. Nothing is added: the template itself writes what comes first."""
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        image_token: str | None = None,
+        *,
+        answer: bool = True,
+    ) -> list[int]:
+        """Token ids of the conversation. Nothing is added: the template itself writes what comes first.
+
+        messages: content is a text, or parts as in `chat_messages`. image_token: what stands for an image
+        """
         names = sorted(tokenizer.special_tokens, key=len, reverse=True)
         special = re.compile("|".join(map(re.escape, names))) if names else None
+
+        def mark(part: Mapping[str, Any]) -> Mapping[str, Any]:
+            if part["type"] != "text":
+                return {"type": "image"}
+            text = part["text"].replace(_OPEN, "").replace(_CLOSE, "")
+            if special is not None:
+                text = special.sub(lambda match: f"{_OPEN}{match.group()}{_CLOSE}", text)
+            return {"type": "text", "text": text}
+
         marked = []
         for message in messages:
-            content = message["content"].replace(_OPEN, "").replace(_CLOSE, "")
-            if special is not None:
-                content = special.sub(lambda match: f"{_OPEN}{match.group()}{_CLOSE}", content)
+            text = message["content"]
+            parts = [mark(part) for part in ([{"type": "text", "text": text}] if isinstance(text, str) else text)]
+            content: Any = parts if self.takes_parts else "".join(part.get("text", image_token) for part in parts)
             marked.append({**message, "content": content})
         ids = []
         for number, piece in enumerate(re.split(f"{_OPEN}(.*?){_CLOSE}", self.render(marked, answer=answer))):

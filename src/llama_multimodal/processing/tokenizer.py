@@ -174,6 +174,11 @@ class Tokenizer:
         return self._with_special.encode(_whole_characters(text), add_special_tokens=False).ids
 
     @functools.cached_property
+    def prefix(self) -> list[int]:
+        """What the tokenizer's own file has every text begin with, such as BOS. Nothing else here adds it."""
+        return self._with_special.encode("", add_special_tokens=True).ids
+
+    @functools.cached_property
     def _with_special(self) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(self._backend.to_str())  # which does not hold `encode_special_tokens`
 

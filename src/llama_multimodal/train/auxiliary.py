@@ -129,7 +129,7 @@ class AuxiliaryHeads(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.size = config.vision.hidden_size
+        self.size = config.tiled.hidden_size
         self.norm = nn.LayerNorm(self.size)
         self.patch = nn.Linear(self.size, sum(PATCH_HEADS.values()))
         self.count = nn.Linear(self.size, _COUNTS * _MOST)

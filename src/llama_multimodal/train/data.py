@@ -117,7 +117,7 @@ class WorldSteps(Dataset[list[MicroBatch]]):
         yield group
 
     def _microbatch(self, group: list[_Prepared]) -> MicroBatch:
-        vision = self.config.vision
+        vision = self.config.tiled
         side = vision.image_size
         tiles, layouts, patches, counts = [np.empty((0, 3, side, side), np.float32)], [], [], []
         mentions, places = [], []

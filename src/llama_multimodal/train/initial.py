@@ -42,8 +42,10 @@ def initialise(model: VisionLanguageModel, tiles: Tensor) -> None:
             nn.init.normal_(parameter, std=std / (2 * depth) ** 0.5 if residual else std)
     nn.init.normal_(model.decoder.embedding.weight, std=0.5)
     with torch.no_grad():
-        space = _place(model.vision)
-        model.vision.patch_embedding.weight.copy_(_whitening(model.vision, tiles, space))
+        vision = model.vision
+        assert isinstance(vision, TiledVisionEncoder)
+        space = _place(vision)
+        vision.patch_embedding.weight.copy_(_whitening(vision, tiles, space))
 
 
 def _whitening(vision: TiledVisionEncoder, tiles: Tensor, space: Tensor) -> Tensor:

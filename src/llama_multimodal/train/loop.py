@@ -20,6 +20,7 @@ from ..config import ModelConfig
 from ..errors import CheckpointError, ConfigError
 from ..loading import load, locate
 from ..models import VisionLanguageModel
+from ..models.mllama_vision import TiledVisionEncoder
 from ..ops.linear import cpu_multiplies
 from ..processing.tokenizer import Tokenizer
 from ..zoo.tokenizer import build_tokenizer
@@ -127,6 +128,7 @@ def _run(rank: int, recipe: Recipe, report: Callable[[Progress], None], group: A
     elif state is None:
         pictures = WorldSteps(recipe, config, tokenizer)
         initialise(model, torch.cat([m.inputs.tiles for step in range(_INITIAL_STEPS) for m in pictures[step]]))
+    assert isinstance(model.vision, TiledVisionEncoder)
     share_between_ratios(model.vision)
     modules = nn.ModuleDict({"model": model, "heads": heads})
     optimizers = _optimizers(modules, recipe.optim)
@@ -232,10 +234,10 @@ def _step(
             if batch.inputs.images:
                 features = model.vision(batch.inputs.tiles, batch.inputs.images, deduplicate=True)
             if asked:
-                cross_cache = None
+                read = None
                 if batch.inputs.images:
-                    cross_cache = model.cross_attention_cache(batch.inputs, features=features)
-                logits = model(batch.inputs, cross_cache=cross_cache).logits
+                    read = model.read_images(batch.inputs, features=features)
+                logits = model(batch.inputs, images=read).logits
         if batch.inputs.images:
             auxiliary = heads(features.float(), batch.inputs.images, batch.targets, totals)
             losses.append(recipe.auxiliary_weight * auxiliary)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..config import AnyModelConfig, LanguageModelConfig, ModelConfig, config_from_hf
+from ..config import AnyModelConfig, LanguageModelConfig, ModelConfig, SiglipConfig, config_from_hf
 from ..errors import CheckpointError, ConfigError, DeviceError, UserError
 from ..models import LanguageModel, build_model
 from ..ops import PackedWeight
@@ -32,6 +32,8 @@ Progress = Callable[[int, int], None]
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _MAX_TILES = 64  # an aspect-ratio table grows with its square
+_NOT_WEIGHTS = ("rotary_emb.inv_freq", "embeddings.position_ids", "embeddings.mask_token")
+"""Tables of numbers in older files, and what stood for hidden patches in DINOv2's training."""
 _LISTED = 20  # tensors named in one error
 
 
@@ -111,9 +113,10 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     store: Store = SafetensorsShards(folder) if layout == "hf" else MetaShards(shard_paths(folder))
     config = _read_config(folder, layout, store)
     if config.text.tie_word_embeddings:
-        store.entries.pop("lm_head.weight", None)  # some files hold the embedding twice
-    rules = hf_rules(config, store.entries) if layout == "hf" else meta_rules(config)
+        for name in ("lm_head.weight", "language_model.lm_head.weight"):
+            store.entries.pop(name, None)  # some files hold the embedding twice
     shapes = parameter_shapes(config)
+    rules = hf_rules(config, shapes, store.entries) if layout == "hf" else meta_rules(config)
     packed = find_packed(store.entries, rules, shapes) if layout == "hf" else {}
     check_tensors(folder, store.entries, rules, shapes, packed)
     return Checkpoint(folder, layout, config, tuple(rules), shapes, store, packed)
@@ -169,7 +172,7 @@ class SafetensorsShards:
             for name, info in file.entries.items():
                 if name in self._files:
                     raise CheckpointError(f"{name!r} is in both {self._files[name].path.name} and {path.name}")
-                if not name.endswith("rotary_emb.inv_freq"):
+                if not name.endswith(_NOT_WEIGHTS):
                     self.entries[name], self._files[name] = info, file
 
     @staticmethod
@@ -219,16 +222,27 @@ def _read_config(folder: Path, layout: Layout, store: Store) -> AnyModelConfig:
             config = config_from_hf(plain, read_json(generation) if generation.exists() else None)
             if config.text.pad_token_id >= config.text.vocab_size:  # never read, but it must have an embedding
                 config = replace(config, text=replace(config.text, pad_token_id=0))
+            if isinstance(config, ModelConfig):
+                config = _with_pooling_head(config, store)
     except UserError as error:
         raise type(error)(f"{path}: {error}") from error
     except Exception as error:  # a value of an unforeseen type
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
     layers = config.text.num_hidden_layers
     if isinstance(config, ModelConfig):
-        layers += config.vision.num_hidden_layers + config.vision.num_global_layers
+        counts = (getattr(config.vision, name, 0) for name in ("num_hidden_layers", "num_global_layers"))
+        layers += sum(counts)
     if layers > len(store.entries):
         raise CheckpointError(f"{path} asks for {layers} layers, but there are only {len(store.entries)} tensors")
     return config
+
+
+def _with_pooling_head(config: ModelConfig, store: Store) -> ModelConfig:
+    """Whether SigLIP's pooling head, which no language model needs, is among the tensors is seen there only."""
+    if not isinstance(config.vision, SiglipConfig):
+        return config
+    head = any(".head.probe" in name for name in store.entries)
+    return replace(config, vision=replace(config.vision, pooling_head=head))
 
 
 def build_on_meta(config: AnyModelConfig) -> LanguageModel:

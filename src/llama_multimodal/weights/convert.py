@@ -40,7 +40,7 @@ def convert(
     checkpoint = open_checkpoint(source)
     if checkpoint.packed:
         raise CheckpointError(f"{source} holds packed weights; convert the checkpoint that it was made from")
-    written = hf_rules(checkpoint.config) if layout == "hf" else meta_rules(checkpoint.config)
+    written = hf_rules(checkpoint.config, checkpoint.shapes) if layout == "hf" else meta_rules(checkpoint.config)
     by_name = {rule.ours: rule for rule in checkpoint.rules}
     infos = {name: TensorInfo(shape, _dtype(checkpoint, by_name[name])) for name, shape in checkpoint.shapes.items()}
     total = sum(info.num_bytes for info in infos.values())

@@ -142,7 +142,7 @@ def config_to_meta(config: ModelConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: a value that Meta's layout has no place for.
     """
-    text, vision = config.text, config.vision
+    text, vision = config.text, config.tiled
     fixed = {
         "the vision encoder's norm_eps": (vision.norm_eps, 1e-5),
         "num_channels": (vision.num_channels, 3),

@@ -61,7 +61,7 @@ def hf_names(keys: Iterable[str]) -> HFNames:
 
 def hf_rules(config: ModelConfig, names: HFNames = HF_RELEASED) -> list[Rule]:
     """Every parameter's place in Hugging Face's layout."""
-    v, ratios = config.vision, len(config.vision.aspect_ratios) + 1
+    v, ratios = config.tiled, len(config.tiled.aspect_ratios) + 1
 
     def rules() -> Iterator[Rule]:
         yield from decoder_rules(config.text, names.text, names.lm_head, _HF_CROSS_ATTENTION)
@@ -153,7 +153,7 @@ def meta_rules(config: ModelConfig) -> list[Rule]:
     Raises:
         CheckpointError: the cross-attention blocks do not lie where Meta's layout has them.
     """
-    text, v = config.text, config.vision
+    text, v = config.text, config.tiled
     selves, crosses = text.self_attention_layers, text.cross_attention_layers
     fixed = meta_cross_attention_layers(len(selves), len(crosses))
     if crosses != fixed:

@@ -22,7 +22,7 @@ from ..errors import CheckpointError
 from ..models import LanguageModel
 from ..ops import PackedWeight
 from ..quant.pack import PackedLinear
-from .checkpoint import INDEX, SINGLE, Layout, find_layout
+from .checkpoint import INDEX, SINGLE, Layout, find_layout, parameter_shapes
 from .families import hf_rules, meta_rules
 from .io import TensorInfo, flush, write_json, write_safetensors
 from .meta_params import config_to_meta
@@ -77,7 +77,7 @@ def save_checkpoint(
     """
     if layout == "gguf":
         raise CheckpointError("GGUF files are read and not written; save in the layout hf")
-    rules = hf_rules(model.config) if layout == "hf" else meta_rules(model.config)
+    rules = hf_rules(model.config, parameter_shapes(model.config)) if layout == "hf" else meta_rules(model.config)
     weights = _weights_of(model, rules, unpacked)
     if weights.infos.keys() | weights.packed.keys() != {rule.ours for rule in rules}:
         raise CheckpointError("this model's layers were changed (adapters); undo or merge that before saving")

@@ -38,11 +38,11 @@ def test_cached_steps_are_those_of_the_reference() -> None:
     model, row = random_model(dtype=torch.float32), one_row(make_inputs(ROWS, GRIDS), 0)
     with ops.use_backend("torch"):
         expected = model(row).logits
-    cross = model.cross_attention_cache(row)
+    cross = model.read_images(row)
     cache = SelfAttentionCache.allocate(CONFIG.text, 1, 7, torch.float32, "cpu")
     for cut in (slice(0, 5), slice(5, 6), slice(6, 7)):
         part = replace(row, **{name: getattr(row, name)[:, cut] for name in ("tokens", "positions", "visible")})
-        ours = model(part, cross_cache=cross, self_cache=cache).logits
+        ours = model(part, images=cross, self_cache=cache).logits
         torch.testing.assert_close(ours, expected[:, cut], rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 

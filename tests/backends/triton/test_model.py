@@ -49,12 +49,12 @@ def test_a_cached_step(device: str) -> None:
     model = random_model(dtype=torch.float64).to(device)
     row = one_row(some_inputs(torch.float64, device), 0)
     whole = model(row).logits
-    cross = model.cross_attention_cache(row)
+    cross = model.read_images(row)
     cache = SelfAttentionCache.allocate(CONFIG.text, 1, 7, torch.float64, device)
     parts = [
         model(
             replace(row, **{n: getattr(row, n)[:, cut] for n in ("tokens", "positions", "visible")}),
-            cross_cache=cross,
+            images=cross,
             self_cache=cache,
         ).logits
         for cut in (slice(0, 5), slice(5, 6), slice(6, 7))
