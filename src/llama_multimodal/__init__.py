@@ -1,4 +1,4 @@
-"""Llama 3.2 Vision in plain PyTorch: exact, fast, readable.
+"""Llama 3.2 Vision, and vision-language models of your own, in plain PyTorch: exact, fast, readable.
 
 The public names load on first use, so that `import llama_multimodal` does not wait for torch.
 """
@@ -11,9 +11,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .assemble import from_parts
     from .errors import UserError
     from .generate import GenerationEvent, GenerationOutput, generate
-    from .loading import load
+    from .loading import load, save
+    from .models import VisionLanguageModel, register_encoder, register_projector
     from .sampling import SamplingParams
 
 _HOMES = {
@@ -21,10 +23,27 @@ _HOMES = {
     "GenerationOutput": ".generate",
     "SamplingParams": ".sampling",
     "UserError": ".errors",
+    "VisionLanguageModel": ".models",
+    "from_parts": ".assemble",
     "generate": ".generate",
     "load": ".loading",
+    "register_encoder": ".models",
+    "register_projector": ".models",
+    "save": ".loading",
 }
-__all__ = ["GenerationEvent", "GenerationOutput", "SamplingParams", "UserError", "generate", "load"]
+__all__ = [
+    "GenerationEvent",
+    "GenerationOutput",
+    "SamplingParams",
+    "UserError",
+    "VisionLanguageModel",
+    "from_parts",
+    "generate",
+    "load",
+    "register_encoder",
+    "register_projector",
+    "save",
+]
 __version__ = "0.1.0"
 
 

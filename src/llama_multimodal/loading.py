@@ -23,6 +23,7 @@ from .processing.tokenizer import Tokenizer
 from .quant.pack import Packing, use_int8_activations
 from .weights.checkpoint import Checkpoint, Progress, open_checkpoint, read_model
 from .weights.gguf import GGUFFile
+from .weights.save import save_checkpoint
 from .zoo.registry import EMBEDDED_FOLDER, EMBEDDED_MEND, EMBEDDED_MISSING, checkpoints, nearest_name
 
 DTYPES = {
@@ -66,7 +67,7 @@ def load(
     checkpoint = open_checkpoint(locate(path_or_repo_id))
     if kind is None:
         kind = checkpoint.dtype if checkpoint.dtype in DTYPES.values() else torch.float32
-    tokenizer, template = _read_text(checkpoint)
+    tokenizer, template = read_text(checkpoint)
     preprocess = load_preprocess(checkpoint.folder) if _reads_preprocess(checkpoint.config) else None
     checkpoint = replace(checkpoint, config=with_end_tokens(checkpoint.config, tokenizer))
     if pack == "auto":
@@ -79,7 +80,18 @@ def load(
     return model.eval(), Processor(checkpoint.config, tokenizer, template, preprocess)
 
 
-def _read_text(checkpoint: Checkpoint) -> tuple[Tokenizer | None, ChatTemplate | None]:
+def save(model: LanguageModel, processor: Processor | None, folder: str | Path) -> None:
+    """Write a model, and its processor's files, into a folder that `load` reads; all of it or nothing.
+
+    A checkpoint of Hugging Face's layout that lies in the folder is replaced.
+
+    Raises:
+        CheckpointError: the model has no weights, or the folder cannot be written.
+    """
+    save_checkpoint(model, folder, beside=None if processor is None else processor.save)
+
+
+def read_text(checkpoint: Checkpoint) -> tuple[Tokenizer | None, ChatTemplate | None]:
     """What a checkpoint has for text."""
     if not isinstance(checkpoint.store, GGUFFile):
         folder, config = checkpoint.folder, checkpoint.config

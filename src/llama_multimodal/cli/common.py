@@ -98,12 +98,13 @@ def answer_options(**defaults: Any) -> Callable[[Callable[..., None]], Callable[
     """
 
     def declare(command: Callable[..., None]) -> Callable[..., None]:
+        annotations = get_type_hints(AnswerOptions, include_extras=True)
         shared = [
             inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=defaults.get(field.name, field.default),
-                annotation=get_type_hints(AnswerOptions, include_extras=True)[field.name],
+                annotation=annotations[field.name],
             )
             for field in fields(AnswerOptions)
         ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -107,11 +106,13 @@ def examine(threads_bound: bool | None) -> dict[str, Any]:
 
 
 def _versions(packages: tuple[str, ...]) -> dict[str, str | None]:
+    from importlib import metadata  # reads e-mail headers; no other command waits for that
+
     found: dict[str, str | None] = {}
     for package in packages:
         try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
             found[package] = None
     return found
 

@@ -23,7 +23,7 @@ from .model import (
     ModelConfig,
 )
 from .parts import PROJECTORS, VISION, ProjectorConfig, VisionConfig, add_part
-from .preprocess import Preprocess, preprocess_from_hf
+from .preprocess import Preprocess, preprocess_from_hf, preprocess_to_hf
 from .projectors import IdentityProjector, LinearProjector, MLPProjector, PixelShuffleProjector
 from .text import LinearRopeScaling, RopeScaling, TextConfig
 from .vision import TiledVisionConfig
@@ -63,5 +63,6 @@ __all__ = [
     "from_dict",
     "nearest",
     "preprocess_from_hf",
+    "preprocess_to_hf",
     "siglip_from_hf",
 ]

@@ -291,7 +291,7 @@ def encoder_to_hf(config: EncoderConfig) -> dict[str, Any]:
     if isinstance(config, Dinov2Config):
         table |= {"mlp_ratio": config.mlp_ratio, "qkv_bias": config.qkv_bias, "use_swiglu_ffn": config.swiglu}
         if not config.num_register_tokens:
-            return {"model_type": "dinov2", **table}
+            return {"model_type": "dinov2", **table, "use_mask_token": False}  # which only training needs
         return {"model_type": "dinov2_with_registers", **table, "num_register_tokens": config.num_register_tokens}
     table["intermediate_size"] = config.intermediate_size
     if isinstance(config, ClipVisionConfig):

@@ -18,10 +18,6 @@ _TEXT, _VISION = "config.json: text_config", "config.json: vision_config"
 
 # --- LLaVA -----------------------------------------------------------------------------------------------------------
 
-_LLAVA_CLIP = {  # CLIP ViT-L/14 at 336 pixels: what a vision_config that leaves keys out means
-    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-    "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
-}  # fmt: skip
 _LLAVA_KNOWN = {
     "vision_config", "text_config", "image_token_index", "image_token_id", "projector_hidden_act",
     "vision_feature_select_strategy", "vision_feature_layer", "multimodal_projector_bias",
@@ -45,7 +41,7 @@ def llava_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> Mode
     act = raw.get("projector_hidden_act", "gelu")
     projector: dict[str, Any] = {"bias": bool(raw.get("multimodal_projector_bias", True)), "hidden_act": act}
     pinpoints = raw.get("image_grid_pinpoints") or _PINPOINTS if following else []
-    text = _text(raw, generation, {})
+    text = _text(raw, generation)
     return ModelConfig(
         vision=_llava_vision(section(raw, "vision_config"), layer, whole=strategy == "full"),
         text=text,
@@ -59,8 +55,9 @@ def llava_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> Mode
 
 def _llava_vision(raw: Mapping[str, Any], layer: int, *, whole: bool) -> EncoderConfig:
     """The encoder up to the layer that is read, with its class token or without."""
-    if raw.get("model_type", "clip_vision_model") == "clip_vision_model":
-        raw = {**_LLAVA_CLIP, **{key: value for key, value in raw.items() if key != "vocab_size"}}
+    if raw.get("model_type", "clip_vision_model") == "clip_vision_model":  # with a leftover of the text tower's
+        plain = {key: value for key, value in raw.items() if key != "vocab_size"}
+        raw = {**plain, "model_type": "clip_vision_model"}
     config = encoder_from_hf(raw, _VISION, layer=layer)
     if not whole and isinstance(config, SiglipConfig):
         raise ConfigError(
@@ -99,21 +96,33 @@ _IDEFICS3_VISION = {  # transformers' defaults
 }  # fmt: skip
 _IDEFICS3_KNOWN = {"vision_config", "text_config", "image_token_id", "scale_factor"}
 _IDEFICS3_IGNORED = {
-    "_pad_token_id", "image_seq_len", "vocab_size", "transformers.js_config", "use_reentrant_checkpointing",
+    "_pad_token_id", "image_seq_len", "transformers.js_config",
+    # left by the training
+    "_flash_attn_2_enabled", "freeze_lm_head", "freeze_text_layers", "freeze_text_module_exceptions",
+    "freeze_vision_layers", "freeze_vision_module_exceptions", "neftune_noise_alpha", "perceiver_config",
+    "pixel_shuffle_factor", "qk_layer_norms", "use_reentrant_checkpointing", "use_resampler",
+    # the decoder's; text_config is what holds
+    "attention_bias", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "max_position_embeddings",
+    "mlp_bias", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "pretraining_tp", "rms_norm_eps",
+    "rope_scaling", "rope_theta", "vocab_size",
 }  # fmt: skip
+_IDEFICS3_TOWERS = ("idefics3", "idefics3_vision", "smolvlm", "smolvlm_vision", "siglip_vision_model")  # one encoder
 _VISION_IGNORED = {"max_image_size", "size", "use_base_siglip"}  # of the preprocessor, or left by the training
 
 
 def idefics3_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
     check_keys(raw, {*_IDEFICS3_KNOWN, *_IDEFICS3_IGNORED, *HF_IGNORED}, "config.json")
     table = section(raw, "vision_config")
-    expect(table, "model_type", f"{raw['model_type']}_vision", _VISION)
+    kind = table.get("model_type", "idefics3")
+    if kind not in _IDEFICS3_TOWERS:
+        known = ", ".join(_IDEFICS3_TOWERS)
+        raise ConfigError(f'{_VISION}: model_type "{kind}" is no encoder of {raw["model_type"]}; supported: {known}')
     vision = {key: value for key, value in table.items() if key not in _VISION_IGNORED}
     vision = {**_IDEFICS3_VISION, **vision, "model_type": "siglip_vision_model", "vision_use_head": False}
     projector = {"scale_factor": raw.get("scale_factor", 2)}
     return ModelConfig(
         vision=encoder_from_hf(vision, _VISION),
-        text=_text(raw, generation, {"rms_norm_eps": 1e-5}),
+        text=_text(raw, generation),
         image_token_id=_image_token(raw, 128257),
         projector=build(PixelShuffleProjector, projector, "config.json"),
         fusion="splice",
@@ -140,10 +149,11 @@ def idefics3_to_hf(config: ModelConfig) -> dict[str, Any]:
 # --- both ------------------------------------------------------------------------------------------------------------
 
 
-def _text(raw: Mapping[str, Any], generation: Mapping[str, Any], defaults: Mapping[str, Any]) -> TextConfig:
-    """The decoder. That its embedding is its LM head may stand beside its table or in it."""
-    table = {**defaults, **section(raw, "text_config")}
-    tied = bool(raw.get("tie_word_embeddings") or table.get("tie_word_embeddings"))
+def _text(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> TextConfig:
+    """The decoder. Whether its embedding is its LM head stands beside its table; LLaVA 1.5 looks into it as well."""
+    table = section(raw, "text_config")
+    beside, within = raw.get("tie_word_embeddings"), bool(table.get("tie_word_embeddings"))
+    tied = within if beside is None else bool(beside) or (within and raw["model_type"] == "llava")
     return llama_text_from_hf({**table, "tie_word_embeddings": tied}, generation, _TEXT)
 
 

@@ -15,6 +15,8 @@ _LLAMA = {  # what transformers takes where a llama config.json is silent
     "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_ids": (2,), "pad_token_id": 0,
     "cross_attention_layers": (), "num_extra_embeddings": 0,
 }  # fmt: skip
+_MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}  # what differs
+_MISTRAL_WINDOW = 4096
 _LLAMA_IGNORED = {
     "attention_bias", "head_dim", "is_llama_config", "mlp_bias", "pretraining_tp", "rope_interleaved",
     "transformers.js_config",
@@ -27,19 +29,37 @@ _LLAMA_IGNORED = {
 def llama_text_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any], where: str) -> TextConfig:
     """The table of a Llama decoder, a whole `config.json` or the `text_config` in one; defaults as in transformers.
 
+    Mistral's decoder is the same where its window holds the whole context.
+
     Raises:
         ConfigError: an unknown key, a missing key, or a value this project does not implement.
     """
-    expect(raw, "model_type", "llama", where)
+    kind = raw.get("model_type") or "llama"
+    if kind not in ("llama", "mistral"):
+        raise ConfigError(f'{where}: model_type "{kind}" is not implemented; supported: llama, mistral')
     for key in ("attention_bias", "mlp_bias", "rope_interleaved", "qk_layer_norms", "use_resampler"):
         expect(raw, key, False, where)
     heads = raw.get("num_attention_heads", 32)
     defaults = {**_LLAMA, "num_attention_heads": heads, "num_key_value_heads": heads}
+    ignored = {*_LLAMA_IGNORED, "tie_word_embeddings"}
+    if kind == "mistral":
+        defaults |= _MISTRAL
+        ignored.add("sliding_window")
     tied = bool(raw.get("tie_word_embeddings", False))
-    plain = {key: value for key, value in raw.items() if key not in {*_LLAMA_IGNORED, "tie_word_embeddings"}}
+    plain = {key: value for key, value in raw.items() if key not in ignored}
     text = text_from_hf(plain, generation, where, {**defaults, "tie_word_embeddings": tied})
     expect(raw, "head_dim", text.head_dim, where)
+    if kind == "mistral":
+        _check_window(raw.get("sliding_window", _MISTRAL_WINDOW), text.max_position_embeddings, where)
     return text
+
+
+def _check_window(window: Any, context: int, where: str) -> None:
+    if window is not None and not (isinstance(window, int) and window >= context):
+        raise ConfigError(
+            f"{where}: sliding_window is {window!r} ({_MISTRAL_WINDOW} where the file does not say), less than the"
+            f" context of {context} (max_position_embeddings); attention within a window is not implemented"
+        )
 
 
 def text_from_hf(

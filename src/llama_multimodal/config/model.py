@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -52,11 +53,11 @@ class ModelConfig:
         spliced, layers = self.fusion == "splice", self.text.cross_attention_layers
         require(not (spliced and layers), "splice fusion has no cross-attention layers", self)
         require(spliced or not self.grid_pinpoints, "grid_pinpoints need splice fusion", self)
-        self.projector.check(self.vision.output_size, self.text.hidden_size, self._tokens_before_projector())
-
-    def _tokens_before_projector(self) -> int:
         side = self.vision.image_size
-        return self.vision.num_tokens(side, side)
+        tokens = self.vision.num_tokens(side, side)
+        self.projector.check(self.vision.output_size, self.text.hidden_size, tokens)
+        square = math.isqrt(tokens) ** 2 == tokens
+        require(square or not self.grid_pinpoints, "grid_pinpoints need patches alone, and no class token", self)
 
     @property
     def tiled(self) -> TiledVisionConfig:

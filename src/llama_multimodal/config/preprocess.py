@@ -163,6 +163,52 @@ def preprocess_from_hf(raw: Mapping[str, Any]) -> Preprocess:
     return Preprocess(layout=layout, **settings)
 
 
+def preprocess_to_hf(preprocess: Preprocess) -> dict[str, Any]:
+    """The table of a `preprocessor_config.json` that says the same; every key stands in it."""
+    kind = {
+        "anyres": "LlavaNextImageProcessor", "split": "Idefics3ImageProcessor", "naflex": "Siglip2ImageProcessor",
+    }.get(preprocess.layout)  # fmt: skip
+    if kind is None:
+        kind = "LlavaImageProcessor" if preprocess.pad_to_square else "CLIPImageProcessor"
+    size: dict[str, int] | None = None
+    if preprocess.size is not None:
+        size = {"height": preprocess.size[0], "width": preprocess.size[1]}
+    for name in ("shortest_edge", "longest_edge"):
+        if getattr(preprocess, name) is not None:
+            size = {name: getattr(preprocess, name)}
+    table = {
+        "image_processor_type": kind,
+        "do_resize": size is not None,
+        "size": size,
+        "resample": preprocess.resample,
+        "do_rescale": preprocess.rescale_factor is not None,
+        "rescale_factor": preprocess.rescale_factor,
+        "do_normalize": preprocess.mean is not None,
+        "image_mean": None if preprocess.mean is None else list(preprocess.mean),
+        "image_std": None if preprocess.std is None else list(preprocess.std),
+    }
+    if preprocess.layout == "naflex":
+        del table["size"]
+        resized = preprocess.max_num_patches is not None
+        table |= {"patch_size": preprocess.patch_size, "do_resize": resized}
+        return table | ({"max_num_patches": preprocess.max_num_patches} if resized else {})
+    if preprocess.layout == "split":
+        return table | {
+            "max_image_size": {"longest_edge": preprocess.tile_size},
+            "do_image_splitting": preprocess.split,
+        }
+    crop = preprocess.crop
+    if preprocess.layout == "anyres":
+        crop = (preprocess.tile_size or 1, preprocess.tile_size or 1)
+        table["image_grid_pinpoints"] = [list(pair) for pair in preprocess.grid_pinpoints]
+    if preprocess.pad_to_square:
+        table["do_pad"] = True
+    return table | {
+        "do_center_crop": crop is not None,
+        "crop_size": None if crop is None else {"height": crop[0], "width": crop[1]},
+    }
+
+
 def _kind(raw: Mapping[str, Any]) -> str:
     """The name of the processor, the same for its several implementations and for files of before 2023."""
     written = raw.get("image_processor_type") or raw.get("feature_extractor_type")

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,14 @@ class VisionLanguageModel(LanguageModel):
         self.projector = build_projector(config.projector, config.vision.output_size, width)
         self.image_newline = nn.Parameter(width**-0.5 * torch.randn(width)) if config.grid_pinpoints else None
         self.decoder = LlamaDecoder(config.text)
+
+    @classmethod
+    def from_parts(cls, vision: Any, text: Any, **options: Any) -> VisionLanguageModel:
+        """A model put together from an encoder and a text model: `llama_multimodal.from_parts`, which see, without the
+        processor that it gives besides."""
+        from ..assemble import from_parts
+
+        return from_parts(vision, text, **options)[0]
 
     def encode_images(self, inputs: ModelInputs) -> Tensor:
         """Features of every tile's tokens: [tiles, tokens, vision output size]."""

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import AnyModelConfig, LanguageModelConfig, ModelConfig, Preprocess
-from ..errors import PromptError
+from ..config import (
+    AnyModelConfig,
+    LanguageModelConfig,
+    ModelConfig,
+    Preprocess,
+    TiledVisionConfig,
+    preprocess_to_hf,
+)
+from ..errors import ConfigError, PromptError
 from ..inputs import ImageLayout, ModelInputs, batch_inputs
 from .images import ImageSource, open_image
 from .pictures import prepare_pictures
+from .preprocess import PREPROCESS_FILES
 from .prompt import Message, Prompt, chat_messages, encode_dialog
 from .splitting import image_prompt
 from .template import TEMPLATE_FILES, ChatTemplate
@@ -31,10 +41,17 @@ class Processor:
     ) -> None:
         """template: how a conversation is written; None takes Llama 3's own format.
         preprocess: how a picture becomes pixels; None takes what is usual for the model's encoder.
+
+        Raises:
+            ConfigError: pictures are cut into squares of another size than the encoder's.
         """
         self.config, self.tokenizer, self.template = config, tokenizer, template
-        if preprocess is None and isinstance(config, ModelConfig):
-            preprocess = config.preprocess()
+        if isinstance(config, ModelConfig):
+            preprocess = preprocess or config.preprocess()
+            side, wanted = preprocess.tile_size, config.vision.image_size
+            if side not in (None, wanted):
+                cut = f"{PREPROCESS_FILES[0]} cuts pictures into squares of {side} pixels"
+                raise ConfigError(f"{cut}, and the model's encoder is for {wanted}")
         self.preprocess = preprocess
 
     def __call__(self, conversation: Sequence[Message] | Sequence[Sequence[Message]]) -> ModelInputs:
@@ -93,11 +110,15 @@ class Processor:
         """A row with all tokens of its pictures, from one with a single image token for each."""
         image = self.config.image_token_id
         assert image is not None
-        wanted = sum(layout.num_tokens for layout in layouts)
-        if row.count(image) != len(layouts) or wanted == len(layouts):  # spelt out already, or `batch_inputs` objects
+        places = [i for i, token in enumerate(row) if token == image]
+        if len(places) != len(layouts):  # spelt out already, or `batch_inputs` objects
             return row
-        left = iter(layouts)
-        return [i for token in row for i in (self._picture(next(left)) if token == image else (token,))]
+        pictures = [self._picture(layout) for layout in layouts]
+        begins = [i - picture.index(image) for i, picture in zip(places, pictures)]
+        if all(row[max(i, 0) : i + len(picture)] == picture for i, picture in zip(begins, pictures)):
+            return row  # also spelt out already, in pictures of one image token each
+        left = iter(pictures)
+        return [i for token in row for i in (next(left) if token == image else (token,))]
 
     def _picture(self, layout: ImageLayout) -> list[int]:
         """The tokens of one picture: its image tokens, and in Idefics3's way what tells its squares apart."""
@@ -146,6 +167,19 @@ class Processor:
         # As transformers does for models that read images: what the tokenizer's file begins with, unless it is there.
         prefix = tokenizer.prefix
         return Prompt(tokens if tokens[: len(prefix)] == prefix else [*prefix, *tokens], images)
+
+    def save(self, folder: str | Path) -> None:
+        """Write what `load` reads it from into a folder: tokenizer, chat template, preprocessing; as far as it has
+        them. Tiles of Llama 3.2 Vision follow from the model's own configuration."""
+        folder = Path(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder / TOKENIZER_FILES[0])
+        if self.template is not None:
+            self.template.save(folder)
+        tiled = isinstance(self.config, ModelConfig) and isinstance(self.config.vision, TiledVisionConfig)
+        if self.preprocess is not None and not tiled:
+            text = json.dumps(preprocess_to_hf(self.preprocess), indent=2)
+            (folder / PREPROCESS_FILES[0]).write_text(text + "\n", encoding="utf-8")
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without special tokens.

@@ -33,7 +33,8 @@ class ChatTemplate:
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        extensions = [loopcontrols, _generation_blocks()]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
@@ -65,6 +66,14 @@ class ChatTemplate:
             named = {one.get("name"): one.get("template") for one in found if isinstance(one, Mapping)}
             found = named.get("default")
         return cls(found, tokens) if isinstance(found, str) else None
+
+    def save(self, folder: str | Path) -> None:
+        """Write the template, and the names it may use, as `load` reads them."""
+        folder = Path(folder)
+        (folder / TEMPLATE_FILES[0]).write_text(self.source, encoding="utf-8")
+        if self.tokens:
+            text = json.dumps(self.tokens, indent=2, ensure_ascii=False)
+            (folder / TEMPLATE_FILES[2]).write_text(text + "\n", encoding="utf-8")
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, answer: bool = True) -> str:
         """The conversation as one text; with `answer` it ends where the assistant begins.
@@ -112,6 +121,22 @@ class ChatTemplate:
         for number, piece in enumerate(re.split(f"{_OPEN}(.*?){_CLOSE}", self.render(marked, answer=answer))):
             ids += tokenizer.encode(piece) if number % 2 else tokenizer.encode_with_special(piece)
         return ids
+
+
+def _generation_blocks() -> type[Any]:
+    """`{% generation %}`…`{% endgeneration %}`, which LLaVA's templates put around what the assistant says. It tells
+    training which tokens to learn, and writes nothing."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class GenerationBlocks(Extension):
+        tags = {"generation"}  # noqa: RUF012 (as the base class declares it)
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    return GenerationBlocks
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:

@@ -162,6 +162,18 @@ class Tokenizer:
         special = {name: len(ranks) + i for i, name in enumerate([*names, IMAGE_TOKEN])}
         return cls(backend, special)
 
+    def with_special(self, name: str) -> tuple[Tokenizer, int]:
+        """This tokenizer with one more special token, and the token's id: the next one that is free."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False)])
+        token = backend.token_to_id(name)
+        assert token is not None
+        return Tokenizer(backend, {**self.special_tokens, name: token}), token
+
+    def save(self, path: str | Path) -> None:
+        """Write a `tokenizer.json`."""
+        self._with_special.save(str(path))
+
     # --- use ---
 
     def encode(self, text: str) -> list[int]:

@@ -93,16 +93,18 @@ class SafetensorsFile:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
     def _read_header(self, file: IO[bytes], size: int) -> None:
-        start = file.read(8)
-        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        start = file.read(9)
+        # A header's length may begin with the same two bytes, but then the header follows it.
+        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and start[8:] != b"{":
             raise CheckpointError(f"{self.path} is a pickle and not a safetensors file; not opened; convert it first")
         if len(start) < 8:
             raise CheckpointError(f"{self.path} is {size} bytes long, too short for a safetensors file")
-        (length,) = struct.unpack("<Q", start)
+        (length,) = struct.unpack("<Q", start[:8])
         if length > _MAX_HEADER or 8 + length > size:
             raise CheckpointError(
                 f"{self.path} is not a safetensors file or is truncated: a header of {length} bytes in a file of {size}"
             )
+        file.seek(8)
         try:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError) as error:

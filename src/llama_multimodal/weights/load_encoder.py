@@ -30,6 +30,7 @@ def load_encoder(
     layer: int | None = None,
     with_class_token: bool = True,
     with_registers: bool = True,
+    pooling_head: bool = True,
 ) -> ImageEncoder:
     """Read an encoder from a Hugging Face folder, of the encoder or of a whole SigLIP or CLIP; weights are streamed.
 
@@ -37,9 +38,10 @@ def load_encoder(
     layer: the hidden state it returns, counted as transformers does (0 enters the blocks, -2 lies before the last one);
         None: the final one, as in `last_hidden_state`
     with_class_token, with_registers: whether these tokens are returned, where there are any
+    pooling_head: whether SigLIP keeps its pooling head, if the files hold one
 
     Returns:
-        The encoder in eval mode. SigLIP has its pooling head if the files hold one.
+        The encoder in eval mode.
 
     Raises:
         CheckpointError: not there, damaged, or tensors that are missing, unknown or misshaped (one error lists them).
@@ -61,8 +63,11 @@ def load_encoder(
         raise type(error)(f"{path}: {error}") from error
     store = SafetensorsShards(folder)
     prefix = _prefix(store.entries)
+    left_out: tuple[str, ...] = _NOT_OURS
     if isinstance(config, SiglipConfig):
-        config = replace(config, pooling_head=any(name.startswith(f"{prefix}head.") for name in store.entries))
+        head = pooling_head and any(name.startswith(f"{prefix}head.") for name in store.entries)
+        config = replace(config, pooling_head=head)
+        left_out += () if head else (f"{prefix}head.",)
     if config.num_hidden_layers > len(store.entries):
         layers, tensors = config.num_hidden_layers, len(store.entries)
         raise CheckpointError(f"{path} asks for {layers} layers, but there are only {tensors} tensors")
@@ -70,7 +75,7 @@ def load_encoder(
         encoder = build_encoder(config)
     shapes = {name: tuple(value.shape) for name, value in encoder.named_parameters()}
     rules = encoder_rules(config, prefix)
-    found = {name: info for name, info in store.entries.items() if not name.startswith(_NOT_OURS)}
+    found = {name: info for name, info in store.entries.items() if not name.startswith(left_out)}
     check_tensors(folder, found, rules, shapes, {})
     for rule in rules:
         value = empty_parameter(shapes[rule.ours], dtype, place)

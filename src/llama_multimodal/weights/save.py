@@ -61,6 +61,7 @@ def save_checkpoint(
     *,
     unpacked: bool = False,
     tokenizer_from: str | Path | None = None,
+    beside: Callable[[Path], None] | None = None,
     max_shard_size: int = 5_000_000_000,
 ) -> None:
     """Write a model so that it, transformers (`hf`) or Meta's reference (`meta`) can load it.
@@ -70,6 +71,7 @@ def save_checkpoint(
 
     unpacked: write the plain numbers that packed layers stand for, in the model's dtype
     tokenizer_from: a folder whose tokenizer and processor files are copied along
+    beside: writes such files itself, into the folder that it is given
     max_shard_size: bytes; a larger model becomes several safetensors files and an index
 
     Raises:
@@ -88,6 +90,8 @@ def save_checkpoint(
     with writing(folder, layout) as aside:
         write_weights(aside, layout, model.config, rules, weights, max_shard_size)
         copy_tokenizer(tokenizer_from, aside)
+        if beside is not None:
+            beside(aside)
 
 
 def _weights_of(model: LanguageModel, rules: Sequence[Rule], unpacked: bool) -> Weights:
