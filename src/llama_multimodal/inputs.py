@@ -33,6 +33,8 @@ class ImageLayout:
     whole: bool = False  # a tile of the whole picture besides, before the others or after them
     num_tokens: int = 1  # placeholder tokens in its row
     size: tuple[int, int] = (1, 1)  # the picture's (width, height), of which LLaVA-NeXT needs the ratio
+    # (height, width) of the corner of its tiles that it fills, where the batch has larger ones; None: all of them
+    pixels: tuple[int, int] | None = None
 
     @property
     def num_tiles(self) -> int:

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ImageError
 from .checks import require
 from .parts import ProjectorConfig, VisionConfig
 from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess
-from .projectors import LinearProjector
+from .projectors import LinearProjector, PixelShuffleProjector
 from .text import TextConfig
 from .vision import TiledVisionConfig
 
@@ -85,8 +85,13 @@ class ModelConfig:
         """Tokens that the decoder reads of one picture, crop or tile of this size.
 
         Raises:
-            ImageError: the encoder does not take this size.
+            ImageError: the encoder or the projector does not take this size.
         """
+        if height != width and isinstance(self.projector, PixelShuffleProjector):
+            raise ImageError(
+                f"a picture of {height}×{width} pixels is no square, and pixel_shuffle joins the patches of squares;"
+                " prepare pictures as squares, or take a linear or mlp projector"
+            )
         return self.projector.num_tokens(self.vision.num_tokens(height, width))
 
 

@@ -75,7 +75,8 @@ def part_from_dict(kinds: Mapping[str, type[Any]], raw: Mapping[str, Any], where
     kind = str(raw.get("type"))
     if kind not in kinds:
         hint = nearest(kind, kinds)
-        raise ConfigError(f'{where}: type "{kind}" is not known; known: {", ".join(kinds)}{hint}')
+        mend = "; a part of your own wants register_encoder or register_projector before this"
+        raise ConfigError(f'{where}: type "{kind}" is not known; known: {", ".join(kinds)}{hint}{mend}')
     return from_dict(kinds[kind], {key: value for key, value in raw.items() if key != "type"}, where)
 
 

@@ -105,7 +105,7 @@ class VisionLanguageModel(LanguageModel):
         return from_parts(vision, text, **options)[0]
 
     def encode_images(self, inputs: ModelInputs) -> Tensor:
-        """Features of every tile's tokens: [tiles, tokens, vision output size]."""
+        """Features of every tile's tokens, where all have one size: [tiles, tokens, vision output size]."""
         tiles = inputs.tiles.to(self.device, self.dtype)
         if isinstance(self.vision, TiledVisionEncoder):
             return self.vision(tiles, inputs.images)
@@ -122,15 +122,30 @@ class VisionLanguageModel(LanguageModel):
         """
         if not inputs.images:
             return None
-        projected = self.projector(self.encode_images(inputs) if features is None else features)  # [M, T, E]
+        pieces = self._projected(inputs, features)
         if self.config.fusion == "splice":
-            return SplicedImages(self._embeddings(projected, inputs))
-        tokens = projected.shape[1]
-        starts = [0, *itertools.accumulate(image.num_tiles * tokens for image in inputs.images)]
+            return SplicedImages(self._embeddings(pieces, inputs))
+        tokens = [piece.flatten(0, 1) for piece in pieces]
+        starts = [0, *itertools.accumulate(map(len, tokens))]
         firsts = [0, *itertools.accumulate(inputs.images_per_row())]
         cache = CrossAttentionCache(starts, firsts)
-        self.decoder.project_images(projected.flatten(0, 1), cache)
+        self.decoder.project_images(torch.cat(tokens), cache)
         return cache
+
+    def _projected(self, inputs: ModelInputs, features: Tensor | None) -> list[Tensor]:
+        """Each image's tokens in the decoder's width, [tiles, T, E]; pictures of one size go through together."""
+        counts = [image.num_tiles for image in inputs.images]
+        if features is not None or all(image.pixels is None for image in inputs.images):
+            features = self.encode_images(inputs) if features is None else features
+            return list(self.projector(features).split(counts))
+        tiles = inputs.tiles.split(counts)
+        pieces: dict[int, Tensor] = {}
+        for size in dict.fromkeys(image.pixels or inputs.tiles.shape[2:] for image in inputs.images):
+            members = [i for i, image in enumerate(inputs.images) if (image.pixels or inputs.tiles.shape[2:]) == size]
+            pixels = torch.cat([tiles[i][:, :, : size[0], : size[1]] for i in members])
+            projected = self.projector(self.vision(pixels.to(self.device, self.dtype)))
+            pieces |= zip(members, projected.split([counts[i] for i in members]))
+        return [pieces[i] for i in range(len(counts))]
 
     def embed(self, tokens: Tensor, images: ReadImages | None) -> Tensor:
         """What the decoder reads for tokens [B, T], spliced images in the place of theirs: [B, T, E]."""
@@ -140,11 +155,10 @@ class VisionLanguageModel(LanguageModel):
         places = (tokens == self.config.image_token_id)[..., None]
         return x.masked_scatter(places, images.embeddings.to(x.dtype))
 
-    def _embeddings(self, projected: Tensor, inputs: ModelInputs) -> Tensor:
-        """One embedding a placeholder, in their order: [placeholders, E]."""
-        pieces = projected.split([image.num_tiles for image in inputs.images])
+    def _embeddings(self, pieces: list[Tensor], inputs: ModelInputs) -> Tensor:
+        """One embedding a placeholder, in their order: [placeholders, E]. pieces: of each image, [tiles, T, E]"""
         if self.image_newline is not None:
-            pieces = tuple(self._unpadded(tiles, image) for tiles, image in zip(pieces, inputs.images, strict=True))
+            pieces = [self._unpadded(tiles, image) for tiles, image in zip(pieces, inputs.images, strict=True)]
         for tiles, image in zip(pieces, inputs.images, strict=True):
             if tiles.shape[:-1].numel() != image.num_tokens:
                 made = f"an image becomes {tiles.shape[:-1].numel()} tokens"

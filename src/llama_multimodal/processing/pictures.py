@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import ModelConfig, Preprocess, TiledVisionConfig
-from ..errors import ImageError
 from ..inputs import ImageLayout
 from .anyres import anyres_pixels
 from .naflex import naflex_pixels
@@ -32,16 +31,20 @@ def prepare_pictures(
 ) -> tuple[Tensor, list[ImageLayout]]:
     """All pictures of a batch, in their order: tiles [M, 3, S, S] or [M, 3, H, W] float32, and how each was cut.
 
+    Where they come out in different sizes, H and W are the largest, and each fills a corner of its own.
+
     Raises:
-        ImageError: a picture has no pixels, is too narrow, or comes out in another size than the others.
+        ImageError: a picture has no pixels, is too narrow, or comes out in a size that the model does not take.
     """
     if isinstance(config.vision, TiledVisionConfig):
         tiles, layouts = _meta_tiles(pictures, config.vision)
     else:
         tiles, layouts = _cut(pictures, preprocess)
-    if config.fusion == "splice" and layouts:
-        each = config.num_tokens(*tiles.shape[2:])
-        layouts = [replace(layout, num_tokens=_num_tokens(config, layout, each)) for layout in layouts]
+    sizes = [layout.pixels or (tiles.shape[2], tiles.shape[3]) for layout in layouts]
+    each = [config.num_tokens(*size) for size in sizes]
+    if config.fusion == "splice":
+        counts = [_num_tokens(config, layout, tokens) for layout, tokens in zip(layouts, each)]
+        layouts = [replace(layout, num_tokens=count) for layout, count in zip(layouts, counts)]
     return tiles, layouts
 
 
@@ -75,13 +78,16 @@ def _cut(pictures: Sequence[Placed], preprocess: Preprocess) -> tuple[Tensor, li
             pixels = naflex_pixels(picture, preprocess)[None]
         else:
             pixels = image_pixels(picture, preprocess)[None]
-        if tiles and pixels.shape[2:] != tiles[0].shape[2:]:
-            sizes = " and ".join(f"{tile.shape[3]} × {tile.shape[2]}" for tile in (tiles[0], pixels))
-            raise ImageError(
-                f"the pictures of this batch come out in different sizes ({sizes} pixels), as preprocessor_config.json"
-                " says; give pictures of one shape, or one picture at a time"
-            )
         tiles.append(pixels)
         cut = preprocess.layout in ("anyres", "split")
         layouts.append(ImageLayout(rows, columns, row, whole=cut, size=picture.size))
-    return torch.from_numpy(np.concatenate(tiles)) if tiles else torch.empty(0, 3, 0, 0), layouts
+    if not tiles:
+        return torch.empty(0, 3, 0, 0), layouts
+    sizes = [(pixels.shape[2], pixels.shape[3]) for pixels in tiles]
+    if len(set(sizes)) == 1:
+        return torch.from_numpy(np.concatenate(tiles)), layouts
+    largest = [max(sides) for sides in zip(*sizes)]
+    room = torch.zeros(sum(map(len, tiles)), 3, *largest)
+    for tile, pixels in zip(room.split([len(pixels) for pixels in tiles]), tiles):
+        tile[:, :, : pixels.shape[2], : pixels.shape[3]] = torch.from_numpy(pixels)
+    return room, [replace(layout, pixels=size) for layout, size in zip(layouts, sizes)]

@@ -18,6 +18,7 @@ from ..config import (
     TiledVisionConfig,
     preprocess_to_hf,
 )
+from ..config.assembled import ASSEMBLED
 from ..errors import ConfigError, PromptError
 from ..inputs import ImageLayout, ModelInputs, batch_inputs
 from .images import ImageSource, open_image
@@ -164,9 +165,14 @@ class Processor:
                 f"the model's chat template wrote {count} image tokens for {len(images)} images; pictures may not go"
                 " with this role, or with this kind of message"
             )
-        # As transformers does for models that read images: what the tokenizer's file begins with, unless it is there.
-        prefix = tokenizer.prefix
+        prefix = tokenizer.prefix if self._adds_prefix else []
         return Prompt(tokens if tokens[: len(prefix)] == prefix else [*prefix, *tokens], images)
+
+    @property
+    def _adds_prefix(self) -> bool:
+        """Whether what the tokenizer's file begins with goes before a conversation, unless it is there: transformers
+        does so for its models that read images. A text model's template writes it itself, images or not."""
+        return isinstance(self.config, ModelConfig) and self.config.model_type != ASSEMBLED
 
     def save(self, folder: str | Path) -> None:
         """Write what `load` reads it from into a folder: tokenizer, chat template, preprocessing; as far as it has

@@ -225,7 +225,8 @@ def _read_config(folder: Path, layout: Layout, store: Store) -> AnyModelConfig:
             if isinstance(config, ModelConfig):
                 config = _with_pooling_head(config, store)
     except UserError as error:
-        raise type(error)(f"{path}: {error}") from error
+        said = str(error).removeprefix(f"{path.name}: ")  # most know the file's name, none its folder
+        raise type(error)(f"{path}: {said}") from error
     except Exception as error:  # a value of an unforeseen type
         raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
     layers = config.text.num_hidden_layers
