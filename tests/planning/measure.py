@@ -1,7 +1,7 @@
 """Run one of `CASES` on the CPU and print what it took and what was planned, as JSON: python measure.py CASE
 
-Each in a process of its own: what an allocator keeps of an earlier run would hide what the next one takes. A small model
-runs first, so that threads and libraries are there before.
+Each in a process of its own: what an allocator keeps of an earlier run would hide what the next one takes. A small
+model runs first, so that threads and libraries are there before.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from llama_multimodal.config import (
 )
 from llama_multimodal.generate import generate
 from llama_multimodal.inputs import ImageLayout, ModelInputs, batch_inputs
+from llama_multimodal.loading import DTYPES
 from llama_multimodal.models import LanguageModel, build_model
 from llama_multimodal.planning import Packed, PlanOptions, plan
-from llama_multimodal.loading import DTYPES
 from llama_multimodal.quant.pack import Packing, pack
 from llama_multimodal.sampling import SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from peers import PeakMemory  # noqa: E402
+from peers import PeakMemory
 
 TEXT = TextConfig(
     vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8,
@@ -158,8 +158,12 @@ def main(name: str) -> dict[str, float]:
     gc.collect()
     with PeakMemory() as memory:
         run(config, options)
-    planned = plan(config, options)
-    return {"planned": planned.total / 2**20, "measured": memory.extra, "weights": planned.part("weights").bytes / 2**20}
+    made = plan(config, options)
+    return {
+        "weights": made.part("weights").bytes / 2**20,
+        "planned": made.total / 2**20,
+        "measured": memory.extra,
+    }
 
 
 if __name__ == "__main__":

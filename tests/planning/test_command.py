@@ -124,15 +124,6 @@ def test_a_packed_folder(packing: Packing, tmp_path: Path, llama_mm: Run) -> Non
     assert as_json(llama_mm, str(tmp_path / "packed"), "--pack", "bf16")["options"]["pack"]["format"] == "bf16"
 
 
-def test_a_gguf_file(tmp_path: Path, llama_mm: Run) -> None:
-    pytest.importorskip("gguf")
-    from gguf_for_tests import TEXT, write_model  # of tests/weights
-
-    config = LanguageModelConfig(TEXT)
-    file = write_model(tmp_path / "model.gguf", build_model(config))
-    assert as_json(llama_mm, str(file), "--context", "16")["total"] == plan(config, PlanOptions(context=16)).total
-
-
 def test_the_cache_of_the_hub(tmp_path: Path, llama_mm: Run) -> None:
     place = tmp_path / "hub" / "models--somebody--small"
     snapshot = place / "snapshots" / ("0" * 40)

@@ -1,4 +1,4 @@
-"""The configurations of known checkpoints, held against the table of their figures and against what is built of them."""
+"""The configurations of known checkpoints, against the table of their figures and against what is built of them."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -246,7 +245,7 @@ def _show(model: str, made: MemoryPlan) -> None:
     from ..planning import GPUS
 
     console = Console()
-    options, load = made.options, made.load
+    options = made.options
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -273,8 +272,10 @@ def _show(model: str, made: MemoryPlan) -> None:
         table.add_row(gpu.name, size(gpu.usable), gpu.fits(made.total), size(left) if left > 0 else "-")
     console.print(table)
     say("")
-    say("usable: what CUDA reports, less 0.6 GiB for its context. tight: over 92 % of it, and an allocator may lose the")
-    say("rest between its blocks. Python and torch's libraries take about 0.5 GiB of the machine's own memory besides.")
+    say(
+        "usable: what CUDA reports, less 0.6 GiB for its context. tight: over 92 % of it, and an allocator may lose what"
+    )
+    say("is left between its blocks. What the machine's own memory holds, Python and torch among it, is not counted.")
     if (known := find(model)) is not None and known.gated:
         say("The licence must be accepted on the model's page at huggingface.co before it can be downloaded.")
 

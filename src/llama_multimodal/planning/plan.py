@@ -183,17 +183,18 @@ def _training(config: AnyModelConfig, parameters: Parameters, options: PlanOptio
     saved, backward = training.text_saved(config, options, load)
     pictures = training.vision_saved(config, options, load)
     loss = training.loss_peak(config, learnt, options, load)
-    last = saved // config.text.num_hidden_layers  # of the block that runs backward last
-    gradients, head = learnt.gradients // shards, learnt.head_gradient // shards
+    last = saved // config.text.num_hidden_layers  # of the decoder's block that runs backward last
+    head, decoder = learnt.head_gradient // shards, learnt.decoder_gradients // shards
     earlier = learnt.gradients if options.accumulate else 0  # whole on each GPU, until they are exchanged
     phases = {
         "the loss": {"vision activations": pictures, "text activations": saved, "loss": loss, "gradients": earlier},
         "the start of the backward pass": {
             "vision activations": pictures, "text activations": saved + backward, "gradients": max(earlier, head),
         },
-        "the end of the backward pass": {
-            "text activations": backward + last, "gradients": max(earlier, gradients),
+        "the backward pass between decoder and encoder": {
+            "vision activations": pictures, "text activations": backward + last, "gradients": max(earlier, decoder),
         },
+        "the end of the backward pass": {"gradients": max(earlier, learnt.gradients // shards)},
     }  # fmt: skip
     if load.tiles and (options.train == "lora" or "vision" in options.freeze):
         peak = inference.vision_peak(config, options, load)

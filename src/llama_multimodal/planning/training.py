@@ -5,7 +5,8 @@ What is trained lies in fp32, with its gradients and moments, and so does the re
 before have made the optimizer's moments; gradients are set to None between steps; the optimizer's step is fused. Every
 token is learnt from. A frozen encoder keeps nothing.
 
-In the backward pass activations go as gradients come, block by block, so most is alive at its beginning or at its end.
+In the backward pass activations go as gradients come, block by block, so most is alive at its beginning, when it comes
+from the decoder to the encoder, or at its end.
 
 Letters: E hidden size · F width of the feed-forward block · K width of keys · V vocabulary, all of the decoder; tokens
 are those of the whole batch
@@ -33,6 +34,7 @@ class Trained:
 
     parameters: int
     head: int  # of them the LM head's
+    vision: int  # and the encoder's
     weights: int
     moments: int
     copies: int  # in the dtype of products
@@ -45,10 +47,15 @@ class Trained:
     def head_gradient(self) -> int:
         return self.head * DTYPE_BYTES["fp32"]
 
+    @property
+    def decoder_gradients(self) -> int:
+        """With the projector's: all that are there when the encoder's turn comes."""
+        return (self.parameters - self.vision) * DTYPE_BYTES["fp32"]
+
 
 def trained(config: AnyModelConfig, parameters: Parameters, options: PlanOptions) -> Trained:
     """What is trained of a model, or beside it."""
-    text, head = config.text, 0
+    text, head, vision = config.text, 0, 0
     if options.train == "lora":
         count = adapters(text, options)
     else:
@@ -63,13 +70,14 @@ def trained(config: AnyModelConfig, parameters: Parameters, options: PlanOptions
             "lm_head": parameters.lm_head,
         }
         count = parameters.total - sum(sizes[part] for part in set(options.freeze))
+        vision = 0 if "vision" in options.freeze else parameters.vision
         head = 0 if "lm_head" in options.freeze else text.vocab_size * text.hidden_size
     wide = DTYPE_BYTES["fp32"]
     moments = 2 * count * wide
     if options.optimizer == "adamw8bit":
         moments = 2 * (count + count // _SHARE_A_SCALE * wide)
     copies = count * options.width if options.width < wide and options.train == "full" else 0
-    return Trained(count, head, count * wide, moments, copies)
+    return Trained(count, head, vision, count * wide, moments, copies)
 
 
 def adapters(text: TextConfig, options: PlanOptions) -> int:
