@@ -272,10 +272,8 @@ def _show(model: str, made: MemoryPlan) -> None:
         table.add_row(gpu.name, size(gpu.usable), gpu.fits(made.total), size(left) if left > 0 else "-")
     console.print(table)
     say("")
-    say(
-        "usable: what CUDA reports, less 0.6 GiB for its context. tight: over 92 % of it, and an allocator may lose what"
-    )
-    say("is left between its blocks. What the machine's own memory holds, Python and torch among it, is not counted.")
+    say("usable: what CUDA reports, less 0.6 GiB for its context. tight: over 92 % of it, and an allocator may lose")
+    say("the rest between its blocks. What lies in the machine's own memory is not counted.")
     if (known := find(model)) is not None and known.gated:
         say("The licence must be accepted on the model's page at huggingface.co before it can be downloaded.")
 
