@@ -41,7 +41,7 @@ def test_memory_of_a_process(name: str) -> None:
     assert result["planned"] == pytest.approx(result["measured"], rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["text, int8", "spliced pictures", "training, checkpointed", "training with pictures"])
+@pytest.mark.parametrize("name", ["text, int8", "spliced pictures", "training, checkpointed"])
 def test_tensors_that_are_alive(name: str) -> None:
     config, options = CASES[name]
     with LiveTensors() as live:
