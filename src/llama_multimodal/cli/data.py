@@ -125,6 +125,7 @@ def _print_example(example: Example, processor: Processor, console: object) -> N
         piece = common.printable(piece)
         marked = f"⟦{piece}⟧" if learnt and not console.is_terminal else piece
         text.append(marked, style="bold green" if learnt else "dim")
-    console.print(Text(common.printable(example.where), style="bold"), Text(describe(example), style="dim"))
+    console.print(Text(common.printable(example.where), style="bold"), soft_wrap=True)
+    console.print(Text(describe(example), style="dim"), soft_wrap=True)
     console.print(text)
     console.print()

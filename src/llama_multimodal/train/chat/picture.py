@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,14 +102,14 @@ def _tiles(tiles: npt.NDArray[np.uint8], layout: ImageLayout, whole_first: bool,
     grid = tiles[1:] if layout.whole and whole_first else tiles[: layout.rows * layout.columns]
     height, width = tiles.shape[1:3]
     across, down = layout.columns + len(whole), max(layout.rows, 1)
-    scale = min((most - GAP * across) / (across * width), (HEIGHT - GAP * down) / (down * height), 2.0)
+    scale = min((most - GAP * (across + 1)) / (across * width), (HEIGHT - GAP * (down + 1)) / (down * height), 2.0)
     w, h = max(1, round(width * scale)), max(1, round(height * scale))
-    canvas = Image.new("RGB", (across * (w + GAP) - GAP, down * (h + GAP) - GAP), PANEL)
+    canvas = Image.new("RGB", (across * (w + GAP) + GAP, down * (h + GAP) + GAP), RULE)
     for number, tile in enumerate(grid):
         row, column = divmod(number, layout.columns)
-        canvas.paste(_scaled(tile, w, h), (column * (w + GAP), row * (h + GAP)))
+        canvas.paste(_scaled(tile, w, h), (GAP + column * (w + GAP), GAP + row * (h + GAP)))
     for tile in whole:
-        canvas.paste(_scaled(tile, w, h), (layout.columns * (w + GAP), 0))
+        canvas.paste(_scaled(tile, w, h), (GAP + layout.columns * (w + GAP), GAP))
     return canvas
 
 
@@ -140,7 +141,7 @@ def _lines(text: Sequence[Piece], width: int) -> Iterator[list[Piece]]:
     used, count = 0.0, 0
     for piece, learnt in text:
         for word in _words(piece, width):
-            size = _font(17).getlength(word.rstrip("\n"))
+            size = _font(17).getlength(word.rstrip())
             if (used + size > width and used) or word == "\n":
                 yield line
                 line, used, count = [], 0.0, count + 1
@@ -149,23 +150,20 @@ def _lines(text: Sequence[Piece], width: int) -> Iterator[list[Piece]]:
                     return
             if word != "\n":
                 line.append((word, learnt))
-                used += size
+                used += _font(17).getlength(word)
     if line:
         yield line
 
 
 def _words(text: str, width: int) -> Iterator[str]:
-    """Words with the space behind them, line ends by themselves, and what is wider than a line in parts."""
-    for number, line in enumerate(text.split("\n")):
-        if number:
-            yield "\n"
-        for word in line.replace("\t", "    ").split(" ") if line else ():
-            part = "".join(c if c.isprintable() else "\ufffd" for c in word)
-            while _font(17).getlength(part) > width:
-                fits = next(n for n in range(len(part), 0, -1) if n == 1 or _font(17).getlength(part[:n]) <= width)
-                yield part[:fits]
-                part = part[fits:]
-            yield part + " "
+    """Words with a space behind them, line ends by themselves, and what is wider than a line in parts."""
+    for word in re.findall(r"\n|[^ \n]+ ?| ", text.replace("\t", "    ")):
+        part = word if word == "\n" else "".join(c if c.isprintable() else "\ufffd" for c in word)
+        while _font(17).getlength(part.rstrip()) > width:
+            fits = next(n for n in range(len(part), 0, -1) if n == 1 or _font(17).getlength(part[:n]) <= width)
+            yield part[:fits]
+            part = part[fits:]
+        yield part
 
 
 @functools.cache
