@@ -53,6 +53,12 @@ def test_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "⟦" not in capsys.readouterr().out
 
 
+def test_the_example() -> None:
+    """The file that the documentation shows: a shape a line, and nothing in it that cannot be used."""
+    report = check(steps_of(str(Path(__file__).parents[3] / "examples" / "chats.jsonl")), rows=4, limit=0)
+    assert list(report.shapes) == ["messages", "conversations", "question+answer", "texts"] and not report.skipped
+
+
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(str(tmp_path / "none.jsonl")) == 2
     assert "there is no file" in capsys.readouterr().err

@@ -177,7 +177,8 @@ def test_blocks_and_prefixes_agree() -> None:
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     forgets = (
         "{% for message in messages %}{{ message['role'] + ': ' + (message['content'] if loop.last or"
-        " message['role'] == 'user' else '') + '</s>' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+        " message['role'] == 'user' else '') + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     one = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "a cat"}]
     assert learnt(text_only(forgets), one) == [" a cat</s>"]

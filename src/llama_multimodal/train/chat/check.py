@@ -90,12 +90,13 @@ def _spread(steps: ChatSteps, limit: int) -> Iterator[tuple[int, int]]:
 
 
 def pieces(example: Example, processor: Processor) -> list[Piece]:
-    """The conversation with its special tokens written out, cut where learning begins or ends. A picture's tokens are
-    written once, with their number."""
+    """The conversation with its special tokens written out, cut where learning begins or ends. Tokens whose places
+    a picture takes are written once, with their number."""
     assert processor.tokenizer is not None
     decoder = StreamDecoder(processor.tokenizer, skip_special=False)
     learnt = [False, *(label != IGNORED for label in example.labels[:-1])]
-    image, found = processor.config.image_token_id, list[Piece]()
+    image, spliced = processor.config.image_token_id, any(one.num_tokens > 1 for one in example.images)
+    found: list[Piece] = []
     run = 0
 
     def add(text: str, learns: bool) -> None:
@@ -108,7 +109,7 @@ def pieces(example: Example, processor: Processor) -> list[Piece]:
         text = decoder.push(token)
         if token == image:
             run += 1
-            if example.tokens[i + 1 : i + 2] == [image]:
+            if spliced and example.tokens[i + 1 : i + 2] == [image]:
                 continue
             text = f"<image × {run}>" if run > 1 else "<image>"
             run = 0
