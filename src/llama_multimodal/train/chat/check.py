@@ -111,7 +111,7 @@ def pieces(example: Example, processor: Processor) -> list[Piece]:
             run += 1
             if spliced and example.tokens[i + 1 : i + 2] == [image]:
                 continue
-            text = f"<image × {run}>" if run > 1 else "<image>"
+            text = f"<image×{run}>" if run > 1 else "<image>"
             run = 0
         add(text, learns)
     add(decoder.flush(), learnt[-1])
