@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 from chat_for_tests import answers, asked, data_of, picture, steps_of, write_lines
+from torch.utils.data import DataLoader
 
 from llama_multimodal.errors import ConfigError, DataError, MissingExtraError, UserError
 from llama_multimodal.train.chat.config import ChatData, FileSource, SourceConfig, read_data, source_at
@@ -283,6 +284,14 @@ def test_a_stream_is_shuffled_and_found_again(saved: Path) -> None:
     again = steps_of(source, rows=2)
     assert order(again, 9, 14) == whole[18:] and order(again, 3, 5) == whole[6:10]  # skipping, and starting anew
     assert order(steps_of(source, rows=2, seed=1), 0, 4) != whole[:8]
+
+
+def test_workers_read_a_stream_as_one_process_does(saved: Path) -> None:
+    steps = steps_of({"dataset": str(saved / "one"), "streaming": True, "buffer": 4}, rows=2)
+    loader: DataLoader[Any] = DataLoader(steps, batch_size=None, sampler=range(6), num_workers=2)
+    assert [[e.where for e in found.examples] for found in loader] == [
+        [e.where for e in steps[step].examples] for step in range(6)
+    ]
 
 
 def test_a_hub_that_cannot_be_reached() -> None:
