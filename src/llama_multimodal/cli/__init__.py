@@ -1,5 +1,4 @@
-"""The command line: `llama-mm describe`, `chat`, `doctor`, `zoo`, `train`, `eval`, `convert`,
-`data`.
+"""The command line: `llama-mm describe`, `chat`, `doctor`, `zoo`, `train`, `eval`, `convert`, `data`.
 
 torch is imported inside the commands only, so that `--help` and a mistyped option answer at once.
 """

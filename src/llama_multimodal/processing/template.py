@@ -122,9 +122,12 @@ class ChatTemplate:
         """
         marked = self._marked(tokenizer, messages, image_token)
         text = self.render(marked, answer=False)
-        spans = [
-            (begin, begin + len(text[begin:close].rstrip())) for begin, close in self._answers(text, marked, learnt)
-        ]
+        ending = next((name for name, i in tokenizer.special_tokens.items() if i == end), None)
+        spans = []
+        for begin, close in self._answers(text, marked, learnt):
+            close = begin + len(text[begin:close].rstrip())
+            behind = ending is not None and text.startswith(ending, close)  # a block that leaves out its turn's end
+            spans.append((begin, close + len(ending or "") * behind))
         placed = _placed(tokenizer, text)
         ids = [token for token, _, _ in placed]
         # A token of no width, as some tokenizers begin a text with, counts as the character after it.

@@ -197,6 +197,16 @@ def test_a_template_that_ends_its_turns_gets_no_other_end() -> None:
     assert learnt(text_only(lines), one) == [" a cat</s>"]
 
 
+def test_a_block_that_leaves_out_the_end_of_its_turn() -> None:
+    lines = (
+        "{% for m in messages %}{{ m['role'] + ' ' }}{% if m['role'] == 'user' %}{{ m['content'] }}{% else %}"
+        "{% generation %}{{ m['content'] }}{% endgeneration %}{% endif %}</s>{{ '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    turns = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "a cat"}] * 2
+    assert learnt(text_only(lines), turns) == [" a cat</s>"] * 2
+
+
 # --- what becomes of it ----------------------------------------------------------------------------------------------
 
 
