@@ -117,6 +117,28 @@ def visible_images(tokens: Sequence[int], image_token_id: int | None) -> list[tu
     return visible
 
 
+def join_tiles(groups: Sequence[tuple[Tensor, Sequence[ImageLayout]]]) -> tuple[Tensor, list[ImageLayout]]:
+    """Tiles of several pictures or batches, each [M, 3, H, W], one after the other, and the layouts of all.
+
+    Where they come in different sizes, H and W are the largest, and each fills a corner of its own.
+    """
+    layouts = [image for _, images in groups for image in images]
+    filled = [(tiles, images) for tiles, images in groups if len(tiles)]
+    if not filled:
+        return torch.empty(0, 3, 0, 0) if not groups else groups[0][0], layouts
+    height, width = (max(tiles.shape[axis] for tiles, _ in filled) for axis in (2, 3))
+    if all(tiles.shape[2:] == (height, width) for tiles, _ in filled):
+        return torch.cat([tiles for tiles, _ in filled]), layouts
+    room = filled[0][0].new_zeros(sum(len(tiles) for tiles, _ in filled), 3, height, width)
+    for corner, (tiles, _) in zip(room.split([len(tiles) for tiles, _ in filled]), filled):
+        corner[:, :, : tiles.shape[2], : tiles.shape[3]] = tiles
+    return room, [
+        replace(image, pixels=image.pixels or (tiles.shape[2], tiles.shape[3]))
+        for tiles, images in filled
+        for image in images
+    ]
+
+
 def batch_inputs(
     rows: Sequence[Sequence[int]],
     tiles: Tensor,

@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import ModelConfig, Preprocess, TiledVisionConfig
-from ..inputs import ImageLayout
+from ..inputs import ImageLayout, join_tiles
 from .anyres import anyres_pixels
 from .naflex import naflex_pixels
 from .preprocess import image_pixels
 from .splitting import split_pixels
-from .tiles import cut_pixels, grid_of, normalise
+from .tiles import MEAN, STD, cut_pixels, grid_of, normalise
 
 Placed = tuple[int, Image.Image]
 """The row of the batch that a picture belongs to, and the picture."""
@@ -66,8 +66,7 @@ def _meta_tiles(pictures: Sequence[Placed], vision: TiledVisionConfig) -> tuple[
 
 
 def _cut(pictures: Sequence[Placed], preprocess: Preprocess) -> tuple[Tensor, list[ImageLayout]]:
-    tiles: list[npt.NDArray[np.float32]] = []
-    layouts = []
+    groups = []
     for row, picture in pictures:
         rows = columns = 1
         if preprocess.layout == "anyres":
@@ -78,16 +77,19 @@ def _cut(pictures: Sequence[Placed], preprocess: Preprocess) -> tuple[Tensor, li
             pixels = naflex_pixels(picture, preprocess)[None]
         else:
             pixels = image_pixels(picture, preprocess)[None]
-        tiles.append(pixels)
         cut = preprocess.layout in ("anyres", "split")
-        layouts.append(ImageLayout(rows, columns, row, whole=cut, size=picture.size))
-    if not tiles:
-        return torch.empty(0, 3, 0, 0), layouts
-    sizes = [(pixels.shape[2], pixels.shape[3]) for pixels in tiles]
-    if len(set(sizes)) == 1:
-        return torch.from_numpy(np.concatenate(tiles)), layouts
-    largest = [max(sides) for sides in zip(*sizes)]
-    room = torch.zeros(sum(map(len, tiles)), 3, *largest)
-    for tile, pixels in zip(room.split([len(pixels) for pixels in tiles]), tiles):
-        tile[:, :, : pixels.shape[2], : pixels.shape[3]] = torch.from_numpy(pixels)
-    return room, [replace(layout, pixels=size) for layout, size in zip(layouts, sizes)]
+        layout = ImageLayout(rows, columns, row, whole=cut, size=picture.size)
+        groups.append((torch.from_numpy(pixels), [layout]))
+    return join_tiles(groups)
+
+
+def pixels_of(tiles: Tensor, config: ModelConfig, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
+    """[M, 3, H, W] as `prepare_pictures` gives them → [M, H, W, 3]: the bytes that they were made of, to look at."""
+    values = tiles.double()
+    if isinstance(config.vision, TiledVisionConfig):
+        scale, mean, std = 1 / 255, MEAN, STD
+    else:
+        scale = preprocess.rescale_factor or 1.0
+        mean, std = preprocess.mean or (0.0,) * 3, preprocess.std or (1.0,) * 3  # type: ignore[assignment]
+    values = values * torch.tensor(std).view(3, 1, 1).double() + torch.tensor(mean).view(3, 1, 1).double()
+    return (values / scale).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
