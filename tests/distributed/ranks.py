@@ -20,7 +20,7 @@ import torch.distributed as dist
 Group = Callable[..., list[Any]]
 """Runs a module's function on some processes at once; what each returned, by rank."""
 
-_PATIENCE = 200  # seconds
+_PATIENCE = 280  # seconds
 
 
 class Ranks:

@@ -101,7 +101,7 @@ def test_a_failed_run_starts_again_and_then_says_why_it_failed(tmp_path: Path) -
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "1", "--monitor-interval", "0.2", str(here / "restarted.py"), str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 1, ended.stderr
     assert "picture 7 is damaged; leave it out" in ended.stderr
     report = ended.stderr[ended.stderr.index("Root Cause") :]
