@@ -98,8 +98,8 @@ def _check_restart() -> None:
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if again and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise ConfigError(
-            "restarted processes would find the addresses of those before them; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
-            " for torchrun, with --standalone or --rdzv-backend c10d"
+            "restarted processes would find the addresses of those before them; start torchrun with --standalone or"
+            " --rdzv-backend c10d, and set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
         )
 
 
