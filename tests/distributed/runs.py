@@ -174,7 +174,7 @@ def take_step(
     count = count if mesh is None else sum_over_readers(count, mesh)
     total = torch.zeros((), dtype=torch.float64)
     for i, (inputs, labels) in enumerate(batches):
-        if mesh is not None and isinstance(model.config, ModelConfig):
+        if mesh is not None:
             inputs, labels = match_images(inputs, labels, model.config, mesh)
         sync_gradients(model, i == len(batches) - 1)
         loss = loss_of(model, inputs, labels) / count

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate
 
-from ..config import ModelConfig, TiledVisionConfig
+from ..config import AnyModelConfig, ModelConfig, TiledVisionConfig
 from ..errors import ConfigError
 from ..inputs import ImageLayout, ModelInputs
 from ..models import LanguageModel, VisionLanguageModel
@@ -67,7 +67,7 @@ def shard_model(model: LanguageModel, mesh: DeviceMesh, *, precision: torch.dtyp
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The units within the model, the inner ones first: blocks, and what of a block is also called without it."""
-    for module in model.modules():
+    for module in reversed(list(model.modules())):
         for block in module if isinstance(module, nn.ModuleList) else ():
             # It projects images into keys and values before the block runs.
             yield from (inner for inner in block.modules() if isinstance(inner, CrossAttention))
@@ -124,7 +124,7 @@ def alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 def match_images(
-    inputs: ModelInputs, labels: Tensor, config: ModelConfig, mesh: DeviceMesh
+    inputs: ModelInputs, labels: Tensor, config: AnyModelConfig, mesh: DeviceMesh
 ) -> tuple[ModelInputs, Tensor]:
     """A batch for a sharded model, in which every reader calls the same blocks: where another reader's batch has
     pictures and this one's has none, it gets a row with a blank one, from which nothing is learnt.
@@ -134,6 +134,8 @@ def match_images(
 
     labels: [B, T], of a row's tokens → with the new rows ignored
     """
+    if not isinstance(config, ModelConfig):  # it reads text alone
+        return inputs, labels
     tiled = config.vision if isinstance(config.vision, TiledVisionConfig) else None
     mine = torch.zeros(tiled.max_num_tiles if tiled else 1, dtype=torch.int64)
     for image in inputs.images:
@@ -174,7 +176,7 @@ def _with_rows(
         tokens=tokens,
         positions=torch.arange(wider, device=inputs.positions.device).expand(len(tokens), wider).contiguous(),
         lengths=(*inputs.lengths, *(image.num_tokens for image in blank)),
-        tiles=torch.cat((inputs.tiles, pixels)),
+        tiles=torch.cat((inputs.tiles, pixels)) if len(inputs.tiles) else pixels,
         images=(*inputs.images, *(replace(image, row=row) for row, image in enumerate(blank, start=rows))),
         visible=visible,
     )
