@@ -211,6 +211,8 @@ def sharded_twice() -> None:
     model = shard_model(make_model("llama"), mesh)
     with pytest.raises(ConfigError, match="sharded already"):
         shard_model(model, mesh)
+    with pytest.raises(ConfigError, match="parallelize it first"):
+        parallelize(model, mesh)
 
 
 def test_a_model_is_sharded_once(two: Group) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from .. import ops
@@ -102,6 +103,8 @@ def parallelize(model: LanguageModel, mesh: DeviceMesh, plan: Plan | None = None
     Raises:
         ConfigError: heads or widths do not divide by the axis, a layer is packed or adapted, or shared with another.
     """
+    if isinstance(model, FSDPModule):
+        raise ConfigError("the model is sharded already; parallelize it first")
     parts = mesh[TENSOR]
     if parts.size() == 1:
         return model
