@@ -23,10 +23,20 @@ class SelfAttentionCache:
 
     @classmethod
     def allocate(
-        cls, config: TextConfig, num_rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+        cls,
+        config: TextConfig,
+        num_rows: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        num_kv_heads: int | None = None,
     ) -> SelfAttentionCache:
-        """An empty cache for `num_rows` sequences of at most `capacity` tokens."""
-        shape = (num_rows, config.num_key_value_heads, capacity, config.head_dim)
+        """An empty cache for `num_rows` sequences of at most `capacity` tokens.
+
+        num_kv_heads: of this process, where several share the heads; None: the configuration's
+        """
+        shape = (num_rows, num_kv_heads or config.num_key_value_heads, capacity, config.head_dim)
         layers = range(len(config.self_attention_layers))
         return cls(
             [torch.zeros(shape, dtype=dtype, device=device) for _ in layers],

@@ -98,7 +98,9 @@ def _events(
 ) -> Iterator[GenerationEvent]:
     config = model.config.text
     capacity = min(max(inputs.lengths) + params.max_new_tokens, config.max_position_embeddings)
-    self_cache = SelfAttentionCache.allocate(config, len(rows), capacity, model.dtype, model.device)
+    self_cache = SelfAttentionCache.allocate(
+        config, len(rows), capacity, model.dtype, model.device, num_kv_heads=model.decoder.num_kv_heads
+    )
     if images is None:
         images = model.read_images(inputs)
     last = [length - 1 for length in inputs.lengths]

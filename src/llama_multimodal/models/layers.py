@@ -21,6 +21,10 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
 
+    def gelu(self, x: Tensor, approximate: ops.Approximation = "none") -> Tensor:
+        """The layer and the GELU behind it."""
+        return ops.linear_gelu(x, self.weight, self.bias, approximate)
+
 
 class Projections(nn.Module):
     """Linear layers without bias that read one input; packed, they run as one product (`quant.pack`)."""

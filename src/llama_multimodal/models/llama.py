@@ -164,6 +164,13 @@ class LlamaDecoder(nn.Module):
         if config.tie_word_embeddings:
             self.tie_lm_head()
 
+    @property
+    def num_kv_heads(self) -> int:
+        """Key heads that its blocks compute and caches hold: fewer than the configuration's where processes share."""
+        block = self.layers[self.config.self_attention_layers[0]]
+        assert isinstance(block, SelfAttentionBlock)
+        return block.attention.num_kv_heads
+
     def tie_lm_head(self) -> None:
         """Make the LM head the embedding's own table, again after either was replaced."""
         self.lm_head.weight = self.embedding.weight

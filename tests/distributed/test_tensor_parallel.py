@@ -1,0 +1,174 @@
+"""Products that two processes share, against one process that computes them alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from ranks import Group
+from runs import CONFIGS, assert_same_run, make_batch, make_model, train
+from small_model import CONFIG
+from torch import nn
+
+from llama_multimodal.config import LanguageModelConfig
+from llama_multimodal.distributed import DECODER, ParallelConfig, make_mesh, parallelize
+from llama_multimodal.distributed.tensor_parallel import TensorParallelLinear
+from llama_multimodal.errors import ConfigError
+from llama_multimodal.generate import generate
+from llama_multimodal.models import LanguageModel, build_model
+from llama_multimodal.quant.pack import pack
+from llama_multimodal.sampling import SamplingParams
+
+HEAD = (("decoder.lm_head", "enter"), ("decoder.lm_head", "gather"))
+
+
+def parts(name: str) -> Any:
+    return train(name, make_mesh(ParallelConfig(tensor=2), "cpu"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parts_learn_what_one_process_learns(name: str, two: Group) -> None:
+    wanted = train(name)
+    got, rest = two(parts, name)
+    assert_same_run(got, wanted)
+    assert rest[:2] == got[:2]
+
+
+def shared(name: str, plan: Any = None) -> tuple[LanguageModel, LanguageModel]:
+    """A model whole and in parts; every rank's weights come from its own seed, and those of the first count."""
+    mesh = make_mesh(ParallelConfig(tensor=2), "cpu")
+    return make_model(name), parallelize(make_model(name, seed=mesh.get_rank()), mesh, plan)
+
+
+def answers(name: str, dtype: torch.dtype) -> Any:
+    """What both generate, from rows of different lengths with and without pictures, and the parts' logits."""
+    inputs, _ = make_batch(name, 7, [2, 0, 1])
+    found = []
+    for model in (model.to(dtype) for model in shared(name)):
+        said = [
+            generate(model, inputs, params).token_ids
+            for params in (SamplingParams(max_new_tokens=8), SamplingParams(max_new_tokens=8, temperature=1.0, seed=4))
+        ]
+        found.append((said, model(inputs).logits.detach()))
+    return found
+
+
+@pytest.mark.parametrize("name, dtype", [(name, torch.float64) for name in CONFIGS] + [("llama vision", torch.float32)])
+def test_parts_answer_as_the_whole(name: str, dtype: torch.dtype, two: Group) -> None:
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+    told = []
+    for (wanted, logits), (said, theirs) in two(answers, name, dtype):
+        assert said == wanted and said[0] != said[1]
+        torch.testing.assert_close(theirs, logits, rtol=0, atol=tolerance)
+        told.append(theirs)
+    assert torch.equal(*told)  # to the bit: ranks that sample go the same way
+
+
+def sizes(name: str) -> Any:
+    whole, model = shared(name)
+    local: dict[str, tuple[int, ...]] = {}
+    hooks = model.decoder.layers[0].attention.qkv.k_proj.register_forward_hook(
+        lambda layer, given, out: local.update(k=tuple(out.shape), kind=type(out))
+    )
+    generate(model, make_batch(name, 7, [1])[0], SamplingParams(max_new_tokens=1))
+    hooks.remove()
+    cut = {key for key, layer in model.named_modules() if isinstance(layer, TensorParallelLinear)}
+    held = sum(layer.weight.to_local().numel() for layer in model.modules() if isinstance(layer, TensorParallelLinear))
+    return (
+        local,
+        model.decoder.num_kv_heads,
+        cut,
+        held,
+        sum(whole.get_parameter(f"{key}.weight").numel() for key in cut),
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_product_of_a_block_is_shared(name: str, two: Group) -> None:
+    for local, kv_heads, cut, held, whole in two(sizes, name):
+        assert local["k"][-1] == 8 and local["kind"] is torch.Tensor  # one of two key heads, and no DTensor
+        assert kv_heads == 1 and 2 * held == whole
+        linear = {key for key, layer in make_model(name).named_modules() if isinstance(layer, nn.Linear)}
+        assert linear - cut == linear & {"decoder.lm_head", "vision.patch_embedding"}
+
+
+def with_head() -> Any:
+    whole, model = shared("llama", DECODER + HEAD)
+    inputs, _ = make_batch("llama", 3, [0, 0])
+    gradients = []
+    for one in (whole, model):
+        one(inputs).logits.square().mean().backward()
+        gradients.append(one.decoder.embedding.weight.grad)
+    return model.decoder.lm_head.weight.to_local().shape, model(inputs).logits - whole(inputs).logits, gradients
+
+
+def test_a_plan_may_cut_the_head(two: Group) -> None:
+    for shape, difference, (wanted, got) in two(with_head):
+        assert shape == (32, 32) and difference.abs().max() < 1e-12
+        torch.testing.assert_close(got, wanted)
+
+
+def on_meta() -> Any:
+    mesh = make_mesh(ParallelConfig(tensor=2), "cpu")
+    with torch.device("meta"):
+        model = parallelize(build_model(CONFIGS["llama vision"]), mesh)
+    return model.vision.layers[0].mlp.fc1.weight.to_local().shape, model.device.type
+
+
+def test_a_model_without_weights_is_cut(two: Group) -> None:
+    assert two(on_meta) == [((20, 32), "meta")] * 2
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def refusals() -> list[str]:
+    mesh = make_mesh(ParallelConfig(tensor=2), "cpu")
+    text = dataclasses.replace(CONFIG.text, cross_attention_layers=(), num_extra_embeddings=0)
+
+    def built(**changes: Any) -> LanguageModel:
+        return build_model(LanguageModelConfig(dataclasses.replace(text, **changes)))
+
+    adapted = built()
+    adapted.decoder.layers[0].mlp.down_proj = nn.Sequential(adapted.decoder.layers[0].mlp.down_proj)
+    twice = parallelize(built(), mesh)
+    said = []
+    for model, plan in (
+        (built(num_key_value_heads=1), None),
+        (built(intermediate_size=31), None),
+        (pack(built(hidden_size=128, intermediate_size=128), "int8"), None),
+        (adapted, None),
+        (built(tie_word_embeddings=True), HEAD),
+        (built(), (("decoder.lm_head", "columnwise"),)),
+        (built(), (("decoder.norm", "colwise"),)),
+        (built(), (("decoder.layers.0.mlp", "heads"),)),
+        (twice, None),
+    ):
+        before = None if model is twice else dict(model.named_modules())
+        with pytest.raises(ConfigError) as refused:
+            parallelize(model, mesh, plan)
+        assert before is None or before == dict(model.named_modules())  # nothing is half done
+        said.append(str(refused.value))
+    return said
+
+
+def test_what_cannot_be_cut_is_refused(two: Group) -> None:
+    said = two(refusals)[0]
+    for message, words in zip(
+        said,
+        (
+            "tensor 2 does not divide decoder.layers.0.attention.num_kv_heads = 1",
+            "does not divide the 31 channels of decoder.layers.0.mlp.gate_up.gate_proj",
+            "is packed and cannot be cut",
+            "down_proj is a Sequential and cannot be cut",
+            "decoder.lm_head shares its weight",
+            'style "columnwise" is not known; did you mean "colwise"?',
+            "decoder.norm is a RMSNorm",
+            "decoder.layers.0.mlp has no num_heads",
+            "num_kv_heads = 1",
+        ),
+        strict=True,
+    ):
+        assert words in message and "\n" not in message
