@@ -432,6 +432,21 @@ def test_without_a_tokenizer() -> None:
         processor([{"role": "user", "content": "hello"}])
 
 
+def test_presets(text: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their parts' or checkpoint's name, which the hub would be asked for."""
+    write(RAW["siglip"], tmp_path / "vision")
+    folders = {"google/siglip-so400m-patch14-384": tmp_path / "vision", "meta-llama/Llama-3.2-3B-Instruct": text()}
+    folders["meta-llama/Llama-3.2-11B-Vision-Instruct"] = HERE / "golden" / "mllama"
+    monkeypatch.setattr("llama_multimodal.assemble.locate", folders.__getitem__)
+    monkeypatch.setattr("llama_multimodal.loading.locate", folders.__getitem__)
+    model, _ = lmm.from_preset("3B")
+    assert model.config.fusion == "cross_attention" and isinstance(model.config.vision, SiglipConfig)
+    model, _ = lmm.from_preset("11b", dtype="fp32")
+    assert model.config.model_type == "mllama"
+    with pytest.raises(ConfigError, match='no preset "7B"; known: 1B, 3B, 11B, 90B'):
+        lmm.from_preset("7B")
+
+
 def test_from_the_class(text: Callable[..., Path]) -> None:
     model = lmm.VisionLanguageModel.from_parts(vision=SIGLIP, text=text(), fusion="cross_attention", projector="mlp")
     assert isinstance(model, lmm.VisionLanguageModel) and model.config.projector == MLPProjector()

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .assemble import from_parts
+    from .assemble import from_parts, from_preset
     from .errors import UserError
     from .generate import GenerationEvent, GenerationOutput, generate
     from .loading import load, save
@@ -25,6 +25,7 @@ _HOMES = {
     "UserError": ".errors",
     "VisionLanguageModel": ".models",
     "from_parts": ".assemble",
+    "from_preset": ".assemble",
     "generate": ".generate",
     "load": ".loading",
     "register_encoder": ".models",
@@ -38,6 +39,7 @@ __all__ = [
     "UserError",
     "VisionLanguageModel",
     "from_parts",
+    "from_preset",
     "generate",
     "load",
     "register_encoder",

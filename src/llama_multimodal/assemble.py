@@ -28,7 +28,7 @@ from .config import (
 )
 from .config.assembled import ASSEMBLED
 from .errors import CheckpointError, ConfigError
-from .loading import locate, pick_device, pick_dtype, read_text
+from .loading import load, locate, pick_device, pick_dtype, read_text
 from .models import VisionLanguageModel
 from .models.llama import CrossAttentionBlock, LlamaDecoder
 from .models.parts import build_projector, build_vision
@@ -39,6 +39,8 @@ from .processing.template import ChatTemplate
 from .processing.tokenizer import IMAGE_TOKEN, Tokenizer
 from .weights.checkpoint import Checkpoint, build_on_meta, open_checkpoint, set_parameter
 from .weights.load_encoder import load_encoder
+from .zoo.configs import ASSEMBLED as KNOWN_PARTS
+from .zoo.configs import PRESETS
 
 PLACEHOLDER = "<image>"
 """Added to a tokenizer that has no token for an image."""
@@ -113,6 +115,25 @@ def from_parts(
         else:
             _read_decoder(model, source.checkpoint, kind, place)
     return model.eval(), Processor(config, tokenizer, source.template, preprocess)
+
+
+def from_preset(
+    size: str, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+) -> tuple[VisionLanguageModel, Processor]:
+    """A vision-language model by its size: "1B" and "3B" are put together from SigLIP so400m and Llama 3.2, and want
+    training before they see; "11B" and "90B" are Llama 3.2 Vision.
+
+    Raises:
+        ConfigError: no such size. CheckpointError: its parts are neither here nor to be had.
+    """
+    name = PRESETS.get(size.upper())
+    if name is None:
+        raise ConfigError(f'there is no preset "{size}"; known: {", ".join(PRESETS)}')
+    if name in KNOWN_PARTS:
+        return from_parts(*KNOWN_PARTS[name], dtype=dtype, device=device)
+    model, processor = load(name, dtype=dtype, device=device)
+    assert isinstance(model, VisionLanguageModel)
+    return model, processor
 
 
 # --- the text model --------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from llama_multimodal.models import build_model
 from llama_multimodal.planning import GPUS, PlanOptions, plan
 from llama_multimodal.quant.pack import Packing, pack
 from llama_multimodal.weights.save import save_checkpoint
-from llama_multimodal.zoo.configs import CONFIGS, SIZES
+from llama_multimodal.zoo.configs import PRESETS, find_config
 from llama_multimodal.zoo.registry import EMBEDDED_FOLDER
 
 Run = Callable[..., tuple[int, str, str]]
@@ -68,12 +68,12 @@ def test_a_table(llama_mm: Run) -> None:
     assert "each of 8 GPUs, sharded" in llama_mm("11B", "--gpus", "8", "--train", "full")[1]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", PRESETS)
 def test_sizes(size: str, llama_mm: Run) -> None:
     found = as_json(llama_mm, size, "--context", "1024")
-    assert found["total"] == plan(CONFIGS[SIZES[size]], PlanOptions(context=1024)).total
+    assert found["total"] == plan(find_config(size), PlanOptions(context=1024)).total
     assert sum(part["at_peak"] for part in found["parts"]) == found["total"]
-    assert found["parts"] == as_json(llama_mm, SIZES[size], "--context", "1024")["parts"]
+    assert found["parts"] == as_json(llama_mm, PRESETS[size], "--context", "1024")["parts"]
 
 
 def test_options_reach_the_plan(llama_mm: Run) -> None:
@@ -85,7 +85,7 @@ def test_options_reach_the_plan(llama_mm: Run) -> None:
         train="full", optimizer="adamw8bit", freeze=("vision", "projector"), gradient_checkpointing=True,
         accumulate=True, images=2, tiles=1, context=512, gpus=2,
     )  # fmt: skip
-    assert found["total"] == plan(CONFIGS[SIZES["11B"]], options).total
+    assert found["total"] == plan(find_config("11B"), options).total
     lora = as_json(llama_mm, "3B", "--train", "lora", "--rank", "8", "--targets", "self", "--context", "64")
     assert lora["trained_parameters"] == 28 * 8 * (2 * 6144 + 2 * 4096)
 
@@ -157,8 +157,8 @@ BAD = [
     (["11B", "--device", "tpu"], "device is one of cuda, cpu"),
     (["11B", "--image-size", "large"], '--image-size is width x height, such as 1024x768, not "large"'),
     (["11B", "--image-size", "9x9", "--tiles", "1"], "give one of them"),
-    (["1B", "--image-size", "9x9"], "reads text only"),
-    (["1B", "--images", "1"], "reads text only"),
+    (["meta-llama/Llama-3.2-1B-Instruct", "--image-size", "9x9"], "reads text only"),
+    (["meta-llama/Llama-3.2-1B-Instruct", "--images", "1"], "reads text only"),
 ]
 
 

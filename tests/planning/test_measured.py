@@ -85,7 +85,7 @@ def phases(config: AnyModelConfig, options: PlanOptions) -> dict[str, int]:
     [
         ("11B", PlanOptions(context=8192, batch=4)),
         ("11B", PlanOptions(context=2048, batch=2, tiles=1)),
-        ("1B", PlanOptions(context=8192, batch=2)),
+        ("meta-llama/Llama-3.2-1B-Instruct", PlanOptions(context=8192, batch=2)),
         ("llava-hf/llava-1.5-7b-hf", PlanOptions(context=4096, batch=2)),
         ("HuggingFaceTB/SmolVLM-Instruct", PlanOptions(context=8192)),
     ],

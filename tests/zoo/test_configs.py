@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+import llama_multimodal as lmm
 from llama_multimodal.config import ModelConfig
 from llama_multimodal.models import build_model
 from llama_multimodal.planning.options import max_tiles
 from llama_multimodal.planning.parameters import count_parameters
-from llama_multimodal.zoo.configs import ASSEMBLED, CONFIGS, SIZES, find_config
+from llama_multimodal.zoo.configs import ASSEMBLED, CONFIGS, PRESETS, find_config
 from llama_multimodal.zoo.registry import checkpoints, find
 
 
@@ -34,10 +35,19 @@ def test_every_checkpoint_has_a_configuration() -> None:
     assert {checkpoint.name for checkpoint in checkpoints() if not checkpoint.embedded} == CONFIGS.keys()
 
 
-def test_assembled_models_and_sizes() -> None:
-    for config in ASSEMBLED.values():
+def test_presets() -> None:
+    for size, name in PRESETS.items():
+        config = find_config(size)
+        assert config is not None and config == find_config(size.lower()) == find_config(name)
         assert count_parameters(config).total == built(config)
-    for size, name in SIZES.items():
-        assert find_config(size) is find_config(size.lower()) is CONFIGS[name]
-    assert find_config("siglip-llama-1b") is ASSEMBLED["siglip-llama-1b"]
+        assert isinstance(config, ModelConfig) and config.fusion == "cross_attention"
     assert find_config("nobody/nothing") is None
+
+
+@pytest.mark.parametrize("name", ASSEMBLED)
+def test_assembled_models_are_what_from_parts_makes(name: str) -> None:
+    _, text = ASSEMBLED[name]
+    config = find_config(name)
+    assert isinstance(config, ModelConfig)
+    made, _ = lmm.from_parts(config.vision, CONFIGS[text].text, device="meta")
+    assert made.config == config

@@ -27,7 +27,7 @@ def plan(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A name that llama-mm zoo lists, 1B, 3B, 11B or 90B, siglip-llama-1b, tiny, a folder, a GGUF file, or"
+            help="A name that llama-mm zoo lists, a preset (1B, 3B, 11B, 90B), tiny, a folder, a GGUF file, or"
             " a repository that lies in the hub's cache.",
         ),
     ],

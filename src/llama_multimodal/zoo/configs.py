@@ -40,7 +40,6 @@ _LLAMA_2: dict[str, Any] = {
     "pad_token_id": 0,
 }  # fmt: skip
 _LLAMA_3_2: dict[str, Any] = {"rope_scaling": RopeScaling(factor=32.0), "tie_word_embeddings": True}
-_LLAMA_3_2_1B = _text(2048, 8192, 16, 32, 8, **_LLAMA_3_2)
 
 
 # --- models whose pictures take the place of tokens ------------------------------------------------------------------
@@ -78,7 +77,7 @@ CONFIGS: dict[str, AnyModelConfig] = {
     "meta-llama/Llama-3.2-11B-Vision": LLAMA_3_2_11B_VISION,
     "meta-llama/Llama-3.2-90B-Vision-Instruct": LLAMA_3_2_90B_VISION,
     "meta-llama/Llama-3.2-90B-Vision": LLAMA_3_2_90B_VISION,
-    "meta-llama/Llama-3.2-1B-Instruct": _LLAMA_3_2_1B,
+    "meta-llama/Llama-3.2-1B-Instruct": _text(2048, 8192, 16, 32, 8, **_LLAMA_3_2),
     "meta-llama/Llama-3.2-3B-Instruct": _text(3072, 8192, 28, 24, 8, **_LLAMA_3_2),
     "meta-llama/Llama-3.1-8B-Instruct": _text(4096, 14336, 32, 32, 8),
     "HuggingFaceTB/SmolLM2-135M-Instruct": _text(576, 1536, 30, 9, 3, **_SMOLLM2),
@@ -107,27 +106,31 @@ CONFIGS: dict[str, AnyModelConfig] = {
 }  # fmt: skip
 """Sizes, by the name in `registry`. Token ids are those of the family; a checkpoint's own may name more stop tokens."""
 
-ASSEMBLED: dict[str, AnyModelConfig] = {
-    "siglip-llama-1b": ModelConfig(
-        _SIGLIP_SO400M,
-        replace(
-            _LLAMA_3_2_1B.text, num_hidden_layers=20, cross_attention_layers=(3, 8, 13, 18), num_extra_embeddings=1
-        ),
-        projector=MLPProjector(),
-        model_type="llama_multimodal",
-    ),
-}
-"""What `from_parts` makes of known parts: SigLIP so400m (patch 14, 384 pixels) and Llama 3.2 1B, with gated blocks."""
 
-SIZES = {
-    "1B": "meta-llama/Llama-3.2-1B-Instruct",
-    "3B": "meta-llama/Llama-3.2-3B-Instruct",
+def _siglip_llama(text: TextConfig) -> ModelConfig:
+    gated = tuple(range(3, text.num_hidden_layers // 4 * 5, 5))  # as `from_parts` lays them
+    layers = text.num_hidden_layers + len(gated)
+    text = replace(text, num_hidden_layers=layers, cross_attention_layers=gated, num_extra_embeddings=1)
+    return ModelConfig(_SIGLIP_SO400M, text, projector=MLPProjector(), model_type="llama_multimodal")
+
+
+SIGLIP = "google/siglip-so400m-patch14-384"
+ASSEMBLED: dict[str, tuple[str, str]] = {
+    "siglip-llama-1b": (SIGLIP, "meta-llama/Llama-3.2-1B-Instruct"),
+    "siglip-llama-3b": (SIGLIP, "meta-llama/Llama-3.2-3B-Instruct"),
+}
+"""What `from_parts` makes of known parts, an encoder and a text model, with gated blocks and an MLP between them."""
+
+PRESETS = {
+    "1B": "siglip-llama-1b",
+    "3B": "siglip-llama-3b",
     "11B": "meta-llama/Llama-3.2-11B-Vision-Instruct",
     "90B": "meta-llama/Llama-3.2-90B-Vision-Instruct",
 }
-"""Llama 3.2's sizes by themselves."""
+"""Vision-language models by their size: assembled where there is no checkpoint of that size."""
 
 
 def find_config(name: str) -> AnyModelConfig | None:
-    """The configuration of a known checkpoint, of an assembled model, or of one of Llama 3.2's sizes."""
-    return (CONFIGS | ASSEMBLED).get(SIZES.get(name.upper(), name))
+    """The configuration of a known checkpoint, of an assembled model, or of a preset."""
+    name = PRESETS.get(name.upper(), name)
+    return _siglip_llama(CONFIGS[ASSEMBLED[name][1]].text) if name in ASSEMBLED else CONFIGS.get(name)
