@@ -1,4 +1,4 @@
-"""`MllamaImageProcessor` with each kind of tokenizer: ids, padding on either side, pixels, and a model that reads them."""
+"""`MllamaImageProcessor` with each kind of tokenizer: ids, padding on either side, pixels, a model that reads them."""
 
 from __future__ import annotations
 
