@@ -107,3 +107,19 @@ def test_compat_quick_start() -> None:
     # A model that knows nothing gives every token about the same chance.
     vocabulary, loss = re.search(r"logits \[1, 11, (\d+)\], loss ([\d.]+)", out).groups()
     assert abs(float(loss) - math.log(int(vocabulary))) < 2
+
+
+def test_lora(tmp_path: Path) -> None:
+    lines = run("lora", "--targets", "self", "*.down_proj", "--output", str(tmp_path / "adapter")).splitlines()
+    trainable, whole = (
+        int(n.replace(",", "")) for n in re.match(r"([\d,]+) of ([\d,]+) parameters", lines[0]).groups()
+    )
+    assert 0 < trainable < 0.05 * whole
+    losses = [float(line.split("loss ")[1]) for line in lines if line.startswith("step ")]
+    trained, without = map(float, re.match(r"with the adapter: loss ([\d.]+), without: ([\d.]+)", lines[-3]).groups())
+    assert len(losses) == 10 and trained < 0.5 * losses[0] and without == losses[0]
+    loaded, merged = (float(line.split("loss ")[1]) for line in lines[-2:])
+    assert loaded == trained and merged == pytest.approx(trained, abs=2e-4)
+    assert {file.name for file in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors",
+    }  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor
 from llama_multimodal.compat import (
     FeedForward,
     GroupQueryAttention,
+    Linear_LORA,
     LLAMARMSNorm,
     LLAMARotaryEmbedding,
     MultiModalProjector,
@@ -145,3 +146,63 @@ def test_refused() -> None:
             part(torch.ones(1, 2, 32), torch.arange(3))
     with pytest.raises(ConfigError, match="n_headz"):
         TransformerBlock({"n_headz": 2})
+
+
+def test_lora_adds_to_a_frozen_layer() -> None:
+    torch.manual_seed(0)
+    part, value = Linear_LORA(6, 10, rank=3, alpha=12.0, bias=True), x(2, 3, 6).float()
+    plain = F.linear(value, part.linear.weight, part.linear.bias)
+    assert torch.equal(part(value), plain)  # nothing is added at first
+    trained = {name: tuple(p.shape) for name, p in part.named_parameters() if p.requires_grad}
+    assert trained == {"lora.default.A": (3, 6), "lora.default.B": (10, 3)}
+    a, b = part.lora["default"].A, part.lora["default"].B
+    torch.nn.init.normal_(b)
+    torch.testing.assert_close(part(value), plain + 12 / 3 * (value @ a.T) @ b.T, atol=1e-5, rtol=1e-5)
+    part(value).sum().backward()
+    assert a.grad.any() and b.grad.any() and part.linear.weight.grad is None
+    assert Linear_LORA(4, 5).linear.bias is None
+
+
+def test_lora_takes_another_layer() -> None:
+    part, other = Linear_LORA(6, 10, rank=3, alpha=12.0), torch.nn.Linear(6, 10)
+    part.linear = other
+    value = x(2, 6).float()
+    assert part.linear is other and torch.equal(part(value), other(value)) and not other.weight.requires_grad
+    assert [name for name, _ in part.named_children()] == ["base", "lora"]
+    part.linear.weight = torch.nn.Parameter(torch.zeros(10, 6))
+    assert torch.equal(part(value), other.bias.expand(2, 10))
+    for wrong in (torch.nn.Linear(6, 9), torch.nn.Conv1d(6, 10, 1), None):
+        with pytest.raises(ConfigError, match=r"a weight \[10, 6\]"):
+            part.linear = wrong
+    with pytest.raises(ConfigError, match="ranks must be whole numbers"):
+        Linear_LORA(6, 10, rank=0)
+
+
+def test_lora_drops_inputs_of_its_own_while_training() -> None:
+    torch.manual_seed(0)
+    part, value = Linear_LORA(6, 10, rank=3, alpha=3.0, dropout=0.5), torch.ones(4000, 6)
+    torch.nn.init.normal_(part.lora["default"].B)
+    plain, whole = F.linear(value, part.linear.weight), part.eval()(value)
+    added = part.train()(value) - plain
+    assert added.std(0).min() > 0.01
+    torch.testing.assert_close(added.mean(0), (whole - plain)[0], atol=0.1, rtol=0.1)
+    assert torch.equal(part.eval()(value), whole)
+
+
+@torch.no_grad()
+def test_lora_in_a_model() -> None:
+    """In the place of any of its layers, and in decoding with a cache too."""
+    made, ids = model(), torch.tensor([[5, 6, 7]])
+    before = made(ids).logits
+    attention = made.model.decoder.layers[0].attention
+    part = Linear_LORA(32, 32, rank=2, alpha=4.0)
+    part.linear = attention.o_proj
+    attention.o_proj = part
+    assert torch.equal(made(ids).logits, before)
+    torch.nn.init.normal_(part.lora["default"].B)
+    after = made(ids).logits
+    assert (after - before).abs().max() > 1e-2
+    merged = part.linear.weight + 2 * part.lora["default"].B @ part.lora["default"].A
+    attention.o_proj = torch.nn.Linear(32, 32, bias=False)
+    attention.o_proj.weight = torch.nn.Parameter(merged)
+    torch.testing.assert_close(made(ids).logits, after, atol=1e-4, rtol=1e-4)

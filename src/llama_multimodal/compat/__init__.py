@@ -10,6 +10,7 @@ from .model import MllamaForConditionalGeneration, MllamaOutput
 from .parts import (
     FeedForward,
     GroupQueryAttention,
+    Linear_LORA,
     LLAMARMSNorm,
     LLAMARotaryEmbedding,
     MultiModalProjector,
@@ -23,6 +24,7 @@ __all__ = [
     "KVCache",
     "LLAMARMSNorm",
     "LLAMARotaryEmbedding",
+    "Linear_LORA",
     "MLLAMAConfig",
     "MllamaForConditionalGeneration",
     "MllamaImageProcessor",

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..adapters.config import LoraConfig
+from ..adapters.layers import AdapterSet, Lora, LoraLinear, LowRank
 from ..config import TextConfig
 from ..errors import ConfigError
 from ..models.layers import Linear, RMSNorm
@@ -22,6 +24,8 @@ from .config import MLLAMAConfig, text_config_of
 
 TextTable = Mapping[str, Any] | TextConfig | MLLAMAConfig
 """A decoder's configuration: the original's table, ours, or the whole model's."""
+
+_ADAPTER = "default"  # its name in a `Linear_LORA`
 
 
 class LLAMARMSNorm(RMSNorm):
@@ -124,3 +128,38 @@ class MultiModalProjector(nn.Module):
     def forward(self, image_features: Tensor) -> Tensor:
         """[B, patches, encoder's width] → [B, patches, decoder's width]"""
         return self.mlp(image_features)
+
+
+class Linear_LORA(LoraLinear):
+    """`x Wᵀ + bias`, frozen, and `alpha / rank · x Aᵀ Bᵀ`, trained, which adds nothing at first: `adapters.layers`.
+
+    `apply_lora` gives a whole model such layers.
+    """
+
+    def __init__(
+        self, in_dim: int, out_dim: int, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, bias: bool = False
+    ) -> None:
+        """dropout: of the input of A, while training
+
+        Raises:
+            ConfigError: a value out of range.
+        """
+        config, shape = LoraConfig(rank, alpha, dropout), (out_dim, in_dim)
+        base = Linear(in_dim, out_dim, bias).requires_grad_(False)
+        lora = Lora(AdapterSet({_ADAPTER: config}, _ADAPTER, _ADAPTER), shape, "Linear_LORA", reads_images=False)
+        lora[_ADAPTER] = LowRank(shape, config, rank, alpha, base.weight.device, torch.float32)
+        super().__init__(base, lora)
+
+    @property
+    def linear(self) -> nn.Module:
+        """The frozen layer; assign to it, or to its weight, what the additions are for."""
+        return self.base
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "linear":  # a module that is assigned passes by a property's setter
+            super().__setattr__(name, value)
+            return
+        if not isinstance(value, nn.Linear) or value.weight.shape != self.lora.shape:
+            wanted = f"[{self.lora.shape[0]}, {self.lora.shape[1]}]"
+            raise ConfigError(f"linear must be a linear layer with a weight {wanted}, not {value!r}")
+        self.base = value.requires_grad_(False)
