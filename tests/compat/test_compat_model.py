@@ -164,6 +164,23 @@ def test_loss_is_of_the_next_token_and_trains() -> None:
     assert loss.item() < 0.5 * out.loss.item()
 
 
+def test_gradient_checkpointing_computes_again_and_changes_nothing() -> None:
+    made, again = model().train(), model().train()
+    again.gradient_checkpointing_enable()
+    ids, calls = torch.tensor([[IMAGE, 7, 8, 9, 10]]), []
+    vision, text = again.model.vision.layers[0].mlp, again.model.decoder.layers
+    for part in (vision, text[0].mlp, text[3].mlp):  # text[3] is gated
+        part.register_forward_pre_hook(lambda part, *_: calls.append(part))
+    for one in (made, again):
+        one(ids, pixels(1), labels=ids).loss.backward()
+    assert [calls.count(part) for part in (vision, text[0].mlp, text[3].mlp)] == [2, 2, 2]
+    for (name, plain), other in zip(made.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(plain.grad, other.grad), name
+    tokens = again.eval().generate(ids, pixels(1), max_new_tokens=3)
+    assert torch.equal(tokens, made.eval().generate(ids, pixels(1), max_new_tokens=3))
+    assert len(calls) > 6 and again.state_dict().keys() == made.state_dict().keys()
+
+
 @torch.no_grad()
 def test_text_alone() -> None:
     made, row = model(), [5, 6, 7]

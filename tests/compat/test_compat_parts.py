@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from small_compat import TEXT, config, model, pixels
 from torch import Tensor
 
+from llama_multimodal import compat
 from llama_multimodal.compat import (
     FeedForward,
     GroupQueryAttention,
@@ -206,3 +209,10 @@ def test_lora_in_a_model() -> None:
     attention.o_proj = torch.nn.Linear(32, 32, bias=False)
     attention.o_proj.weight = torch.nn.Parameter(merged)
     torch.testing.assert_close(made(ids).logits, after, atol=1e-4, rtol=1e-4)
+
+
+def test_every_name_is_in_the_documentation() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "compat.md").read_text(encoding="utf-8")
+    names = set(compat.__all__) - {"MllamaOutput", "ProcessorOutput"}  # which calls give, and nobody makes
+    assert sorted(name for name in names if not re.search(rf"`[^`]*\b{name}\b", text)) == []
+    assert all(hasattr(compat, name) for name in compat.__all__)

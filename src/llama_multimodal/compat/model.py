@@ -22,6 +22,7 @@ from ..generate import generate
 from ..inputs import ImageLayout, ModelInputs, batch_inputs, visible_images
 from ..models import VisionLanguageModel
 from ..sampling import SamplingParams
+from ..train.recompute import recompute_blocks
 from .config import MLLAMAConfig
 
 IGNORED = -100  # label of a token that is not learnt
@@ -127,6 +128,10 @@ class MllamaForConditionalGeneration(nn.Module):
         for row, answer in zip(new, answers):
             row[: len(answer)] = torch.tensor(answer)
         return torch.cat((input_ids, new.to(input_ids)), dim=1)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Compute every block's inner values again in the backward pass, rather than keep them."""
+        recompute_blocks(self.model)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's, but that weights of which none is this model's are refused, strict or not.
