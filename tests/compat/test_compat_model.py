@@ -245,7 +245,7 @@ def test_generate_is_the_librarys() -> None:
     ids = torch.tensor([[IMAGE, 7, 8]])
     inputs = batch_inputs([ids[0].tolist()], images, [ImageLayout(1, 1)], image_token_id=IMAGE, pad_token_id=0)
     greedy = lmm.generate(made.model, inputs, lmm.SamplingParams(6)).token_ids[0]
-    calls: list[dict[str, Any]] = [{}, {"do_sample": False, "temperature": 0.7}, {"do_sample": None}]
+    calls: list[dict[str, Any]] = [{}, {"do_sample": False, "temperature": 0.7}, {"temperature": 0}]
     for settings in calls:
         assert made.generate(ids, images, max_new_tokens=6, **settings)[0, 3:].tolist() == greedy
     torch.manual_seed(3)

@@ -103,7 +103,8 @@ class MllamaForConditionalGeneration(nn.Module):
     ) -> Tensor:
         """Continue every row; arguments as those of a call.
 
-        do_sample: False takes the likeliest token each time; None samples where a temperature or top_p is given
+        do_sample: False takes the likeliest token each time; None samples where a temperature above 0 or a top_p is
+            given
 
         Returns:
             [B, T + new]: `input_ids`, and the new tokens behind them; after a row's end token, padding.
@@ -112,7 +113,7 @@ class MllamaForConditionalGeneration(nn.Module):
             PromptError: as a call, or a setting out of its range.
         """
         if do_sample is None:
-            do_sample = temperature is not None or top_p is not None
+            do_sample = temperature != 0 and (temperature is not None or top_p is not None)
         if do_sample and temperature == 0:
             raise PromptError("a temperature of 0 does not sample; leave do_sample out, or raise the temperature")
         params = SamplingParams(max_new_tokens)

@@ -146,7 +146,8 @@ class Linear_LORA(LoraLinear):
         """
         config, shape = LoraConfig(rank, alpha, dropout), (out_dim, in_dim)
         base = Linear(in_dim, out_dim, bias).requires_grad_(False)
-        lora = Lora(AdapterSet({_ADAPTER: config}, _ADAPTER, _ADAPTER), shape, "Linear_LORA", reads_images=False)
+        adapters = AdapterSet({_ADAPTER: config}, choice=_ADAPTER, default=_ADAPTER)
+        lora = Lora(adapters, shape, "Linear_LORA", reads_images=False)
         lora[_ADAPTER] = LowRank(shape, config, rank, alpha, base.weight.device, torch.float32)
         super().__init__(base, lora)
 
