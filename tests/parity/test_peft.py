@@ -89,8 +89,11 @@ def fill(parameters: Any) -> None:
             value.copy_(0.15 * torch.randn(value.shape, generator=generator))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [*TEXT, *VISION])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "LoRA") for name in (*TEXT, *VISION)]
+    + [(name, kind) for name in ("SmolLM2", "LLaVA", "SmolVLM") for kind in KINDS if kind != "LoRA"],
+)
 def test_ours_there_and_back(name: str, kind: str, both: Callable[[str], Both], tmp_path: Path) -> None:
     here = both(name)
     plain = here.ours(here.our_inputs).logits
@@ -121,8 +124,9 @@ def count(theirs: Any) -> int:
     return sum(hasattr(module, "lora_A") and len(module.lora_A) > 0 for module in theirs.modules())
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("name", [*TEXT, *VISION])
+@pytest.mark.parametrize(
+    ("name", "dora"), [(name, False) for name in (*TEXT, *VISION)] + [("Llama 3.1", True), ("Idefics3", True)]
+)
 def test_theirs_trained_and_read_here(name: str, dora: bool, both: Callable[[str], Both], tmp_path: Path) -> None:
     here = both(name)
     torch.manual_seed(0)
