@@ -61,6 +61,7 @@ def test_help_does_not_wait_for_torch():
         "--max-new-tokens",
         "--temperature",
         "--pack",
+        "--adapter",
         "--per-kind",
         "--export-only",
         "--layout",

@@ -176,12 +176,17 @@ def _image_token(source: _Text) -> tuple[int, int, Tokenizer | None]:
 
 
 def _schedule(config: TextConfig, given: Sequence[int] | None) -> tuple[int, ...]:
-    if given is not None:
-        if not given:
-            raise ConfigError("cross_attention_layers is empty, and cross-attention fusion needs at least one")
-        return tuple(given)
-    count = max(config.num_hidden_layers // 4, 1)
-    return tuple(min(3, config.num_hidden_layers) + 5 * i for i in range(count))
+    if given is None:
+        return usual_cross_attention_layers(config.num_hidden_layers)
+    if not given:
+        raise ConfigError("cross_attention_layers is empty, and cross-attention fusion needs at least one")
+    return tuple(given)
+
+
+def usual_cross_attention_layers(num_self_attention_layers: int) -> tuple[int, ...]:
+    """Where gated blocks lie among so many others, as in Llama 3.2 Vision: behind the first three, then every four."""
+    count = max(num_self_attention_layers // 4, 1)
+    return tuple(min(3, num_self_attention_layers) + 5 * i for i in range(count))
 
 
 def _read_decoder(model: VisionLanguageModel, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:

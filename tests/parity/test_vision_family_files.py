@@ -4,6 +4,7 @@ and what is refused."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import llama_multimodal as lmm
 from llama_multimodal import cli
 from llama_multimodal.cli import common
-from llama_multimodal.config import MLPProjector, ModelConfig, PixelShuffleProjector, config_from_hf
+from llama_multimodal.config import MLPProjector, ModelConfig, PixelShuffleProjector, config_from_hf, config_to_hf
 from llama_multimodal.errors import CheckpointError, ConfigError, PromptError
 from llama_multimodal.quant.pack import Packing
 from llama_multimodal.weights.checkpoint import parameter_shapes
@@ -252,6 +253,18 @@ def test_keys_that_a_file_leaves_out(family: str) -> None:
     else:
         projector = PixelShuffleProjector(theirs.scale_factor)
     assert config.projector == projector
+
+
+def test_a_projector_of_another_width_is_refused_for_llavas_files(pairs: Callable[[str], Pair]) -> None:
+    """The files have no key for it; our own do."""
+    config = pairs("LLaVA").ours.config
+    same = dataclasses.replace(config.projector, hidden_size=config.text.hidden_size)
+    assert config_to_hf(dataclasses.replace(config, projector=same)) == config_to_hf(config)
+    other = dataclasses.replace(config, projector=dataclasses.replace(config.projector, hidden_size=7))
+    with pytest.raises(ConfigError, match=r'7 wide between; give the configuration model_type="llama_multimodal"'):
+        config_to_hf(other)
+    own = dataclasses.replace(other, model_type="llama_multimodal")
+    assert config_from_hf(config_to_hf(own)) == own
 
 
 def change(source: Path, folder: Path, changes: Mapping[str, Any], file: str = "config.json") -> Path:

@@ -69,6 +69,9 @@ def _llava_vision(raw: Mapping[str, Any], layer: int, *, whole: bool) -> Encoder
 def llava_to_hf(config: ModelConfig) -> dict[str, Any]:
     vision, projector = config.vision, config.projector
     assert isinstance(vision, SiglipConfig | ClipVisionConfig | Dinov2Config) and isinstance(projector, MLPProjector)
+    if projector.hidden_size not in (None, config.text.hidden_size):
+        own = f"LLaVA's projector is as wide as the decoder, and this one is {projector.hidden_size} wide between"
+        raise ConfigError(f'{own}; give the configuration model_type="llama_multimodal", whose files hold any')
     following = (
         {"image_grid_pinpoints": [list(pair) for pair in config.grid_pinpoints]} if config.grid_pinpoints else {}
     )

@@ -37,15 +37,17 @@ class LinearProjector:
 
 @dataclass(frozen=True)
 class MLPProjector:
-    """Linear, GELU, linear, both as wide as the decoder (LLaVA 1.5)."""
+    """Linear, GELU, linear, both as wide as the decoder (LLaVA 1.5) unless the first has a width of its own."""
 
     bias: bool = True
     hidden_act: Literal["gelu", "gelu_pytorch_tanh"] = "gelu"
+    hidden_size: int | None = None  # width between the two; None: the decoder's
 
     def __post_init__(self) -> None:
         known = ("gelu", "gelu_pytorch_tanh")
         ok = self.hidden_act in known
         require(ok, f'hidden_act "{self.hidden_act}" is not implemented; supported: {", ".join(known)}', self)
+        require(self.hidden_size is None or self.hidden_size > 0, "hidden_size must be at least 1", self)
 
     def num_tokens(self, tokens: int) -> int:
         return tokens

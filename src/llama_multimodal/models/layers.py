@@ -18,6 +18,9 @@ from ..ops import PackedProduct, PackedWeight
 class Linear(nn.Linear):
     """`nn.Linear` through `ops.linear`."""
 
+    product: PackedProduct | None = None
+    """What a packed layer computes. A decoding step with one for every layer of a block takes `ops.decode_block`."""
+
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
 
@@ -28,6 +31,8 @@ class Linear(nn.Linear):
 
 class Projections(nn.Module):
     """Linear layers without bias that read one input; packed, they run as one product (`quant.pack`)."""
+
+    product: PackedProduct | None = None
 
     def __init__(self, size: int, **outputs: int) -> None:
         """outputs: how many outputs each layer has, by its name."""

@@ -18,8 +18,9 @@ class MLP(nn.Module):
     def __init__(self, config: MLPProjector, vision_size: int, text_size: int) -> None:
         super().__init__()
         self.approximate: ops.Approximation = "tanh" if config.hidden_act == "gelu_pytorch_tanh" else "none"
-        self.fc1 = Linear(vision_size, text_size, bias=config.bias)
-        self.fc2 = Linear(text_size, text_size, bias=config.bias)
+        inner = text_size if config.hidden_size is None else config.hidden_size
+        self.fc1 = Linear(vision_size, inner, bias=config.bias)
+        self.fc2 = Linear(inner, text_size, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.fc1.gelu(x, self.approximate))
