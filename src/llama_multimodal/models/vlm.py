@@ -80,6 +80,23 @@ class LanguageModel(nn.Module):
         )
         return ModelOutput(logits)
 
+    def hidden(self, inputs: ModelInputs, *, images: ReadImages | None = None) -> Tensor:
+        """What the LM head reads of every token, [B, T, E], for losses that need no logits; rows may hold segments.
+
+        Raises:
+            PromptError: a position past the context.
+        """
+        if images is None:
+            images = self.read_images(inputs)
+        device = self.device
+        return self.decoder.hidden(
+            self.embed(inputs.tokens.to(device), images),
+            inputs.positions.to(device),
+            inputs.visible,
+            cross_cache=images if isinstance(images, CrossAttentionCache) else None,
+            segments=None if inputs.segments is None else inputs.segments.to(device),
+        )
+
 
 class VisionLanguageModel(LanguageModel):
     """A vision encoder and a projector, read by a Llama decoder: through gated cross-attention (Llama 3.2 Vision), or

@@ -1,4 +1,4 @@
-"""The training loop: data as a function of seed and step, resuming, two processes against one, shared tables."""
+"""Training the embedded model: data as a function of seed and step, resuming, two processes against one, shared tables."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ import torch
 from llama_multimodal.config import ModelConfig, TextConfig, TiledVisionConfig
 from llama_multimodal.errors import ConfigError
 from llama_multimodal.inputs import ImageLayout
+from llama_multimodal.loading import load
 from llama_multimodal.models import VisionLanguageModel
 from llama_multimodal.models.layers import split_heads
 from llama_multimodal.processing.tiles import choose_canvas, fitted_size
-from llama_multimodal.train import loop
-from llama_multimodal.train.auxiliary import PATCH_HEADS, AuxiliaryHeads, Targets, middle_block, picture_targets
-from llama_multimodal.train.config import DataConfig, OptimConfig, Recipe
-from llama_multimodal.train.data import IGNORED, MicroBatch, WorldSteps, prepare_sample
-from llama_multimodal.train.initial import initialise, share_between_ratios
-from llama_multimodal.weights.save import save_checkpoint
+from llama_multimodal.train import checkpoint, loop, watch
+from llama_multimodal.train.config import Progress
+from llama_multimodal.train.loader import IGNORED
+from llama_multimodal.train.parallel import Group
+from llama_multimodal.train.tile_tables import share_between_ratios
+from llama_multimodal.train.world.auxiliary import PATCH_HEADS, AuxiliaryHeads, Targets, middle_block, picture_targets
+from llama_multimodal.train.world.config import WorldData, WorldOptim, WorldRecipe
+from llama_multimodal.train.world.data import MicroBatch, WorldSteps, prepare_sample
+from llama_multimodal.train.world.initial import initialise
+from llama_multimodal.train.world.task import WorldTask, learning_rate, prepare
 from llama_multimodal.zoo.world import CHARS, Mark, sample
 
 VISION = TiledVisionConfig(32, 48, 2, 1, 2, 3, 64, 16, 4, (1,))
@@ -30,80 +35,81 @@ TEXT = TextConfig(
 )  # fmt: skip
 
 
-def recipe(folder: Path, **changes: object) -> Recipe:
-    base = Recipe(
+def recipe(folder: Path, **changes: object) -> WorldRecipe:
+    base = WorldRecipe(
         output=str(folder), steps=4, vision=VISION, text=TEXT, vision_steps=1, vocabulary_samples=300, save_every=2,
-        optim=OptimConfig(warmup_steps=1, decay_steps=1),
-        data=DataConfig(samples_per_step=4, turns_per_scene=2, workers=0),
+        optim=WorldOptim(warmup_steps=1, decay_steps=1),
+        data=WorldData(samples_per_step=4, turns_per_scene=2, workers=0),
     )  # fmt: skip
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 
-def weights(one: Recipe) -> dict[str, torch.Tensor]:
-    model, _, _ = loop.averaged_model(one)
-    return dict(model.named_parameters())
+def weights(one: WorldRecipe) -> dict[str, torch.Tensor]:
+    saved = checkpoint.load_last(one.checkpoints)
+    assert saved is not None and saved.average is not None
+    return dict(saved.average)
 
 
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
     whole = recipe(tmp_path / "whole")
     losses: dict[str, list[float]] = {"whole": [], "parts": []}
-    loop.train(whole, lambda p: losses["whole"].append(p.answer_loss))
+    loop.train(whole, lambda p: losses["whole"].append(p.values["answer_loss"]))
     parts = recipe(tmp_path / "parts")
 
     class Killed(Exception):
         pass
 
-    def die_at_three(progress: loop.Progress) -> None:
+    def die_at_three(progress: Progress) -> None:
         if progress.step == 3:
             raise Killed
-        losses["parts"].append(progress.answer_loss)
+        losses["parts"].append(progress.values["answer_loss"])
 
     with pytest.raises(Killed):
         loop.train(parts, die_at_three)
-    loop.train(parts, lambda p: losses["parts"].append(p.answer_loss))
+    loop.train(parts, lambda p: losses["parts"].append(p.values["answer_loss"]))
     assert losses["parts"] == losses["whole"] and losses["whole"][1] > 0
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(parts)[name]), name
-    assert [p.step for p in loop.lines(tmp_path / "parts")] == [1, 2, 3, 4]
+    assert [p.step for p in watch.lines(tmp_path / "parts")] == [1, 2, 3, 4]
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     one, two = recipe(tmp_path / "one", steps=2, vision_steps=0), recipe(tmp_path / "two", steps=2, vision_steps=0)
-    seen: list[loop.Progress] = []
+    seen: list[Progress] = []
     loop.train(one, seen.append)
     loop.train(dataclasses.replace(two, processes=2), seen.append)
     for a, b in zip(seen[:2], seen[2:]):
-        assert a.answer_loss == pytest.approx(b.answer_loss, abs=1e-5)
-        assert a.auxiliary_loss == pytest.approx(b.auxiliary_loss, abs=1e-4)
+        assert a.values["answer_loss"] == pytest.approx(b.values["answer_loss"], abs=1e-5)
+        assert a.values["auxiliary_loss"] == pytest.approx(b.values["auxiliary_loss"], abs=1e-4)
 
 
 def test_micro_batches_add_up_to_the_step(tmp_path: Path) -> None:
-    seen: list[loop.Progress] = []
+    seen: list[Progress] = []
     for tokens in (1, 100_000):
-        data = DataConfig(samples_per_step=6, tokens_per_microbatch=tokens, workers=0)
+        data = WorldData(samples_per_step=6, tokens_per_microbatch=tokens, workers=0)
         one = recipe(tmp_path / str(tokens), steps=2, vision_steps=0, data=data)
-        config, tokenizer, _ = loop.prepare(one)
+        config, tokenizer, _ = prepare(one)
         pieces = WorldSteps(one, config, tokenizer)[0]
         assert len(pieces) == (6 if tokens == 1 else 1)
         assert sum(len(piece.targets.mentions) > 0 for piece in pieces) >= (3 if tokens == 1 else 1)
         loop.train(one, seen.append)
     for a, b in zip(seen[:2], seen[2:]):
-        assert a.answer_loss == pytest.approx(b.answer_loss, abs=1e-5)
-        assert a.auxiliary_loss == pytest.approx(b.auxiliary_loss, abs=1e-4)
+        assert a.values["answer_loss"] == pytest.approx(b.values["answer_loss"], abs=1e-5)
+        assert a.values["auxiliary_loss"] == pytest.approx(b.values["auxiliary_loss"], abs=1e-4)
 
 
 def test_learning_rate(tmp_path: Path) -> None:
-    optim = OptimConfig(learning_rate=8.0, decoder_learning_rate=2.0, warmup_steps=4, decay_steps=5)
+    optim = WorldOptim(learning_rate=8.0, decoder_learning_rate=2.0, warmup_steps=4, decay_steps=5)
     one = recipe(tmp_path, steps=20, vision_steps=6, optim=optim)
-    rates = [loop.learning_rate(step, one) for step in range(20)]
+    rates = [learning_rate(step, one) for step in range(20)]
     assert rates[:6] == [2, 4, 6, 8, 8, 8] and rates[6:16] == [2] * 10 and rates[16:] == [1.6, 1.2, 0.8, 0.4]
     same = dataclasses.replace(one, optim=dataclasses.replace(optim, decoder_learning_rate=None))
-    assert loop.learning_rate(6, same) == 8
+    assert learning_rate(6, same) == 8
 
 
 def test_steps_are_a_function_of_seed_and_step(tmp_path: Path) -> None:
     one = recipe(tmp_path)
-    config, tokenizer, _ = loop.prepare(one)
+    config, tokenizer, _ = prepare(one)
     first, again = (WorldSteps(one, config, tokenizer)[5][0] for _ in range(2))
     assert torch.equal(first.inputs.tokens, again.inputs.tokens) and torch.equal(first.inputs.tiles, again.inputs.tiles)
     other = WorldSteps(dataclasses.replace(one, data=dataclasses.replace(one.data, seed=1)), config, tokenizer)[5][0]
@@ -114,7 +120,7 @@ def test_steps_are_a_function_of_seed_and_step(tmp_path: Path) -> None:
 
 def test_only_answers_are_learnt(tmp_path: Path) -> None:
     one = recipe(tmp_path)
-    config, tokenizer, _ = loop.prepare(one)
+    config, tokenizer, _ = prepare(one)
     eot = tokenizer.special("<|eot_id|>")
     for batch in WorldSteps(one, config, tokenizer)[0]:
         for row, length in enumerate(batch.inputs.lengths):
@@ -128,7 +134,7 @@ def test_only_answers_are_learnt(tmp_path: Path) -> None:
 
 
 def test_named_tokens_end_what_is_named(tmp_path: Path) -> None:
-    config, tokenizer, _ = loop.prepare(recipe(tmp_path))
+    config, tokenizer, _ = prepare(recipe(tmp_path))
     for seed in range(20):
         item = sample(seed, family="scene")
         prepared = prepare_sample(item, tokenizer, config)
@@ -142,7 +148,7 @@ def test_named_tokens_end_what_is_named(tmp_path: Path) -> None:
 
 
 def test_characters_are_looked_for_from_the_token_before(tmp_path: Path) -> None:
-    config, tokenizer, _ = loop.prepare(recipe(tmp_path))
+    config, tokenizer, _ = prepare(recipe(tmp_path))
     for seed in range(20):
         item = sample(seed, family="text")
         prepared = prepare_sample(item, tokenizer, config)
@@ -154,9 +160,9 @@ def test_characters_are_looked_for_from_the_token_before(tmp_path: Path) -> None
 
 
 def test_texts_beside_a_steps_samples(tmp_path: Path) -> None:
-    data = DataConfig(samples_per_step=2, sheets_beside=2, texts_beside=3, workers=0)
+    data = WorldData(samples_per_step=2, sheets_beside=2, texts_beside=3, workers=0)
     one = recipe(tmp_path, sheet_steps=1, data=data)
-    config, tokenizer, _ = loop.prepare(one)
+    config, tokenizer, _ = prepare(one)
     sheets, *others = WorldSteps(one, config, tokenizer)[1]
     assert len(sheets.inputs.images) == 2 and sum(len(batch.labels) for batch in others) == 5
     assert WorldSteps(one, config, tokenizer).count(1) == 7
@@ -168,9 +174,9 @@ def test_texts_beside_a_steps_samples(tmp_path: Path) -> None:
 
 
 def test_places_are_in_tiles_of_the_canvas(tmp_path: Path) -> None:
-    data = DataConfig(samples_per_step=24, turns_per_scene=8, workers=0)
+    data = WorldData(samples_per_step=24, turns_per_scene=8, workers=0)
     one = recipe(tmp_path, data=data)
-    config, tokenizer, _ = loop.prepare(one)
+    config, tokenizer, _ = prepare(one)
     side, most = VISION.image_size, VISION.max_num_tiles
     items = {}
     for seed in range(24):
@@ -201,9 +207,9 @@ def test_places_are_in_tiles_of_the_canvas(tmp_path: Path) -> None:
     assert named > 20 and len(grids) > 2
 
 
-def with_mentions(one: Recipe) -> tuple[VisionLanguageModel, AuxiliaryHeads, MicroBatch]:
+def with_mentions(one: WorldRecipe) -> tuple[VisionLanguageModel, AuxiliaryHeads, MicroBatch]:
     """A fresh model, its heads, and samples that name things."""
-    config, tokenizer, _ = loop.prepare(one)
+    config, tokenizer, _ = prepare(one)
     (batch,) = WorldSteps(one, config, tokenizer)[0]
     assert len(batch.targets.mentions) > 4
     torch.manual_seed(0)
@@ -213,7 +219,7 @@ def with_mentions(one: Recipe) -> tuple[VisionLanguageModel, AuxiliaryHeads, Mic
 
 
 def test_places_teach_the_blocks_up_to_the_middle_one(tmp_path: Path) -> None:
-    data = DataConfig(samples_per_step=8, tokens_per_microbatch=100_000, workers=0)
+    data = WorldData(samples_per_step=8, tokens_per_microbatch=100_000, workers=0)
     text = dataclasses.replace(TEXT, num_hidden_layers=6, cross_attention_layers=(1, 3, 5))
     model, heads, batch = with_mentions(recipe(tmp_path, text=text, data=data))
     assert middle_block(model) is model.decoder.layers[3]
@@ -232,13 +238,15 @@ def test_places_teach_the_blocks_up_to_the_middle_one(tmp_path: Path) -> None:
 
 def test_a_step_teaches_places(tmp_path: Path) -> None:
     """By that loss alone: nothing else reaches its head."""
-    data = DataConfig(samples_per_step=8, tokens_per_microbatch=100_000, workers=0)
-    one = recipe(tmp_path, data=data)
-    for vision_only in (False, True):
-        model, heads, batch = with_mentions(one)
-        loop._step(model, heads, [batch], vision_only, one)
-        assert (heads.place[1].weight.grad is None) == vision_only
-        assert not middle_block(model)._forward_hooks
+    data = WorldData(samples_per_step=8, tokens_per_microbatch=100_000, workers=0)
+    for vision_steps in (0, 1):
+        task = WorldTask(recipe(tmp_path, data=data, vision_steps=vision_steps), Group())
+        (batch,) = task.dataset[0]
+        loss, _ = task.loss(batch, task.totals([batch]).tolist(), 0)
+        assert loss is not None
+        loss.backward()
+        assert (task.heads.place[1].weight.grad is None) == (vision_steps > 0)
+        assert not middle_block(task.model)._forward_hooks
 
 
 def test_place_losses_of_micro_batches_add_up() -> None:
@@ -342,8 +350,8 @@ def test_the_patch_embedding_starts_as_a_whitening() -> None:
 
 
 def test_sheets_ask_what_is_where_and_nothing_about_the_picture_as_a_whole(tmp_path: Path) -> None:
-    one = recipe(tmp_path, sheet_steps=1, data=DataConfig(samples_per_step=4, sheets_per_step=6, workers=0))
-    config, tokenizer, _ = loop.prepare(one)
+    one = recipe(tmp_path, sheet_steps=1, data=WorldData(samples_per_step=4, sheets_per_step=6, workers=0))
+    config, tokenizer, _ = prepare(one)
     (sheets,), after = WorldSteps(one, config, tokenizer)[0], WorldSteps(one, config, tokenizer)[1]
     names = list(PATCH_HEADS)
     assert len(sheets.inputs.images) == 6 and (sheets.labels == IGNORED).all()
@@ -356,24 +364,23 @@ def test_sheets_ask_what_is_where_and_nothing_about_the_picture_as_a_whole(tmp_p
 
 
 def test_sheets_beside_a_steps_samples_are_for_the_encoder_alone(tmp_path: Path) -> None:
-    data = DataConfig(samples_per_step=4, sheets_beside=3, workers=0)
+    data = WorldData(samples_per_step=4, sheets_beside=3, workers=0)
     one = recipe(tmp_path, steps=1, vision_steps=0, data=data)
-    config, tokenizer, _ = loop.prepare(one)
+    config, tokenizer, _ = prepare(one)
     first, *others = WorldSteps(one, config, tokenizer)[0]
     assert len(first.inputs.images) == 3 and (first.labels == IGNORED).all()
     assert all((batch.labels != IGNORED).any(1).all() for batch in others)
-    seen: list[loop.Progress] = []
+    seen: list[Progress] = []
     loop.train(one, seen.append)
-    assert seen[0].answer_loss > 0 and seen[0].auxiliary_loss > 0
+    assert seen[0].values["answer_loss"] > 0 and seen[0].values["auxiliary_loss"] > 0
 
 
 def test_a_run_starts_from_saved_weights(tmp_path: Path) -> None:
     first = recipe(tmp_path / "first", steps=2, vision_steps=0)
     loop.train(first, lambda _: None)
-    model, _, file = loop.averaged_model(first)
-    folder = tmp_path / "model"
-    save_checkpoint(model, folder, tokenizer_from=file.parent)
-    frozen = OptimConfig(learning_rate=0.0, warmup_steps=1, decay_steps=1)
+    folder, file = loop.export(first), tmp_path / "first" / "tokenizer.json"
+    model, _ = load(folder, dtype=torch.float32)
+    frozen = WorldOptim(learning_rate=0.0, warmup_steps=1, decay_steps=1)
     # Another seed would choose other words for the vocabulary, and the embeddings would belong to none of them.
     second = recipe(tmp_path / "second", steps=1, start_from=str(folder), optim=frozen, seed=5)
     loop.train(second, lambda _: None)

@@ -1,0 +1,74 @@
+"""Reading a recipe: a YAML file, checked key by key, as frozen dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import from_dict, nearest
+from ..errors import ConfigError, MissingExtraError
+from .chat.recipe import ChatRecipe
+from .config import Recipe
+from .world.config import WorldRecipe
+
+TASKS: dict[str, type[Recipe]] = {"chat": ChatRecipe, "world": WorldRecipe}
+"""What a recipe's `task` may be: fine-tuning on conversations, or the embedded model's world."""
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Raises:
+    ConfigError: no such file, not YAML, an unknown or missing key, or a value of the wrong type.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingExtraError("train", "reading a recipe") from error
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{path} must be a table of settings, not {type(raw).__name__}")
+    return recipe_from_dict(raw, str(path))
+
+
+def recipe_from_dict(raw: Mapping[str, Any], where: str) -> Recipe:
+    """A recipe from a table. Without `task` it is one for fine-tuning.
+
+    Raises:
+        ConfigError: an unknown or missing key, or a value of the wrong type.
+    """
+    given = dict(raw)
+    task = given.pop("task", "chat")
+    if task not in TASKS:
+        raise ConfigError(f'{where}: there is no task "{task}"; known: {", ".join(TASKS)}{nearest(str(task), TASKS)}')
+    cls = TASKS[task]
+    missing = [field.name for field in dataclasses.fields(cls) if _required(field) and field.name not in given]
+    unknown = [key for key in given if key not in {field.name for field in dataclasses.fields(cls)}]
+    if missing and not unknown:
+        raise ConfigError(f'{where}: "{missing[0]}" is missing')
+    return _build(cls, given, where, cls.SECTIONS)
+
+
+def _build(cls: type[Any], raw: Mapping[str, Any], where: str, sections: Mapping[str, Any]) -> Any:
+    """A configuration from a table whose keys in `sections` are tables of other configurations."""
+    given = dict(raw)
+    for key, inner in sections.items():
+        if "." in key or given.get(key) is None:
+            continue
+        if not isinstance(inner, type):  # reads its table by itself
+            given[key] = inner(given[key], f"{where}: {key}")
+            continue
+        if not isinstance(given[key], Mapping):
+            raise ConfigError(f"{where}: {key} must be a table")
+        below = {name.removeprefix(f"{key}."): c for name, c in sections.items() if name.startswith(f"{key}.")}
+        given[key] = _build(inner, given[key], f"{where}: {key}", below)
+    return from_dict(cls, given, where)
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
