@@ -11,6 +11,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapters.config import LoraConfig
+    from .adapters.lora import apply_lora, merge_lora, unmerge_lora, use_adapter
+    from .adapters.peft_format import load_adapter, save_adapter
     from .assemble import from_parts
     from .errors import UserError
     from .generate import GenerationEvent, GenerationOutput, generate
@@ -21,28 +24,42 @@ if TYPE_CHECKING:
 _HOMES = {
     "GenerationEvent": ".generate",
     "GenerationOutput": ".generate",
+    "LoraConfig": ".adapters.config",
     "SamplingParams": ".sampling",
     "UserError": ".errors",
     "VisionLanguageModel": ".models",
+    "apply_lora": ".adapters.lora",
     "from_parts": ".assemble",
     "generate": ".generate",
     "load": ".loading",
+    "load_adapter": ".adapters.peft_format",
+    "merge_lora": ".adapters.lora",
     "register_encoder": ".models",
     "register_projector": ".models",
     "save": ".loading",
+    "save_adapter": ".adapters.peft_format",
+    "unmerge_lora": ".adapters.lora",
+    "use_adapter": ".adapters.lora",
 }
 __all__ = [
     "GenerationEvent",
     "GenerationOutput",
+    "LoraConfig",
     "SamplingParams",
     "UserError",
     "VisionLanguageModel",
+    "apply_lora",
     "from_parts",
     "generate",
     "load",
+    "load_adapter",
+    "merge_lora",
     "register_encoder",
     "register_projector",
     "save",
+    "save_adapter",
+    "unmerge_lora",
+    "use_adapter",
 ]
 __version__ = "0.1.0"
 
