@@ -71,14 +71,24 @@ def expect(raw: Mapping[str, Any], key: str, value: Any, where: str) -> None:
 
 
 def build(cls: type[Any], given: Mapping[str, Any], where: str) -> Any:
-    """Construct a config after checking that numbers are numbers; `field.type` is the annotation as written."""
+    """Construct a config after checking that numbers are numbers, switches true or false, and choices known ones;
+    `field.type` is the annotation as written."""
     for field in dataclasses.fields(cls):
-        if field.name not in given or field.type not in ("int", "float"):
+        if field.name not in given:
             continue
-        value = given[field.name]
+        value, kind = given[field.name], str(field.type)
+        if kind.startswith("Literal["):
+            known = [word.strip(" \"'") for word in kind.removeprefix("Literal[").rstrip("]").split(",")]
+            if value not in known:
+                hint = nearest(str(value), known)
+                raise ConfigError(f"{where}: {field.name} must be one of {', '.join(known)}, not {value!r}{hint}")
+        if kind == "bool" and not isinstance(value, bool):
+            raise ConfigError(f"{where}: {field.name} must be true or false, not {value!r}")
+        if kind.removesuffix(" | None") not in ("int", "float") or (value is None and kind.endswith(" | None")):
+            continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{where}: {field.name} must be a number, not {value!r}")
-        if field.type == "int" and (not isinstance(value, int) or value < 0):
+        if kind.startswith("int") and (not isinstance(value, int) or value < 0):
             raise ConfigError(f"{where}: {field.name} must be a whole number of at least 0, not {value!r}")
     try:
         return cls(**given)

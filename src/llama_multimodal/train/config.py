@@ -42,7 +42,9 @@ class OptimConfig:
         if min(rates) < 0 or self.clip_norm <= 0:
             raise ConfigError("optim: learning rates must not be negative, and clip_norm must be above 0")
         if self.learning_rates and self.learning_rate == 0:
-            raise ConfigError("optim: learning_rate is 0, and the parts' own rates are scheduled by it; freeze parts instead")
+            raise ConfigError(
+                "optim: learning_rate is 0, and the parts' own rates are scheduled by it; freeze parts instead"
+            )
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class WatchConfig:
 class Recipe:
     """One training run; what it trains, and on what, is added by the task's own recipe."""
 
+    TASK: ClassVar[str]
+    """The recipe's `task`."""
     SECTIONS: ClassVar[Mapping[str, Any]] = {"optim": OptimConfig, "watch": WatchConfig}
     """The keys that are tables, and the configuration of each or what reads it; `a.b` for a table within a table."""
 
@@ -80,6 +84,10 @@ class Recipe:
         for name in ("steps", "save_every", "keep_last", "processes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1")
+
+    def notes(self) -> list[str]:
+        """What people want to know before a run begins."""
+        return []
 
     def prepare(self) -> None:
         """What is done once, before the run's processes start."""

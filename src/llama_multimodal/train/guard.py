@@ -62,9 +62,7 @@ def _way_out(recipe: Recipe) -> str:
     return f"{kept}; look at those rows, or lower the learning rate"
 
 
-def _first(
-    recipe: Recipe, task: Task[Any], micro: Any, totals: Sequence[float], step: int, group: Group
-) -> str | None:
+def _first(recipe: Recipe, task: Task[Any], micro: Any, totals: Sequence[float], step: int, group: Group) -> str | None:
     """The first module whose output is not finite, and the rows in it; None if this micro-batch does no harm."""
     names = {module: name for name, module in task.modules.named_modules()}
     found: list[tuple[str, Tensor]] = []

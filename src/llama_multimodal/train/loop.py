@@ -23,6 +23,7 @@ from . import checkpoint, guard
 from .checkpoint import Saved
 from .config import Progress, Recipe, Report
 from .parallel import Group, launch, wrap
+from .record import write_record
 from .task import Task, trained
 from .watch import Watch, memory_in_use, peak_flops
 
@@ -53,7 +54,9 @@ def export(recipe: Recipe) -> Path:
     chosen = checkpoint.load(steps[best]) if recipe.result == "best" and best in steps else last
     task = recipe.task(Group())
     _put(task, chosen, recipe)
-    return task.export(Path(recipe.output), chosen.average)
+    result = task.export(Path(recipe.output), chosen.average)
+    write_record(recipe, result)
+    return result
 
 
 @dataclass
@@ -88,7 +91,9 @@ def _run(recipe: Recipe, group: Group, report: Report) -> None:
     with _deterministic(recipe.deterministic):
         task = recipe.task(group)
         modules = wrap(task.modules, group)
-        state = _State(task.optimizers(), torch.amp.GradScaler(task.device.type, enabled=recipe.dtype == "float16"), None)
+        state = _State(
+            task.optimizers(), torch.amp.GradScaler(task.device.type, enabled=recipe.dtype == "float16"), None
+        )
         if recipe.optim.ema_decay is not None:
             state.average = {name: value.detach().clone() for name, value in trained(task.averaged).items()}
         state.parameters = list(trained(modules).values())
@@ -98,6 +103,8 @@ def _run(recipe: Recipe, group: Group, report: Report) -> None:
             _put(task, saved, recipe)
             state.load(saved)
             first = saved.step
+        if group.leads:
+            write_record(recipe, Path(recipe.output))
         with Watch.of(recipe, first, group.leads) as watch:
             _steps(recipe, task, group, state, first, report, watch)
 

@@ -42,8 +42,8 @@ def build_optimizers(
         decayed = [p for name, p in parameters.items() if p.ndim == 2 and "layers." not in name]
         kept = [p for p in parameters.values() if p.ndim != 2]
         others: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
-        betas = (optim.beta1, optim.beta2)
-        return [Muon(blocks, **settings), torch.optim.AdamW(others, betas=betas, fused=True, **settings)]
+        adamw = torch.optim.AdamW(others, betas=(optim.beta1, optim.beta2), fused=True, **settings)
+        return [Muon(blocks, **settings), adamw] if blocks else [adamw]
     groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in parameters.items():
         rate = optim.learning_rates.get(part_of(name), optim.learning_rate) if part_of else optim.learning_rate

@@ -13,7 +13,7 @@ from .chat.recipe import ChatRecipe
 from .config import Recipe
 from .world.config import WorldRecipe
 
-TASKS: dict[str, type[Recipe]] = {"chat": ChatRecipe, "world": WorldRecipe}
+TASKS: dict[str, type[Recipe]] = {cls.TASK: cls for cls in (ChatRecipe, WorldRecipe)}
 """What a recipe's `task` may be: fine-tuning on conversations, or the embedded model's world."""
 
 
@@ -43,7 +43,7 @@ def recipe_from_dict(raw: Mapping[str, Any], where: str) -> Recipe:
         ConfigError: an unknown or missing key, or a value of the wrong type.
     """
     given = dict(raw)
-    task = given.pop("task", "chat")
+    task = given.pop("task", ChatRecipe.TASK)
     if task not in TASKS:
         raise ConfigError(f'{where}: there is no task "{task}"; known: {", ".join(TASKS)}{nearest(str(task), TASKS)}')
     cls = TASKS[task]

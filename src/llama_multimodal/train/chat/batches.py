@@ -14,12 +14,9 @@ from torch.utils.data import Dataset
 
 from ...config import AnyModelConfig
 from ...inputs import ModelInputs
-from ..loader import IGNORED
 from .encode import Example, microbatch
 from .recipe import BatchConfig
-from .skips import Skip
-from .steps import ChatSteps
-
+from .steps import ChatSteps, StepExamples
 
 
 @dataclass(frozen=True)
@@ -36,13 +33,15 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class ChatStep:
-    """One process's share of a step; read: rows that were tried."""
+class ChatStep(StepExamples):
+    """One process's share of a step, its examples as micro-batches."""
 
     micro: list[MicroBatch]
-    skipped: list[Skip]
-    cut: list[Skip]
-    read: int
+    tried: int  # rows
+
+    @property
+    def read(self) -> int:
+        return self.tried
 
 
 class ChatBatches(Dataset[ChatStep]):
@@ -53,8 +52,8 @@ class ChatBatches(Dataset[ChatStep]):
 
     def __getitem__(self, step: int) -> ChatStep:
         found = self.steps[step]
-        micro = [one for one in micro_batches(found.examples, self.batch, self.config)]
-        return ChatStep(micro, found.skipped, found.cut, found.read)
+        micro = list(micro_batches(found.examples, self.batch, self.config))
+        return ChatStep([], found.skipped, found.cut, micro, found.read)
 
 
 def micro_batches(examples: Sequence[Example], batch: BatchConfig, config: AnyModelConfig) -> Iterator[MicroBatch]:
@@ -121,10 +120,3 @@ def _packed_batch(group: Sequence[Example], config: AnyModelConfig) -> MicroBatc
     )
     labels = torch.cat([part.labels for part in alone], dim=1)
     return MicroBatch(inputs, labels, (", ".join(e.where for e in group),), lengths)
-
-
-def learnt(labels: Tensor) -> int:
-    """How many tokens a loss is taken of."""
-    return int((labels != IGNORED).sum())
-
-

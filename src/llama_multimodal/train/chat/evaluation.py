@@ -68,4 +68,6 @@ def split_answer(example: Example) -> tuple[Example, list[int]]:
     learnt = [i for i, label in enumerate(example.labels) if label != IGNORED]
     first = next(i for i in reversed(learnt) if i - 1 not in learnt)
     prompt = example.tokens[: first + 1]
-    return dataclasses.replace(example, tokens=prompt, labels=[IGNORED] * len(prompt)), example.labels[first : learnt[-1] + 1]
+    return dataclasses.replace(example, tokens=prompt, labels=[IGNORED] * len(prompt)), example.labels[
+        first : learnt[-1] + 1
+    ]

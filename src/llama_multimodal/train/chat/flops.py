@@ -46,7 +46,9 @@ class Work:
         """lengths: of the conversations, packed or not; learnt: tokens whose loss is taken"""
         text = self.config.text
         tokens = sum(lengths)
-        attended = sum(length * length for length in lengths) * text.num_hidden_layers * text.hidden_size  # causal: half
+        attended = (
+            sum(length * length for length in lengths) * text.num_hidden_layers * text.hidden_size
+        )  # causal: half
         decoder = 2 * tokens * self.text + 2 * learnt * self.head + 2 * attended
         seen = 0
         if isinstance(self.config, ModelConfig) and len(inputs.tiles):

@@ -84,5 +84,7 @@ def check_processor(processor: Processor, model: str) -> Processor:
     ConfigError: the base model has no tokenizer.
     """
     if processor.tokenizer is None:
-        raise ConfigError(f"{model} has no tokenizer, and conversations need one; put the model's own next to its weights")
+        raise ConfigError(
+            f"{model} has no tokenizer, and conversations need one; put the model's own next to its weights"
+        )
     return processor

@@ -43,6 +43,7 @@ class EvaluateConfig:
 class ChatRecipe(Recipe):
     """A base model, conversations, and what is trained: an adapter (LoRA), one over 4-bit weights (QLoRA), or all."""
 
+    TASK = "chat"
     SECTIONS: ClassVar[Mapping[str, Any]] = {
         **Recipe.SECTIONS, "data": chat_data_from_dict, "batch": BatchConfig, "evaluate": EvaluateConfig,
         "lora": LoraConfig,

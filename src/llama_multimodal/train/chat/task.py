@@ -57,9 +57,12 @@ class ChatTask(Task[MicroBatch]):
         return scheduled(self.recipe.optim.learning_rate, step, self.recipe.steps, self.recipe.optim)
 
     def batches(self, first: int) -> Iterator[list[MicroBatch]]:
-        log = SkipLog(Path(self.recipe.output) / "skipped.jsonl", self.recipe.data.max_skipped)
-        for found in ahead(self.dataset, first, self.recipe.steps, self.recipe.data.workers):
-            log.add(found)
+        data, rank = self.recipe.data, self.group.rank
+        file = Path(self.recipe.output) / (f"skipped-{rank}.jsonl" if rank else "skipped.jsonl")
+        read = first * len(range(rank, self.recipe.batch.rows, self.group.size))
+        log = SkipLog(file, data.max_skipped, self.dataset.steps.rows_per_epoch, step=first, read=read)
+        for step, found in enumerate(ahead(self.dataset, first, self.recipe.steps, data.workers), start=first):
+            log.add(step, found)
             yield found.micro
 
     def totals(self, micro: Sequence[MicroBatch]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ...config import RopeScaling, TextConfig, TiledVisionConfig
@@ -47,6 +48,7 @@ class WorldData:
 class WorldRecipe(Recipe):
     """One run of the embedded model's training, from nothing or from earlier weights."""
 
+    TASK = "world"
     SECTIONS: ClassVar[Mapping[str, Any]] = {
         **Recipe.SECTIONS, "optim": WorldOptim, "data": WorldData, "vision": TiledVisionConfig, "text": TextConfig,
         "text.rope_scaling": RopeScaling,
@@ -75,6 +77,11 @@ class WorldRecipe(Recipe):
                     f"data.{name}: a step has {count} and processes is {self.processes}; each process needs at least"
                     " one of every step: raise it, or run fewer processes"
                 )
+
+    def notes(self) -> list[str]:
+        if (Path(self.output) / "tokenizer.json").exists():
+            return []
+        return ["first the tokenizer is built, from the questions that will be asked; it takes about a minute"]
 
     def prepare(self) -> None:
         from .task import prepare
