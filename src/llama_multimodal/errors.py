@@ -24,6 +24,10 @@ class PromptError(UserError):
     """A conversation or token sequence does not fit its images or the model's context."""
 
 
+class DataError(UserError):
+    """Training data is missing, damaged, or has too few rows that can be used."""
+
+
 class DeviceError(UserError):
     """A dtype, device or backend was asked for that is not there."""
 

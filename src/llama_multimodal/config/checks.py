@@ -71,24 +71,27 @@ def expect(raw: Mapping[str, Any], key: str, value: Any, where: str) -> None:
 
 
 def build(cls: type[Any], given: Mapping[str, Any], where: str) -> Any:
-    """Construct a config after checking that numbers are numbers, switches true or false, and choices known ones;
-    `field.type` is the annotation as written."""
+    """Construct a config after checking that numbers are numbers, texts texts, and choices known ones; `field.type` is
+    the annotation as written."""
     for field in dataclasses.fields(cls):
-        if field.name not in given:
+        kind, _, optional = str(field.type).partition(" | ")
+        value = given.get(field.name)
+        if field.name not in given or optional not in ("", "None") or (optional and value is None):
             continue
-        value, kind = given[field.name], str(field.type)
+        if kind == "str" and not isinstance(value, str):
+            raise ConfigError(f"{where}: {field.name} must be a text, not {value!r}")
+        if kind == "bool" and not isinstance(value, bool):
+            raise ConfigError(f"{where}: {field.name} must be true or false, not {value!r}")
         if kind.startswith("Literal["):
-            known = [word.strip(" \"'") for word in kind.removeprefix("Literal[").rstrip("]").split(",")]
+            known = [word.strip("\"'") for word in kind.removeprefix("Literal[").rstrip("]").split(", ")]
             if value not in known:
                 hint = nearest(str(value), known)
                 raise ConfigError(f"{where}: {field.name} must be one of {', '.join(known)}, not {value!r}{hint}")
-        if kind == "bool" and not isinstance(value, bool):
-            raise ConfigError(f"{where}: {field.name} must be true or false, not {value!r}")
-        if kind.removesuffix(" | None") not in ("int", "float") or (value is None and kind.endswith(" | None")):
+        if kind not in ("int", "float"):
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{where}: {field.name} must be a number, not {value!r}")
-        if kind.startswith("int") and (not isinstance(value, int) or value < 0):
+        if kind == "int" and (not isinstance(value, int) or value < 0):
             raise ConfigError(f"{where}: {field.name} must be a whole number of at least 0, not {value!r}")
     try:
         return cls(**given)

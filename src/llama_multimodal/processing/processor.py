@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,20 @@ from ..inputs import ImageLayout, ModelInputs, batch_inputs
 from .images import ImageSource, open_image
 from .pictures import prepare_pictures
 from .preprocess import PREPROCESS_FILES
-from .prompt import Message, Prompt, chat_messages, encode_dialog
+from .prompt import Message, Prompt, chat_messages, encode_answered, encode_dialog, learns
 from .splitting import image_prompt
 from .template import TEMPLATE_FILES, ChatTemplate
 from .tokenizer import TOKENIZER_FILES, StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """One conversation for training: its tokens with all places of its pictures, and which of them are learnt."""
+
+    tokens: list[int]
+    learnt: list[bool]
+    tiles: torch.Tensor  # [M, 3, S, S] float32
+    images: tuple[ImageLayout, ...]
 
 
 class Processor:
@@ -106,6 +117,31 @@ class Processor:
             self._check_length(checked[b], b)
         return self._batch(checked, tiles, layouts)
 
+    def encode_for_training(self, messages: Sequence[Message]) -> TrainingRow:
+        """A whole conversation, written as `__call__` writes it, and which of its tokens training learns: what the
+        assistant says in every message of its own but those with `"learn": False`, and what ends it.
+
+        Its length is not checked.
+
+        Raises:
+            PromptError: a malformed conversation, no tokenizer, or a chat template that does not tell turns apart.
+            ImageError: a picture that cannot be read.
+        """
+        prompt, learnt = self._answered(messages)
+        row = self._check_ids(prompt.tokens, "the conversation")
+        if self.preprocess is None or isinstance(self.config, LanguageModelConfig):
+            return TrainingRow(row, learnt, torch.empty(0, 3, 0, 0), ())
+        opened = [(0, open_image(source)) for source in prompt.images]
+        tiles, layouts = prepare_pictures(opened, self.config, self.preprocess)
+        left = iter([self._picture(layout) for layout in layouts])
+        tokens: list[int] = []
+        spelt: list[bool] = []
+        for token, learn in zip(row, learnt):
+            written = next(left) if token == self.config.image_token_id else [token]
+            tokens += written
+            spelt += [learn and token != self.config.image_token_id] * len(written)
+        return TrainingRow(tokens, spelt, tiles, tuple(layouts))
+
     def _spell_out(self, row: list[int], layouts: Sequence[ImageLayout]) -> list[int]:
         """A row with all tokens of its pictures, from one with a single image token for each."""
         image = self.config.image_token_id
@@ -140,33 +176,61 @@ class Processor:
         )
 
     def _prompt(self, messages: Any) -> Prompt:
-        tokenizer, image = self._need_tokenizer(), self.config.image_token_id
+        """The conversation, ready for an answer."""
+        tokenizer, image = self._need_format(), self.config.image_token_id
+        if self.template is None:
+            return encode_dialog(tokenizer, messages, image)
+        written, images = chat_messages(messages, images=image is not None)
+        tokens = self.template.encode(tokenizer, written, self._image_token(images))
+        return Prompt(self._begun(tokens, images), images)
+
+    def _answered(self, messages: Any) -> tuple[Prompt, list[bool]]:
+        """The whole conversation, and which of its tokens training learns."""
+        tokenizer, image = self._need_format(), self.config.image_token_id
+        if self.template is None:
+            return encode_answered(tokenizer, messages, image)
+        written, images = chat_messages(messages, images=image is not None)
+        learnt = [learns(message) for message in messages]
+        end = tokenizer.special_tokens.get(self.template.tokens.get("eos_token", ""))
+        if end is None and self.config.text.eos_token_ids:
+            end = self.config.text.eos_token_ids[0]
+        tokens, said = self.template.encode_answered(tokenizer, written, learnt, self._image_token(images), end)
+        begun = self._begun(tokens, images)
+        return Prompt(begun, images), [False] * (len(begun) - len(tokens)) + said
+
+    def _need_format(self) -> Tokenizer:
+        """The tokenizer of a model that has a way to write conversations."""
+        tokenizer = self._need_tokenizer()
         if self.template is not None:
-            written, images = chat_messages(messages, images=image is not None)
-            return self._from_template(self.template, written, images)
+            return tokenizer
         if "<|start_header_id|>" not in tokenizer.special_tokens:
             raise PromptError(
                 f"this checkpoint has no chat template ({', '.join(TEMPLATE_FILES)}): a base model continues text,"
                 " so pass encode_tokens the ids of yours, or take the model's instruct variant"
             )
-        return encode_dialog(tokenizer, messages, image)
+        return tokenizer
 
-    def _from_template(self, template: ChatTemplate, messages: list[dict[str, Any]], images: list[Any]) -> Prompt:
-        tokenizer, image = self._need_tokenizer(), self.config.image_token_id
-        if image is None:
-            return Prompt(template.encode(tokenizer, messages))
-        names = [name for name, i in tokenizer.special_tokens.items() if i == image]
-        if not names and images:
+    def _image_token(self, images: Sequence[Any]) -> str | None:
+        """How the tokenizer calls the token that stands for a picture."""
+        image = self.config.image_token_id
+        names = [name for name, i in self._need_tokenizer().special_tokens.items() if i == image]
+        if image is not None and not names and images:
             raise PromptError(f"the tokenizer has no special token with the id {image}, which stands for an image")
-        tokens = template.encode(tokenizer, messages, names[0] if names else None)
+        return names[0] if names else None
+
+    def _begun(self, tokens: list[int], images: Sequence[Any]) -> list[int]:
+        """What a chat template wrote, checked, with what belongs before it."""
+        image = self.config.image_token_id
+        if image is None:
+            return tokens
         if (count := tokens.count(image)) != len(images):
             raise PromptError(
                 f"the model's chat template wrote {count} image tokens for {len(images)} images; pictures may not go"
                 " with this role, or with this kind of message"
             )
         # As transformers does for models that read images: what the tokenizer's file begins with, unless it is there.
-        prefix = tokenizer.prefix
-        return Prompt(tokens if tokens[: len(prefix)] == prefix else [*prefix, *tokens], images)
+        prefix = self._need_tokenizer().prefix
+        return tokens if tokens[: len(prefix)] == prefix else [*prefix, *tokens]
 
     def save(self, folder: str | Path) -> None:
         """Write what `load` reads it from into a folder: tokenizer, chat template, preprocessing; as far as it has
@@ -204,16 +268,19 @@ class Processor:
     def _check(self, row: Sequence[int], b: int) -> list[int]:
         """A row as plain integers that the model has embeddings for, no longer than its context."""
         self._check_length(row, b)
+        return self._check_ids(row, f"row {b}")
+
+    def _check_ids(self, row: Sequence[int], where: str) -> list[int]:
         text = self.config.text
         try:
             ids = [operator.index(token) for token in row]
         except TypeError:
-            raise PromptError(f"row {b} must hold whole numbers, the ids of its tokens") from None
+            raise PromptError(f"{where} must hold whole numbers, the ids of its tokens") from None
         for token in ids:
             if not (0 <= token < text.vocab_size or token == self.config.image_token_id):
                 image = "" if self.config.image_token_id is None else f", and {self.config.image_token_id} for an image"
                 raise PromptError(
-                    f"row {b}: token id {token} is outside the vocabulary (0 to {text.vocab_size - 1}{image});"
+                    f"{where}: token id {token} is outside the vocabulary (0 to {text.vocab_size - 1}{image});"
                     " was it made by another model's tokenizer?"
                 )
         return ids

@@ -52,6 +52,30 @@ def encode_dialog(
     return prompt
 
 
+def learns(message: Message) -> bool:
+    """Whether training is to learn what the message says: the assistant's, unless its "learn" is false."""
+    return message["role"] == "assistant" and bool(message.get("learn", True))
+
+
+def encode_answered(
+    tokenizer: Tokenizer, messages: Sequence[Message], image_token_id: int | None
+) -> tuple[Prompt, list[bool]]:
+    """A whole conversation as `encode_dialog` writes it, and for each token whether training learns it: contents and
+    `<|eot_id|>` of the messages that `learns` names.
+
+    Raises:
+        PromptError: as `encode_dialog`.
+    """
+    _check_dialog(messages)
+    prompt, learnt = Prompt([tokenizer.special("<|begin_of_text|>")]), [False]
+    header = len(encode_header(tokenizer, "assistant"))
+    for number, message in enumerate(messages, 1):
+        one = encode_message(tokenizer, message, image_token_id, where=f"message {number}")
+        learnt += [learns(message) and i >= header for i in range(len(one.tokens))]
+        prompt.extend(one)
+    return prompt, learnt
+
+
 def chat_messages(messages: Sequence[Message], *, images: bool) -> tuple[list[dict[str, Any]], list[Any]]:
     """A conversation for a chat template: role and parts of every message; and its pictures in order.
 

@@ -100,6 +100,9 @@ class Tokenizer:
         ids = {*self._bytes, *(i for i, name in self._names.items() if name != IMAGE_TOKEN)}
         self.vocab_size = max(ids, default=-1) + 1
 
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[tokenizers.Tokenizer, dict[str, int]]]:
+        return Tokenizer, (self._backend, self.special_tokens)  # a backend forgets on the way what it was set to
+
     # --- reading files ---
 
     @classmethod
@@ -178,12 +181,25 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Nothing is added, and the names of special tokens are ordinary text."""
-        pieces = _pieces(_whole_characters(text))
+        pieces = _pieces(whole_characters(text))
         return [i for piece in pieces for i in self._backend.encode(piece, add_special_tokens=False).ids]
 
     def encode_with_special(self, text: str) -> list[int]:
         """Token ids of a text in which the names of special tokens stand for them: a chat template's."""
-        return self._with_special.encode(_whole_characters(text), add_special_tokens=False).ids
+        return self._with_special.encode(whole_characters(text), add_special_tokens=False).ids
+
+    def encode_with_places(self, text: str, *, special: bool) -> list[tuple[int, int, int]]:
+        """(id, start, end) of each token: the characters of `text` that it stands for, or is a part of.
+
+        The ids are those of `encode_with_special`, or of `encode` where `special` is false.
+        """
+        text = whole_characters(text)
+        backend, begin, placed = (self._with_special if special else self._backend), 0, []
+        for piece in [text] if special else _pieces(text):
+            encoded = backend.encode(piece, add_special_tokens=False)
+            placed += [(i, begin + start, begin + end) for i, (start, end) in zip(encoded.ids, encoded.offsets)]
+            begin += len(piece)
+        return placed
 
     @functools.cached_property
     def prefix(self) -> list[int]:
@@ -241,7 +257,7 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def _whole_characters(text: str) -> str:
+def whole_characters(text: str) -> str:
     """Half a surrogate pair, as broken JSON escapes leave it, becomes U+FFFD (as tiktoken has it)."""
     try:
         text.encode()
