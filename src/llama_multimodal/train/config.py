@@ -69,7 +69,7 @@ class Recipe:
     optim: OptimConfig = OptimConfig()
     watch: WatchConfig = WatchConfig()
     # Of the products; trained weights and sums stay in float32. A CPU without bf16 arithmetic, which would emulate it
-    # at a tenth of its speed, multiplies in float32 either way. float16 scales the loss, so that gradients do not vanish.
+    # at a tenth of its speed, multiplies in float32 either way. float16 scales the loss: gradients would vanish.
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     seed: int = 0
     deterministic: bool = False  # refuse whatever may sum in another order the next time

@@ -33,9 +33,10 @@ def fits(task: Task[Any], micro: Any, step: int) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
             raise
+        rows = task.rows(micro)
         raise TrainingError(
-            f"step {step + 1} does not fit in the memory of {task.device}: a micro-batch of {len(task.rows(micro))} rows"
-            f" ({_named(task.rows(micro))}); {task.relief}"
+            f"step {step + 1} does not fit in the memory of {task.device}: a micro-batch of {len(rows)} rows"
+            f" ({_named(rows)}); {task.relief}"
         ) from error
 
 

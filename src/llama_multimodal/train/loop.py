@@ -193,7 +193,7 @@ def _put(task: Task[Any], saved: Saved, recipe: Recipe) -> None:
     for name in ours.keys() ^ saved.weights.keys():
         how = "does not train" if name in saved.weights else "trains"
         raise CheckpointError(
-            f"{recipe.output} was begun by another recipe: this one {how} {name}; take another output, or the old recipe"
+            f"{recipe.output} was begun by another recipe: this one {how} {name}; take another output or that recipe"
         )
     with torch.no_grad():
         for name, parameter in ours.items():

@@ -16,8 +16,8 @@ Micro = TypeVar("Micro")
 
 
 class Task(ABC, Generic[Micro]):
-    """A model, the micro-batches of every step, and the loss of each. Which steps there are, what is accumulated, summed
-    over processes, clipped and saved is the loop's business.
+    """A model, the micro-batches of every step, and the loss of each. Which steps there are, what is accumulated,
+    summed over processes, clipped and saved is the loop's business.
 
     recipe: how it is trained. modules: all that is trained and saved; what shall learn requires gradients.
     averaged: the module among them whose averaged weights are kept, with names of its own. num_sums: how many numbers
@@ -57,7 +57,7 @@ class Task(ABC, Generic[Micro]):
 
     @abstractmethod
     def work(self, micro: Sequence[Micro], step: int) -> dict[str, float]:
-        """What this process's part of a step holds, by name, for speeds (`tokens`, `images`); `flops` if they are known."""
+        """What this process's part of a step holds, by name, for speeds (`tokens`, `images`); `flops` if known."""
 
     def check(self, totals: Sequence[float], micro: Sequence[Micro], step: int) -> None:
         """Raises:

@@ -1,4 +1,4 @@
-"""Training the embedded model: data as a function of seed and step, resuming, two processes against one, shared tables."""
+"""Training the embedded model: data as a function of seed and step, resuming, two processes, shared tables."""
 
 from __future__ import annotations
 

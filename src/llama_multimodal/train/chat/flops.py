@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from ...config import AnyModelConfig, ModelConfig
+from ...config import AnyModelConfig, ModelConfig, TiledVisionConfig
 from ...inputs import ModelInputs
 from .parts import part_of
 
@@ -52,6 +52,7 @@ class Work:
         decoder = 2 * tokens * self.text + 2 * learnt * self.head + 2 * attended
         seen = 0
         if isinstance(self.config, ModelConfig) and len(inputs.tiles):
-            patches = math.prod(inputs.tiles.shape[2:]) // self.config.vision.patch_size**2
+            vision, size = self.config.vision, inputs.tiles.shape[2:]
+            patches = vision.num_patches if isinstance(vision, TiledVisionConfig) else vision.num_tokens(*size)
             seen = 2 * len(inputs.tiles) * patches * self.vision
         return float(self.text_passes * decoder + self.vision_passes * seen)

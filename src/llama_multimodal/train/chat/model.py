@@ -54,7 +54,9 @@ def make_trainable(model: LanguageModel, recipe: ChatRecipe) -> LanguageModel:
         apply_lora(model, recipe.lora)
     if isinstance(model, VisionLanguageModel) and isinstance(model.vision, TiledVisionEncoder):
         share_between_ratios(model.vision)
-    return recompute_blocks(model) if recipe.recompute else model
+    if recipe.recompute:
+        recompute_blocks(model)
+    return model
 
 
 def product_dtype(recipe: ChatRecipe, device: torch.device) -> torch.dtype:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from ...adapters.config import LoraConfig
 from ...errors import ConfigError
-from ..config import OptimConfig, Recipe
+from ..config import Recipe
 from ..parallel import Group
 from ..task import Task
 from .config import ChatData, chat_data_from_dict
@@ -52,11 +52,10 @@ class ChatRecipe(Recipe):
     model: str  # "tiny", a folder or a repository of the Hugging Face hub
     data: ChatData
     method: Literal["lora", "qlora", "full"] = "lora"
-    lora: LoraConfig = LoraConfig()
+    lora: LoraConfig = field(default_factory=LoraConfig)
     freeze: tuple[str, ...] = ()  # parts that `full` leaves alone: vision, projector, self, cross, embedding, lm_head
     batch: BatchConfig = BatchConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    optim: OptimConfig = OptimConfig()
     device: str = "auto"  # a GPU where there is one
     recompute: bool = False  # gradient checkpointing: less memory, a third more arithmetic
 
