@@ -1,9 +1,13 @@
 """What `config.json` of published models says: their sizes, and keys of every sort that the files have, training's
-leftovers included. And how many parameters each has."""
+leftovers included. And how many parameters each has, which the zoo's table says of those that stand there."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from llama_multimodal.zoo.registry import checkpoints
+
+_KNOWN = {checkpoint.name: checkpoint.parameters for checkpoint in checkpoints()}
 
 _CLIP = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
@@ -88,7 +92,7 @@ _LARGE = {  # without its number of heads
 _OUTSIDE = ("head_dim", "hidden_size", "mlp_bias", "num_hidden_layers", "rms_norm_eps", "rope_scaling", "hidden_act")
 
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
-    "llava-hf/llava-1.5-7b-hf": (_LLAVA, 7_063_427_072),
+    "llava-hf/llava-1.5-7b-hf": (_LLAVA, _KNOWN["llava-hf/llava-1.5-7b-hf"]),
     "llava-hf/llava-1.5-13b-hf": (
         {
             **_LLAVA,
@@ -99,7 +103,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         },
         13_351_494_656,
     ),
-    "llava-hf/llava-v1.6-vicuna-7b-hf": (_NEXT, 7_063_431_168),
+    "llava-hf/llava-v1.6-vicuna-7b-hf": (_NEXT, _KNOWN["llava-hf/llava-v1.6-vicuna-7b-hf"]),
     "llava-hf/llava-v1.6-mistral-7b-hf": (
         {
             **_NEXT,
@@ -110,7 +114,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
                 "torch_dtype": "bfloat16", "vocab_size": 32064,
             },
         },
-        7_566_747_648,
+        _KNOWN["llava-hf/llava-v1.6-mistral-7b-hf"],
     ),
     "HuggingFaceM4/Idefics3-8B-Llama3": (
         {
@@ -129,20 +133,22 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
                 "torch_dtype": "bfloat16", "vocab_size": 128259,
             },
         },
-        8_462_086_384,
+        _KNOWN["HuggingFaceM4/Idefics3-8B-Llama3"],
     ),
     "HuggingFaceTB/SmolVLM-256M-Instruct": (
         {**_SMOLVLM, "text_config": {**_DEFAULTS, **_SMALL}, "vision_config": {**_BASE, "use_base_siglip": True}},
-        256_484_928,
+        _KNOWN["HuggingFaceTB/SmolVLM-256M-Instruct"],
     ),
-    "HuggingFaceTB/SmolVLM-500M-Instruct": ({**_SMOLVLM, "text_config": _MEDIUM}, 507_482_304),
+    "HuggingFaceTB/SmolVLM-500M-Instruct": (
+        {**_SMOLVLM, "text_config": _MEDIUM}, _KNOWN["HuggingFaceTB/SmolVLM-500M-Instruct"],
+    ),
     "HuggingFaceTB/SmolVLM-Instruct": (
         {
             **_SMOLVLM, "image_token_id": 49153, "image_seq_len": 81, "scale_factor": 3, "vocab_size": 49155,
             "text_config": {**_LARGE, "max_position_embeddings": 16384, "rope_theta": 273768.0, "vocab_size": 49155},
             "vision_config": _SHAPE_OPTIMISED,
         },
-        2_246_272_880,
+        _KNOWN["HuggingFaceTB/SmolVLM-Instruct"],
     ),
     "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": (
         {**_SMOLVLM_2, "text_config": _MEDIUM, "vision_config": {**_BASE, "model_type": "smolvlm_vision"}},

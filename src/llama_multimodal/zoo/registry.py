@@ -1,4 +1,4 @@
-"""The table of known checkpoints. Any other Llama 3.2 Vision or Llama checkpoint loads as well; these have figures."""
+"""The table of known checkpoints. Any other of their families loads as well; these have figures."""
 
 from __future__ import annotations
 
@@ -65,6 +65,17 @@ _TEXT_MODELS = (
     ("lmsys/vicuna-7b-v1.5", 6_738_415_616, 4096, _LLAMA_2, _TEXT),
 )
 
+_VISION = "Answers questions about pictures"
+_VISION_MODELS = (  # name, parameters, side of a tile, tiles at most, context, licence
+    ("llava-hf/llava-1.5-7b-hf", 7_063_427_072, 336, 1, 4096, _LLAMA_2),
+    ("llava-hf/llava-v1.6-vicuna-7b-hf", 7_063_431_168, 336, 5, 4096, _LLAMA_2),
+    ("llava-hf/llava-v1.6-mistral-7b-hf", 7_566_747_648, 336, 5, 32768, _APACHE),
+    ("HuggingFaceM4/Idefics3-8B-Llama3", 8_462_086_384, 364, 17, 131072, _APACHE),
+    ("HuggingFaceTB/SmolVLM-256M-Instruct", 256_484_928, 512, 17, 8192, _APACHE),
+    ("HuggingFaceTB/SmolVLM-500M-Instruct", 507_482_304, 512, 17, 8192, _APACHE),
+    ("HuggingFaceTB/SmolVLM-Instruct", 2_246_272_880, 384, 17, 16384, _APACHE),
+)
+
 
 def checkpoints() -> list[Checkpoint]:
     """Every known checkpoint, the embedded model first."""
@@ -77,6 +88,10 @@ def checkpoints() -> list[Checkpoint]:
         *(
             Checkpoint(name, parameters, None, None, context, licence, None, summary, "meta-llama/" in name)
             for name, parameters, context, licence, summary in _TEXT_MODELS
+        ),
+        *(
+            Checkpoint(name, parameters, tile_size, max_tiles, context, licence, None, _VISION)
+            for name, parameters, tile_size, max_tiles, context, licence in _VISION_MODELS
         ),
     ]
 

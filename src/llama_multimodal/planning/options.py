@@ -1,0 +1,237 @@
+"""What a plan is asked for, checked against a model's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ..config import AnyModelConfig, LanguageModelConfig, ModelConfig, TiledVisionConfig, nearest
+from ..errors import ConfigError
+from .parameters import block_shapes
+
+DType = Literal["fp32", "bf16", "fp16"]
+Bits = Literal["bf16", "int8", "int4"]
+Training = Literal["lora", "full"]
+Optimizer = Literal["adamw", "adamw8bit"]
+Device = Literal["cuda", "cpu"]
+
+DTYPE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+PACKED_BITS: dict[str, int] = {"bf16": 16, "int8": 8, "int4": 4}
+USUAL_CONTEXT = 8192
+_SCALE_BITS = 16  # of each group
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How the decoder's linear layers are packed (`quant.pack.Packing` has the same fields).
+
+    format: bf16, int8 or int4. group: values of a row that share a scale in fp16. symmetric: no zero beside the scale.
+    lm_head: the LM head's format; None takes `format`.
+    """
+
+    format: Bits
+    group: int = 32
+    symmetric: bool = True
+    lm_head: Bits | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("pack", self.format), ("pack (LM head)", self.lm_head or self.format)):
+            check_choice(name, value, get_args(Bits))
+        if self.group < 1:
+            raise ConfigError(f"weights are packed in groups of at least 1, not {self.group}")
+
+    def num_bytes(self, values: int, *, lm_head: bool = False) -> int:
+        """Of so many packed values, scales and zeros included."""
+        bits = PACKED_BITS[(self.lm_head if lm_head else None) or self.format]
+        grouped = 0 if bits == PACKED_BITS["bf16"] else _SCALE_BITS + 8 * (not self.symmetric)
+        return values * bits // 8 + values // self.group * grouped // 8
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What runs, and how.
+
+    dtype: of weights that are not packed, of caches and activations
+    context: tokens of a sequence, prompt and answer together; None: 8192, or all that the model has
+    batch: sequences at a time; in training those of one micro-batch of one GPU
+    prompt: tokens of a sequence that are read in one go; None: the whole context but one, which is the most it takes
+    images: pictures of a sequence; None: one, and none for a model that reads text only
+    tiles: of each picture; None: as many as the model cuts at most
+    image_size: height and width of a tile in pixels, for encoders that take several; None: the usual
+    pack: how the decoder's weights are packed; None: not at all
+    train: None plans for answering; "lora" for adapters beside frozen weights, "full" for training every weight
+    rank: of LoRA's adapters, which lie beside all linear layers of the decoder's blocks
+    gradient_checkpointing: blocks keep their input only and run again in the backward pass
+    optimizer: adamw keeps two moments a parameter in the parameter's dtype; adamw8bit a byte each
+    master_weights: what is trained, its gradients and its moments lie in fp32, and products run in `dtype`
+    freeze_vision: train the decoder and the projector, not the encoder; always so with LoRA
+    accumulate: gradients of earlier micro-batches of a step lie beside the activations
+    gpus: answering divides heads, feed-forward widths and LM head (tensor parallelism); training divides weights,
+        gradients and moments (fully sharded data parallelism)
+    device: on "cuda" the kernels of `ops` spare some temporaries that torch's own arithmetic makes on "cpu"
+    """
+
+    dtype: DType = "bf16"
+    context: int | None = None
+    batch: int = 1
+    prompt: int | None = None
+    images: int | None = None
+    tiles: int | None = None
+    image_size: tuple[int, int] | None = None
+    pack: Packed | None = None
+    train: Training | None = None
+    rank: int = 16
+    gradient_checkpointing: bool = False
+    optimizer: Optimizer = "adamw"
+    master_weights: bool = False
+    freeze_vision: bool = False
+    accumulate: bool = False
+    gpus: int = 1
+    device: Device = "cuda"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("dtype", self.dtype, get_args(DType)),
+            ("optimizer", self.optimizer, get_args(Optimizer)),
+            ("device", self.device, get_args(Device)),
+            *([("train", self.train, get_args(Training))] if self.train is not None else []),
+        ):
+            check_choice(name, value, known)
+        for name in ("context", "batch", "prompt", "tiles", "rank", "gpus"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ConfigError(f"{name} must be at least 1, not {number}")
+        if self.images is not None and self.images < 0:
+            raise ConfigError(f"images must be 0 or more, not {self.images}")
+        if self.pack is not None and self.train == "full":
+            raise ConfigError("packed weights are not trained; leave pack out, or train lora beside them")
+        if self.train is None:
+            for name in ("gradient_checkpointing", "master_weights", "freeze_vision", "accumulate"):
+                if getattr(self, name):
+                    raise ConfigError(f"{name} is for training; give train lora or full too")
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number of `dtype`."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a number that is widened for sums: fp32."""
+        return DTYPE_BYTES["fp32"]
+
+    @property
+    def fused(self) -> bool:
+        """Whether kernels do element by element what torch does step by step."""
+        return self.device == "cuda"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What of the options follows from the model: numbers, each of one GPU.
+
+    rows: sequences. context, prompt: tokens of a sequence. images, tiles: of the whole batch. split: GPUs among which a
+    block's heads and widths are divided. shards: GPUs among which weights, gradients and moments are divided.
+    """
+
+    rows: int
+    context: int
+    prompt: int
+    images: int
+    tiles: int
+    tile_size: tuple[int, int]
+    split: int
+    shards: int
+
+
+def workload(config: AnyModelConfig, options: PlanOptions) -> Workload:
+    """Fit the options to a model.
+
+    Raises:
+        ConfigError: they do not fit it; the message says what would.
+    """
+    text = config.text
+    longest = text.max_position_embeddings
+    context = options.context or min(USUAL_CONTEXT, longest)
+    if context > longest:
+        raise ConfigError(f"the model's context is {longest} tokens, and {context} are asked for; lower the context")
+    prompt = options.prompt or (context if options.train else max(1, context - 1))
+    if prompt > context:
+        raise ConfigError(f"a prompt of {prompt} tokens does not fit a context of {context}; lower it")
+    pictures, tiles, size = _pictures(config, options)
+    if isinstance(config, ModelConfig) and config.fusion == "splice":
+        tokens = pictures * image_tokens(config, tiles, size)
+        if tokens > prompt:
+            raise ConfigError(
+                f"{pictures} pictures of {tiles} tiles take {tokens} tokens of a prompt of {prompt}; give a longer"
+                " context, or fewer pictures or tiles"
+            )
+    split = options.gpus if options.train is None else 1
+    shards = options.gpus if options.train else 1
+    _check_split(config, split)
+    if options.pack is not None and options.pack.format != "bf16":
+        group = options.pack.group
+        if wrong := [inputs for inputs, _ in block_shapes(text) if inputs % group]:
+            raise ConfigError(f"{wrong[0]} inputs of a layer do not divide into groups of {group}; take another group")
+    count = options.batch * pictures
+    return Workload(options.batch, context, prompt, count, count * tiles, size, split, shards)
+
+
+def _pictures(config: AnyModelConfig, options: PlanOptions) -> tuple[int, int, tuple[int, int]]:
+    """Of a sequence: pictures, tiles of each, and a tile's height and width."""
+    if isinstance(config, LanguageModelConfig):
+        if options.images or options.tiles or options.image_size:
+            raise ConfigError("the model reads text only; leave images, tiles and image size out")
+        return 0, 0, (0, 0)
+    most = max_tiles(config)
+    tiles = options.tiles or most
+    if tiles > most:
+        raise ConfigError(f"the model cuts a picture into at most {most} tiles, not {tiles}")
+    side = config.vision.image_size
+    size = options.image_size or (side, side)
+    if isinstance(config.vision, TiledVisionConfig) and size != (side, side):
+        raise ConfigError(f"the model's tiles have {side} × {side} pixels, not {size[0]} × {size[1]}; leave it out")
+    config.num_tokens(*size)  # says which sizes the encoder takes
+    return 1 if options.images is None else options.images, tiles, size
+
+
+def max_tiles(config: ModelConfig) -> int:
+    """The most tiles, the whole picture among them, that the model's own preprocessing cuts a picture into."""
+    if isinstance(config.vision, TiledVisionConfig):
+        return config.vision.max_num_tiles
+    preprocess = config.preprocess()
+    side = preprocess.tile_size or 1
+    if preprocess.layout == "anyres":
+        return 1 + max(height * width for height, width in preprocess.grid_pinpoints) // side**2
+    if preprocess.layout == "split" and preprocess.longest_edge is not None:
+        return 1 + (-(-preprocess.longest_edge // side)) ** 2
+    return 1
+
+
+def image_tokens(config: ModelConfig, tiles: int, size: tuple[int, int]) -> int:
+    """Places that a picture takes among the tokens of a spliced model; at most, where it depends on its shape."""
+    each = config.num_tokens(*size)
+    if not config.grid_pinpoints or tiles == 1:
+        return tiles * each
+    side = round(each**0.5)
+    return tiles * each + (tiles - 1) * side  # a newline behind each row of a grid: most in a column of crops
+
+
+def _check_split(config: AnyModelConfig, split: int) -> None:
+    text = config.text
+    heads, keys, inner = text.num_attention_heads, text.num_key_value_heads, text.intermediate_size
+    if heads % split or keys % split or inner % split:
+        fits = [n for n in range(1, keys + 1) if not (heads % n or keys % n or inner % n)]
+        raise ConfigError(
+            f"{split} GPUs do not divide the model's {heads} query heads, {keys} key heads and width of {inner}; take"
+            f" {' or '.join(map(str, fits))}"
+        )
+
+
+def check_choice(name: str, value: str, known: Collection[str]) -> None:
+    """Raises:
+    ConfigError: the value is not one of those known.
+    """
+    if value not in known:
+        raise ConfigError(f'{name} is one of {", ".join(known)}, not "{value}"{nearest(value, known)}')

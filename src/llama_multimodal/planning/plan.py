@@ -1,0 +1,198 @@
+"""`plan`: how much memory a model takes, part by part, before it is there.
+
+Everything follows from the configuration and from how this package runs; nothing is measured and no weight is read.
+Python, torch's libraries and a GPU's context come on top, and so does what an allocator loses between its blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..config import AnyModelConfig
+from . import inference, training
+from .options import DTYPE_BYTES, PlanOptions, Workload, workload
+from .parameters import Parameters, count_parameters
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing in memory. bytes: at its most. at_peak: when most of everything is alive, so at most `bytes`."""
+
+    name: str
+    bytes: int
+    at_peak: int
+    what: str  # one line
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one GPU, or of the one machine. peak: when most is alive."""
+
+    parts: tuple[Part, ...]
+    peak: str
+    parameters: int
+    trained_parameters: int
+    options: PlanOptions
+    load: Workload
+
+    @property
+    def total(self) -> int:
+        """What is alive at the peak."""
+        return sum(part.at_peak for part in self.parts)
+
+    def part(self, name: str) -> Part:
+        """A part by its name; an empty one where the plan has none."""
+        return next((part for part in self.parts if part.name == name), Part(name, 0, 0, ""))
+
+
+@dataclass
+class _Sheet:
+    """What is always there, and what comes and goes, phase by phase."""
+
+    always: dict[str, int] = field(default_factory=dict)
+    phases: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def parts(self, explained: dict[str, str]) -> tuple[tuple[Part, ...], str]:
+        peak = max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+        parts = []
+        for name, what in explained.items():
+            most = self.always.get(name, 0) + max(phase.get(name, 0) for phase in self.phases.values())
+            there = self.always.get(name, 0) + self.phases[peak].get(name, 0)
+            if most:
+                parts.append(Part(name, most, there, what))
+        return tuple(parts), peak
+
+
+def plan(config: AnyModelConfig, options: PlanOptions | None = None) -> MemoryPlan:
+    """The memory that a model takes on each GPU for answering, or for training.
+
+    Raises:
+        ConfigError: options that do not fit the model, or a part of it that was registered from outside.
+    """
+    options = options or PlanOptions()
+    load = workload(config, options)
+    parameters = count_parameters(config)
+    if options.train is None:
+        sheet, explained = _inference(config, parameters, options, load), _INFERENCE
+    else:
+        sheet, explained = _training(config, parameters, options, load), _TRAINING
+    parts, peak = sheet.parts(explained)
+    count = 0 if options.train is None else training.trained(config, parameters, options).parameters
+    return MemoryPlan(parts, peak, parameters.total, count, options, load)
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def weights(config: AnyModelConfig, parameters: Parameters, options: PlanOptions, split: int = 1) -> int:
+    """Bytes of a model's weights in their dtype, the decoder's packed where asked for.
+
+    split: GPUs that share the matrices of the decoder's blocks, and the LM head where its rows divide.
+    """
+    width, text = options.width, config.text
+    whole = parameters.embedding + parameters.vectors + parameters.vision + parameters.projector
+    head, matrices = parameters.lm_head, parameters.matrices // split
+    if options.pack is not None and not head and not _shares_table(options):
+        head = text.vocab_size * text.hidden_size  # packed, it is a table of its own
+    head = head if text.vocab_size % split else head // split
+    if options.pack is None:
+        return (whole + matrices + head) * width
+    return whole * width + options.pack.num_bytes(matrices) + options.pack.num_bytes(head, lm_head=True)
+
+
+def _shares_table(options: PlanOptions) -> bool:
+    """Whether an LM head that is the embedding's table stays so when it is packed: on a GPU, where bf16 is not laid
+    out anew."""
+    assert options.pack is not None
+    head = options.pack.lm_head or options.pack.format
+    return head == options.dtype == "bf16" and options.device == "cuda"
+
+
+# --- answering -------------------------------------------------------------------------------------------------------
+
+_INFERENCE = {
+    "weights": "the model, whole on one GPU; on several, blocks and LM head divided, the rest on each",
+    "self-attention cache": "keys and values of every token of the context, for each self-attention layer",
+    "cross-attention cache": "keys and values of the pictures' tokens, for each gated layer",
+    "image embeddings": "what takes the place of the pictures' tokens in the prompt",
+    "vision activations": "one block of the encoder and the states that it hands on, or the projector",
+    "text activations": "one block of the decoder over the whole prompts",
+    "logits": "of one token a sequence",
+}
+
+
+def _inference(config: AnyModelConfig, parameters: Parameters, options: PlanOptions, load: Workload) -> _Sheet:
+    text, given = config.text, (config, options, load)
+    always = {
+        "weights": weights(config, parameters, options, load.split),
+        "self-attention cache": inference.self_cache(text, options, load),
+    }
+    cross = {"cross-attention cache": inference.cross_cache(*given)}
+    embedded = {"image embeddings": inference.image_embeddings(*given)}
+    phases = {
+        "reading the prompt": {
+            **cross, **embedded, "text activations": inference.prefill_peak(text, options, load),
+        },
+        "a step of the answer": {**cross, "logits": inference.decode_peak(text, options, load)},
+    }  # fmt: skip
+    if load.tiles:
+        phases = {
+            "encoding the pictures": {"vision activations": inference.vision_peak(*given)},
+            "handing the pictures on": {
+                **cross, **embedded, "vision activations": inference.projection_peak(*given),
+            },
+            **phases,
+        }  # fmt: skip
+    return _Sheet(always, phases)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+_TRAINING = {
+    "weights": "the model, in the dtype that it is trained or frozen in; divided among several GPUs",
+    "adapters": "LoRA's two matrices beside each linear layer of the decoder's blocks; divided likewise",
+    "copies": "of trained weights, in the dtype of the products",
+    "gathered weights": "two blocks, embedding and LM head, whole while they are used; a block's gradients",
+    "optimizer": "two moments of each trained parameter; divided likewise",
+    "gradients": "of each trained parameter; divided likewise",
+    "vision activations": "what the encoder and the projector keep for the backward pass",
+    "text activations": "what the decoder's blocks keep for the backward pass, and one block that runs backward",
+    "loss": "the last norm, a chunk of logits, and the LM head's gradient in fp32",
+}
+
+
+def _training(config: AnyModelConfig, parameters: Parameters, options: PlanOptions, load: Workload) -> _Sheet:
+    text, shards = config.text, load.shards
+    learnt = training.trained(config, parameters, options)
+    always = {
+        "weights": weights(config, parameters, options) // shards,
+        "optimizer": learnt.moments // shards,
+    }
+    gradients, head = learnt.gradients // shards, 0
+    if options.train == "lora":
+        always["adapters"] = learnt.weights // shards
+    else:
+        always["weights"] += (learnt.weights - learnt.parameters * options.width) // shards
+        wide = DTYPE_BYTES["fp32"] if options.master_weights else options.width
+        head = text.vocab_size * text.hidden_size * wide // shards
+    if shards > 1:
+        always["gathered weights"] = training.gathered(parameters, text, options)
+    saved, backward = training.text_saved(config, options, load)
+    pictures = training.vision_saved(config, options, load)
+    loss = training.loss_peak(config, parameters, options, load)
+    one = saved // text.num_hidden_layers  # of the block that runs last
+    earlier = gradients if options.accumulate else 0
+    copies = {"copies": learnt.copies if shards == 1 else 0}  # sharded, they are gathered block by block
+    phases = {
+        "the loss": {"vision activations": pictures, "text activations": saved, "loss": loss, "gradients": earlier},
+        "the start of the backward pass": {
+            "vision activations": pictures, "text activations": saved + backward, "gradients": max(earlier, head),
+        },
+        "the end of the backward pass": {"text activations": backward + one, "gradients": gradients},
+    }  # fmt: skip
+    for phase in phases.values():
+        phase.update(copies)
+    if load.tiles and (options.train == "lora" or options.freeze_vision):
+        peak = inference.vision_peak(config, options, load)
+        phases["encoding the pictures"] = {"vision activations": peak, "gradients": earlier, **copies}
+    return _Sheet(always, phases)
