@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -336,6 +337,46 @@ def test_boards_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.Monke
     for wanted in (WatchConfig(tensorboard=True), WatchConfig(wandb="project")):
         with pytest.raises(MissingExtraError, match=r"\[watch\]"):
             loop.train(toy(tmp_path, watch=wanted), lambda progress: None)
+
+
+def test_boards_get_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both as stand-ins: what they are called with, in their libraries' own terms."""
+    calls: list[tuple[object, ...]] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            calls.append(("begin", purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            if name == "loss":
+                calls.append(("board", step, value))
+
+        def close(self) -> None:
+            calls.append(("close",))
+
+    class Run:
+        def log(self, values: dict[str, float], step: int) -> None:
+            calls.append(("wandb", step, values["loss"]))
+
+        def finish(self) -> None:
+            calls.append(("finish",))
+
+    class Wandb:
+        @staticmethod
+        def init(**settings: object) -> Run:
+            assert settings["project"] == "toys" and settings["config"]["steps"] == 2  # type: ignore[index]
+            return Run()
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    board = types.ModuleType("torch.utils.tensorboard")
+    board.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)  # type: ignore[arg-type]
+    recipe = toy(tmp_path, steps=2, watch=WatchConfig(tensorboard=True, wandb="toys"))
+    loop.train(recipe, lambda progress: None)
+    first, second = losses(recipe)
+    steps = [("board", 1, first), ("wandb", 1, first), ("board", 2, second), ("wandb", 2, second)]
+    assert calls == [("begin", 1), *steps, ("close",), ("finish",)]
 
 
 def test_numbers_that_make_no_sense(tmp_path: Path) -> None:

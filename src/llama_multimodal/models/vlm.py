@@ -123,7 +123,7 @@ class VisionLanguageModel(LanguageModel):
 
     def encode_images(self, inputs: ModelInputs) -> Tensor:
         """Features of every tile's tokens: [tiles, tokens, vision output size]."""
-        tiles = inputs.tiles.to(self.device, self.dtype)
+        tiles = inputs.tiles.to(self.device, next(self.vision.parameters()).dtype)
         if isinstance(self.vision, TiledVisionEncoder):
             return self.vision(tiles, inputs.images)
         return self.vision(tiles)

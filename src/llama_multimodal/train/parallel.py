@@ -103,15 +103,24 @@ def launch(run: Run, recipe: Recipe, report: Report) -> None:
 
 
 def local_rank() -> int:
-    """Which of this machine's devices torchrun means this process to use."""
+    """Which of this machine's devices this process is to use."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _take_device() -> None:
+    """The GPU of this process, where there is one for it."""
+    if local_rank() < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank())
+
+
+def _backend() -> str:
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 def _join(run: Run, recipe: Recipe, report: Report) -> None:
     """One of torchrun's processes."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    _take_device()
+    dist.init_process_group(_backend())
     try:
         group = Group(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
         if group.leads:
@@ -156,7 +165,9 @@ def _start(run: Run, recipe: Recipe, report: Report) -> None:
 
 
 def _worker(rank: int, run: Run, recipe: Recipe, messages: Any, meeting: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=recipe.processes)
+    os.environ["LOCAL_RANK"] = str(rank)
+    _take_device()
+    dist.init_process_group(_backend(), init_method=f"file://{meeting}", rank=rank, world_size=recipe.processes)
     try:
         run(recipe, Group(rank, recipe.processes, dist.group.WORLD), messages.put if rank == 0 else _silent)
     except UserError as error:

@@ -12,7 +12,8 @@ from llama_multimodal.zoo.world import sample
 
 
 def write_rows(folder: Path, count: int) -> Path:
-    """`count` pictures with a question each, of different lengths; returns the list of them."""
+    """`count` pictures with a question each, of different lengths, and the answer to the question before it: something
+    is left to learn. Returns the list of them."""
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for seed in range(5_000_000, 5_000_000 + 4 * count):
@@ -23,6 +24,9 @@ def write_rows(folder: Path, count: int) -> Path:
         made.image.save(folder / name)
         turn = made.turns[len(rows) % len(made.turns)]
         rows.append({"image": name, "question": turn.question, "answer": turn.answer})
+    answers = [row["answer"] for row in rows]
+    for row, answer in zip(rows, answers[-1:] + answers[:-1], strict=True):
+        row["answer"] = answer
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file

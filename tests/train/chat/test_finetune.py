@@ -39,20 +39,20 @@ def run(recipe: ChatRecipe) -> list[float]:
 
 
 def test_three_steps_equal_a_loop_written_by_hand(rows: Path, tmp_path: Path) -> None:
-    recipe = finetune(rows, tmp_path, batch={"rows_at_once": 2}, optim={"weight_decay": 0.1})
+    recipe = finetune(rows, tmp_path, batch={"rows_at_once": 2}, optim={"weight_decay": 0.1, "learning_rate": 1e-5})
     found = run(recipe)
     model, processor = load("tiny", dtype=torch.float32)
     steps = ChatSteps(recipe.data, processor, 6)
     decayed = [p for p in model.parameters() if p.ndim == 2]
     kept = [p for p in model.parameters() if p.ndim != 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}], lr=1e-4
+        [{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}], lr=1e-5
     )
     for step in range(3):
         batch = microbatch(steps[step].examples, model.config)
         logits = model(batch.inputs).logits
         loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
-        assert found[step] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+        assert found[step] == pytest.approx(loss.item(), rel=1e-5)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -137,11 +137,16 @@ def test_parts_have_rates_of_their_own(rows: Path, tmp_path: Path) -> None:
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_half_precision_stays_near(rows: Path, tmp_path: Path, dtype: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "method", "freeze"),
+    [
+        ("bfloat16", "lora", []), ("float16", "lora", []), ("bfloat16", "full", []), ("float16", "full", ["vision"]),
+        ("bfloat16", "full", ["vision", "self", "cross", "embedding", "lm_head"]),
+    ],
+)  # fmt: skip
+def test_half_precision_stays_near(rows: Path, tmp_path: Path, dtype: str, method: str, freeze: list[str]) -> None:
     """What learns is held in float32, whatever multiplies."""
-    changes = {"steps": 2, "method": method, "freeze": ["vision"] if method == "full" else []}
+    changes = {"steps": 2, "method": method, "freeze": freeze, "batch": {"rows": 4}}
     recipe = finetune(rows, tmp_path / dtype, dtype=dtype, **changes)
     near = run(recipe)
     full = run(finetune(rows, tmp_path / "float32", **changes))
@@ -150,9 +155,7 @@ def test_half_precision_stays_near(rows: Path, tmp_path: Path, dtype: str, metho
     assert saved is not None and {value.dtype for value in saved.weights.values()} == {torch.float32}
 
 
-def test_rows_that_make_a_loss_infinite_are_named(
-    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_make_a_loss_infinite_are_named(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = finetune(rows, tmp_path, method="lora")
     task = ChatTask(recipe, Group())
     name = task.dataset[1].micro[0].rows[2]

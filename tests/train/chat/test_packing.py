@@ -126,7 +126,7 @@ def test_blocks_are_computed_again_in_both_parts() -> None:
         counts[next(part for part in counts if module in getattr(model, part).modules())] += 1
 
     for block in (model.vision.layers[0], model.vision.global_layers[0], *model.decoder.layers[:2]):
-        block.mlp.register_forward_hook(count)
+        block.attention.register_forward_hook(count)
     (piece,) = cut(BatchConfig(tokens=1000))
     hidden = model.hidden(piece.inputs)
     once = dict(counts)
