@@ -14,6 +14,7 @@ from ...models.layers import Linear
 from ...models.mllama_vision import TiledVisionEncoder
 from ...ops.linear import cpu_multiplies
 from ...processing.processor import Processor
+from ...quant.nf4 import Nf4Config, quantize_nf4
 from ..parallel import local_rank
 from ..recompute import recompute_blocks
 from ..tile_tables import share_between_ratios
@@ -36,7 +37,10 @@ def load_base(recipe: ChatRecipe, device: torch.device) -> tuple[LanguageModel, 
     """The base model: as its checkpoint has it where all of it may learn, else in the dtype that it computes in."""
     if recipe.method == "full":
         return load(recipe.model, device=device)
-    return load(recipe.model, dtype=recipe.dtype, device=device, pack="nf4" if recipe.method == "qlora" else None)
+    model, processor = load(recipe.model, dtype=recipe.dtype, device=device)
+    if recipe.method == "qlora":
+        quantize_nf4(model, Nf4Config(compute_dtype=recipe.dtype))
+    return model, processor
 
 
 def make_trainable(model: LanguageModel, recipe: ChatRecipe) -> LanguageModel:
