@@ -22,6 +22,7 @@ from ..config import nearest
 from ..errors import ConfigError
 from ..models import LanguageModel
 from ..models.layers import PackedLinear
+from ..quant.nf4 import Nf4Linear
 from .config import LoraConfig
 from .layers import AdapterSet, BaseLayer, Choice, Lora, LoraLinear, LoraProjections, LowRank, Rows
 from .targets import Place, resolve
@@ -46,7 +47,7 @@ def apply_lora(model: LanguageModel, config: LoraConfig, name: str = "default") 
             pair = LowRank(place.shape, config, rank, alpha, model.device, dtype)
             if config.dora:
                 pair.add_magnitude(_base_at(model, place))
-            lora[name] = pair
+            lora[name] = pair.train(lora.training)
     adapters.configs[name] = config
     if adapters.default is None:
         adapters.default = adapters.choice = name
@@ -163,8 +164,9 @@ def unmerge_lora(model: LanguageModel) -> LanguageModel:
     adapters = adapter_set(model)
     if not adapters.merged:
         raise ConfigError("no adapter is merged into this model")
+    modules = dict(model.named_modules())
     for one in adapters.merged:
-        if model.get_submodule(one.path) is not one.wrapper.base:
+        if modules.get(one.path) is not one.wrapper.base:
             raise ConfigError(f"{one.path} was replaced since the adapter was merged; load the model again")
     for one in adapters.merged:
         base = one.wrapper.base
@@ -204,13 +206,13 @@ class ParameterCount(NamedTuple):
 def count_parameters(model: nn.Module) -> ParameterCount:
     """A tied weight counts once, a packed one as many values as it stands for."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    packed = sum(
-        rows * columns
-        for module in model.modules()
-        if isinstance(module, PackedLinear)
-        for rows, columns in module.shapes.values()
-    )
-    return ParameterCount(trainable, packed + sum(p.numel() for p in model.parameters()))
+    total = sum(p.numel() for p in model.parameters())
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            total += sum(rows * columns for rows, columns in module.shapes.values())
+        elif isinstance(module, Nf4Linear):
+            total += module.out_features * module.in_features
+    return ParameterCount(trainable, total)
 
 
 # --- the model's adapters ---------------------------------------------------------------------------------------------
@@ -274,7 +276,8 @@ def _choice(adapters: AdapterSet, choice: str | Sequence[str | None] | Tensor | 
         if choice.dtype != torch.int64 or choice.ndim not in (1, 2) or not inside:
             raise ConfigError(f"adapters by index are int64 [B] or [B, T], from -1 to {count - 1}, not {choice}")
         return Rows(tuple(adapters.configs), choice.to(device))
-    names = tuple(dict.fromkeys(_known(adapters, name) for name in choice if name is not None))
+    wanted = {_known(adapters, name) for name in choice if name is not None}
+    names = tuple(name for name in adapters.configs if name in wanted)
     if len(set(choice)) == 1:  # layers that read images can go on
         return choice[0]
     index = [-1 if name is None else names.index(name) for name in choice]

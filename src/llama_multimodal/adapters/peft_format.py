@@ -140,7 +140,7 @@ def load_adapter(
         ConfigError: a setting that is not implemented, or a name that is taken.
     """
     folder = Path(folder).expanduser()
-    raw = _read_config(folder)
+    raw = read_adapter_config(folder)
     file = SafetensorsFile(folder / TENSORS)
     known = places(model)
     found = _fit(folder, raw, file, known, hf_modules(model.config, known))
@@ -254,7 +254,7 @@ def _layer_is_chosen(raw: Mapping[str, Any], module: str) -> bool:
     return number is not None and int(number[1]) in ([chosen] if isinstance(chosen, int) else chosen)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json, checked.
 
     Raises:

@@ -45,7 +45,7 @@ def chat(
     pictures = [open_image(common.expand(path)) for path in image or ()]
     params = options.sampling_params()
     loaded, processor = common.load_model(
-        options.model, options.dtype, options.device, options.pack, options.int8_activations
+        options.model, options.dtype, options.device, options.pack, options.int8_activations, options.adapter
     )
     conversation = Conversation(loaded, processor, params, options.system, pictures)
     pictures_too = "/image PATH adds a picture, " if isinstance(loaded, VisionLanguageModel) else ""
