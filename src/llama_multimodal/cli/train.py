@@ -106,8 +106,5 @@ def _export(recipe: Recipe) -> None:
 
     result = loop.export(recipe)
     curve = plots.plot_run(Path(recipe.output))
-    if result.name == "model":
-        print(f"model       {result}    (llama-mm chat --model {result})")
-    else:
-        print(f"{result.name:<11} {result}")
+    print(f"{result.name:<11} {result}    ({recipe.usage(result)})")
     print(f"loss curve  {curve}")

@@ -89,6 +89,10 @@ class Recipe:
         """What people want to know before a run begins."""
         return []
 
+    def usage(self, result: Path) -> str:
+        """The command that asks the result."""
+        return f"llama-mm chat --model {result}"
+
     def prepare(self) -> None:
         """What is done once, before the run's processes start."""
 

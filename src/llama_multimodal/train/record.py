@@ -34,9 +34,9 @@ def write_record(recipe: Recipe, folder: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Tables without what is None, and lists: what YAML has."""
+    """Tables and lists: what YAML has."""
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items() if inner is not None}
+        return {key: _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, tuple | list) else value
 
 

@@ -112,6 +112,16 @@ def test_a_whole_model_is_trained_saved_and_loaded(rows: Path, tmp_path: Path) -
     assert changed == {"self", "cross", "embedding", "lm_head"}
 
 
+def test_an_adapter_over_4_bit_weights(rows: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    recipe = finetune(rows, tmp_path / "qlora", steps=2, method="qlora", optim={"optimizer": "adamw8bit"})
+    near = run(recipe)
+    plain = run(finetune(rows, tmp_path / "lora", steps=2, method="lora"))
+    assert near == pytest.approx(plain, rel=0.1) and near != plain
+    model, _ = load("tiny")
+    load_adapter(model, loop.export(recipe))
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_frozen_parts_do_not_learn(rows: Path, tmp_path: Path, part: str) -> None:
     others = [name for name in PARTS if name != part]

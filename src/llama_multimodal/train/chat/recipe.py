@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ...adapters.config import LoraConfig
@@ -69,6 +70,10 @@ class ChatRecipe(Recipe):
             raise ConfigError("dtype float16 scales gradients, which need lora.dtype float32")
         if self.result == "best" and not (self.evaluate.every and (self.data.evaluation or self.data.holdout)):
             raise ConfigError("result: best needs evaluate.every, and data.evaluation or data.holdout to evaluate on")
+
+    def usage(self, result: Path) -> str:
+        whole = self.method == "full"
+        return super().usage(result) if whole else f"llama-mm chat --model {self.model} --adapter {result}"
 
     def task(self, group: Group) -> Task:
         from .task import ChatTask
