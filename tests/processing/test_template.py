@@ -129,6 +129,31 @@ def test_special_tokens(both: tuple[Ours, Any, Path]) -> None:
     assert ours.special("<|eot|>") in ids and ours.special("<|eot|>") not in ours.encode(text)
 
 
+MARKED = """{{ bos_token }}{% for message in messages %}{{ '<|start|>' + message['role'] + '<|end|>\\n' }}
+{%- if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|eot|>' }}{% endgeneration %}
+{%- else %}{{ message['content'] + '<|eot|>' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant<|end|>\\n' }}{% endif %}"""
+ANSWERED = [
+    [{"role": "user", "content": "one\ntwo"}, {"role": "assistant", "content": "there are 2"}] * 2,
+    [{"role": "user", "content": "你好"}, {"role": "assistant", "content": " Grüße 🦙🏽, naïve \n\n"}, DIALOGS[0][0]],
+]
+
+
+def test_what_is_learnt(both: tuple[Ours, Any, Path]) -> None:
+    """Generation blocks mark the tokens that transformers' mask has; and without blocks, prefixes find the same."""
+    ours, peer, _ = both
+    bare = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    for dialog in ANSWERED:
+        theirs = peer.apply_chat_template(
+            dialog, chat_template=MARKED, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        for source in (MARKED, bare):
+            template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
+            ids, learnt = template.encode_answered(ours, dialog, [one["role"] == "assistant" for one in dialog])
+            assert ids == theirs["input_ids"] and ids == template.encode(ours, dialog, answer=False)
+            assert learnt == [bool(one) for one in theirs["assistant_masks"]]
+
+
 @pytest.mark.parametrize("style", TEMPLATES)
 def test_conversations(style: str, both: tuple[Ours, Any, Path]) -> None:
     ours, peer, _ = both

@@ -21,7 +21,7 @@ from .anyres import anyres_pixels
 from .naflex import naflex_pixels
 from .preprocess import image_pixels
 from .splitting import split_pixels
-from .tiles import cut_pixels, grid_of, normalise
+from .tiles import MEAN, STD, cut_pixels, grid_of, normalise
 
 Placed = tuple[int, Image.Image]
 """The row of the batch that a picture belongs to, and the picture."""
@@ -85,3 +85,15 @@ def _cut(pictures: Sequence[Placed], preprocess: Preprocess) -> tuple[Tensor, li
         cut = preprocess.layout in ("anyres", "split")
         layouts.append(ImageLayout(rows, columns, row, whole=cut, size=picture.size))
     return torch.from_numpy(np.concatenate(tiles)) if tiles else torch.empty(0, 3, 0, 0), layouts
+
+
+def pixels_of(tiles: Tensor, config: ModelConfig, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
+    """[M, 3, H, W] as `prepare_pictures` gives them → [M, H, W, 3]: the bytes that they were made of, to look at."""
+    values = tiles.double()
+    if isinstance(config.vision, TiledVisionConfig):
+        scale, mean, std = 1 / 255, MEAN, STD
+    else:
+        scale = preprocess.rescale_factor or 1.0
+        mean, std = preprocess.mean or (0.0,) * 3, preprocess.std or (1.0,) * 3  # type: ignore[assignment]
+    values = values * torch.tensor(std).view(3, 1, 1).double() + torch.tensor(mean).view(3, 1, 1).double()
+    return (values / scale).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()

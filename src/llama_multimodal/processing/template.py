@@ -82,7 +82,7 @@ class ChatTemplate:
 
         try:
             return template.render(messages=messages, add_generation_prompt=answer, **self.tokens)
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, LookupError) as error:  # the last ones, of what it computes
             raise PromptError(f"the model's chat template refuses this conversation: {error}") from error
 
     def encode(

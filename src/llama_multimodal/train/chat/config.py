@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...config.checks import build, check_keys, from_dict, nearest, require
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, MissingExtraError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,11 @@ class SourceConfig:
     columns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if one.type in ("str", "str | None") and not isinstance(value, str | None):
+                raise ConfigError(f"{one.name} must be a text, not {value!r}")
+        require(isinstance(self.columns, Mapping), "columns must be a table, such as question: query", self)
         require(self.weight is None or self.weight > 0, f"weight must be above 0, not {self.weight}", self)
         named = all(isinstance(name, str) for pair in self.columns.items() for name in pair)
         require(named, "columns must be a table of names, such as question: query", self)
@@ -170,3 +175,25 @@ def source_at(path: str) -> SourceConfig:
     key = next(key for key, cls in KINDS.items() if cls is kind)
     made: SourceConfig = from_dict(kind, {key: path}, path)
     return made
+
+
+def read_data(path: str | Path) -> tuple[ChatData, str | None]:
+    """The `data:` section of a recipe, and the model that the recipe names.
+
+    Raises:
+        ConfigError: no such file, not YAML, no such section, or something wrong in it.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingExtraError("train", "reading a recipe") from error
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(raw, Mapping) or "data" not in raw:
+        raise ConfigError(f"{path} has no data: section; it lists sources, such as - file: chats.jsonl")
+    model = raw.get("model")
+    return chat_data_from_dict(raw["data"], f"{path}: data"), model if isinstance(model, str) else None

@@ -103,7 +103,7 @@ def _shortened(row: TrainingRow, longest: int, config: AnyModelConfig) -> Traini
     kept, first = 0, 0
     for count in counts:
         if places[first + count - 1] >= longest:
-            longest = places[first]
+            longest = min(longest, places[first])
             break
         kept, first = kept + 1, first + count
     return TrainingRow(
@@ -123,7 +123,7 @@ def microbatch(examples: Sequence[Example], config: AnyModelConfig) -> ChatBatch
     sizes = {tuple(one.shape[2:]) for one in tiles}
     if len(sizes) > 1:
         named = " and ".join(f"{width} × {height}" for height, width in sorted(sizes))
-        raise ImageError(f"the pictures of a batch come out in different sizes ({named} ); batch those of one size")
+        raise ImageError(f"the pictures of a batch come out in different sizes ({named}); batch those of one size")
     inputs = batch_inputs(
         [example.tokens for example in examples],
         torch.cat(tiles),

@@ -14,7 +14,7 @@ from ...errors import DataError
 if TYPE_CHECKING:
     from .steps import StepExamples
 
-FIRST_ROWS = 100  # as many are read before their share of skipped ones counts, or an epoch where that is shorter
+FIRST_ROWS = 100  # as many are read before the share of skipped ones counts, or an epoch where that is shorter
 
 
 class BadRow(Exception):
@@ -51,15 +51,23 @@ class SkipLog:
     """Counts what one process reads, and lists what it skips in `skipped.jsonl`; begun anew, or gone on with."""
 
     def __init__(
-        self, path: str | Path, max_skipped: float, rows_per_epoch: int | None, *, step: int = 0, read: int = 0
+        self,
+        path: str | Path,
+        max_skipped: float,
+        rows_per_epoch: int | None,
+        *,
+        world: int = 1,
+        step: int = 0,
+        read: int = 0,
     ) -> None:
-        """rows_per_epoch: None for a stream. step: the one that a resumed run begins with. read: rows until there
+        """rows_per_epoch: None for a stream. world: processes that share them. step: the one that a resumed run begins
+        with. read: rows of this process until there
 
         Raises:
             DataError: the file holds something else.
         """
         self.path, self.max_skipped = Path(path), max_skipped
-        self.first = FIRST_ROWS if rows_per_epoch is None else min(FIRST_ROWS, rows_per_epoch)
+        self.epoch = None if rows_per_epoch is None else -(-rows_per_epoch // world)
         self.read, self.skips = read, self._earlier(step)
         lines = [self._line(when, skip) for when, skip in self.skips]
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +90,11 @@ class SkipLog:
         DataError: as `add`.
         """
         lost = [skip for _, skip in self.skips if not skip.kept]
-        if self.read >= self.first and len(lost) > self.max_skipped * self.read:
+        if self.epoch is None or self.read < self.epoch:
+            enough, count = self.read >= FIRST_ROWS, self.read
+        else:  # the same rows come again: of an epoch that is under way, all may have come early
+            enough, count = True, -(-self.read // self.epoch) * self.epoch
+        if enough and len(lost) > self.max_skipped * count:
             most = "" if len(lost) == self.read else f"; at most {100 * self.max_skipped:g} % may be (max_skipped)"
             raise DataError(f"{summary(self.read, lost)}{most}. All of them are listed in {self.path}")
 
