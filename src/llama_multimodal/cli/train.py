@@ -71,7 +71,7 @@ def _run(recipe: Recipe, command: str) -> None:
         task = bar.add_task("training", total=recipe.steps, state="")
 
         def report(progress: Progress) -> None:
-            state = "  ".join(_line(progress.values, averages))
+            state = "  ".join(_line(progress.values, averages, max(0.02, min(1.0, 10 / recipe.steps))))
             bar.update(task, completed=progress.step, state=state)
             if not console.is_terminal and progress.step % recipe.save_every == 0:
                 common.say(f"step {progress.step} of {recipe.steps}  {state}")
@@ -88,15 +88,15 @@ def _run(recipe: Recipe, command: str) -> None:
             raise
 
 
-def _line(values: Mapping[str, float], averages: dict[str, float]) -> list[str]:
-    """What a step did, in words; `averages` smooth what is noisy, and leave out losses that are not learnt yet."""
+def _line(values: Mapping[str, float], averages: dict[str, float], share: float) -> list[str]:
+    """What a step did, in words, without losses that are not learnt yet; what is noisy goes into its average by `share`."""
     parts = []
     for name, text in _SHOWN.items():
         value = values.get(name)
         if value is None or (name in ("answer_loss", "token_accuracy") and not values.get("answer_loss")):
             continue
         if name in _SMOOTHED:
-            value = averages[name] = value if name not in averages else 0.98 * averages[name] + 0.02 * value
+            value = averages[name] = averages.get(name, value) + share * (value - averages.get(name, value))
         parts.append(text.format(value))
     return parts
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..errors import ConfigError
+from ..errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     from .parallel import Group
@@ -103,6 +103,27 @@ class Recipe:
     @property
     def checkpoints(self) -> Path:
         return Path(self.output) / "checkpoints"
+
+
+def read_table(path: str | Path) -> Mapping[str, Any]:
+    """A recipe's file as it is written.
+
+    Raises:
+        ConfigError: no such file, not YAML, or not a table.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingExtraError("train", "reading a recipe") from error
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{path} must be a table of settings, not {type(raw).__name__}")
+    return raw
 
 
 Report = Callable[["Progress"], None]

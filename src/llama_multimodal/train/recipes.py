@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import from_dict, nearest
-from ..errors import ConfigError, MissingExtraError
+from ..errors import ConfigError
 from .chat.recipe import ChatRecipe
-from .config import Recipe
+from .config import Recipe, read_table
 from .world.config import WorldRecipe
 
 TASKS: dict[str, type[Recipe]] = {cls.TASK: cls for cls in (ChatRecipe, WorldRecipe)}
@@ -21,19 +21,7 @@ def read_recipe(path: str | Path) -> Recipe:
     """Raises:
     ConfigError: no such file, not YAML, an unknown or missing key, or a value of the wrong type.
     """
-    try:
-        import yaml
-    except ImportError as error:
-        raise MissingExtraError("train", "reading a recipe") from error
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(raw, Mapping):
-        raise ConfigError(f"{path} must be a table of settings, not {type(raw).__name__}")
-    return recipe_from_dict(raw, str(path))
+    return recipe_from_dict(read_table(path), str(path))
 
 
 def recipe_from_dict(raw: Mapping[str, Any], where: str) -> Recipe:

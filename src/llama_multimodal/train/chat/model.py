@@ -51,7 +51,7 @@ def make_trainable(model: LanguageModel, recipe: ChatRecipe) -> LanguageModel:
     """
     if recipe.method == "full":
         freeze(model, recipe.freeze)
-        kind = getattr(torch, recipe.dtype)
+        kind = product_dtype(recipe, model.device)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else kind)
     else:

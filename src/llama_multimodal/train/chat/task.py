@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -115,16 +115,27 @@ class ChatTask(Task[MicroBatch]):
     def evaluate(self, step: int) -> dict[str, float]:
         assert self.evaluation is not None
         batches = micro_batches(self.evaluation.examples, self.recipe.batch, self.model.config)
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                pairs = [(float(self.summed(m)), float((m.labels != IGNORED).sum())) for m in batches]
-            with self._product():
-                scores = self.evaluation.answers(self.model, step + 1)
-        finally:
-            self.model.train()
+        with self._as_it_answers():
+            pairs = [(float(self.summed(m)), float((m.labels != IGNORED).sum())) for m in batches]
+            scores = self.evaluation.answers(self.model, step + 1)
         lost, count = self.group.sum(torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).sum(0))
         return {"eval_loss": lost / max(count, 1.0), **scores}
+
+    @contextmanager
+    def _as_it_answers(self) -> Iterator[None]:
+        """The model without dropout, and all of it in the dtype of its products, as it will be saved and loaded."""
+        ours = trained(self.model) if self.recipe.method == "full" else {}
+        kept = {name: parameter.data for name, parameter in ours.items()}
+        self.model.eval()
+        try:
+            for parameter in ours.values():
+                parameter.data = parameter.data.to(self.dtype)
+            with torch.no_grad():
+                yield
+        finally:
+            for name, parameter in ours.items():
+                parameter.data = kept[name]
+            self.model.train()
 
     def export(self, folder: Path, weights: Mapping[str, Tensor] | None) -> Path:
         with torch.no_grad():
