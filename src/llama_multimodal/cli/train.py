@@ -89,7 +89,7 @@ def _run(recipe: Recipe, command: str) -> None:
 
 
 def _line(values: Mapping[str, float], averages: dict[str, float], share: float) -> list[str]:
-    """What a step did, in words, without losses that are not learnt yet; what is noisy goes into its average by `share`."""
+    """What a step did, in words, but for losses not learnt yet; what is noisy goes into its average by `share`."""
     parts = []
     for name, text in _SHOWN.items():
         value = values.get(name)

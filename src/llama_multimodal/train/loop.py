@@ -7,6 +7,7 @@ so do its random numbers. A run that was killed and started again therefore take
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import time
@@ -52,6 +53,7 @@ def export(recipe: Recipe) -> Path:
     last = checkpoint.load(steps[max(steps)])
     best = (last.state.get("best") or {}).get("step")
     chosen = checkpoint.load(steps[best]) if recipe.result == "best" and best in steps else last
+    gc.collect()  # the run's own model, whose blocks may refer to themselves: two may be one too many
     task = recipe.task(Group())
     _put(task, chosen, recipe)
     result = task.export(Path(recipe.output), chosen.average)

@@ -21,6 +21,8 @@ from ..tile_tables import share_between_ratios
 from .parts import freeze
 from .recipe import ChatRecipe
 
+_AT_ONCE = 1024  # tokens whose logits a head of another kind gives at a time
+
 
 def device_of(recipe: ChatRecipe) -> torch.device:
     """Where a process of the run computes.
@@ -80,9 +82,6 @@ def summed_loss(model: LanguageModel, hidden: Tensor, labels: Tensor, dtype: tor
         logits = head(some)[:, : model.config.text.vocab_size].float()
         total = total + torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
     return total
-
-
-_AT_ONCE = 1024  # tokens whose logits a head of another kind gives at a time
 
 
 def check_processor(processor: Processor, model: str) -> Processor:
