@@ -306,21 +306,17 @@ class LoraProjections(nn.Module):
         assert self.base.parts is not None
         outs = self.base(x)
         return tuple(
-            self.lora[name](x, out, self.part(name)) if name in self.lora else out
+            self.lora[name](x, out, Part(self.base, name)) if name in self.lora else out
             for name, out in zip(self.base.parts, outs, strict=True)
         )
 
-    def part(self, name: str) -> BaseLayer:
-        """One of the layers."""
-        assert self.base.parts is not None
-        return _Part(self.base, name, list(self.base.parts).index(name))
-
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class Part:
+    """One of the layers that are packed together."""
+
     packed: PackedLinear
     name: str
-    place: int
     bias: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
@@ -330,7 +326,8 @@ class _Part:
         return ops.unpack_weight(self.packed.weights()[f"{self.name}.weight"])
 
     def times(self, x: Tensor) -> Tensor:
-        return self.packed(x)[self.place]
+        assert self.packed.parts is not None
+        return self.packed(x)[list(self.packed.parts).index(self.name)]
 
 
 def dense(layer: nn.Module) -> Tensor:

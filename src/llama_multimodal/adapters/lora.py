@@ -24,7 +24,7 @@ from ..models import LanguageModel
 from ..models.layers import PackedLinear
 from ..quant.nf4 import Nf4Linear
 from .config import LoraConfig
-from .layers import AdapterSet, BaseLayer, Choice, Lora, LoraLinear, LoraProjections, LowRank, Rows
+from .layers import AdapterSet, BaseLayer, Choice, Lora, LoraLinear, LoraProjections, LowRank, Part, Rows
 from .targets import Place, resolve
 
 
@@ -294,13 +294,19 @@ def _loras(model: LanguageModel) -> list[Lora]:
     return [module for module in model.modules() if isinstance(module, Lora)] + parked
 
 
+def base_weight(model: LanguageModel, place: Place) -> Tensor:
+    """The weight [N, K] that adapters add to, as plain numbers."""
+    return _base_at(model, place).dense()
+
+
 def _base_at(model: LanguageModel, place: Place) -> BaseLayer:
     module = model.get_submodule(place.module)
-    if isinstance(module, LoraProjections):
-        assert place.part is not None
-        return module.part(place.part)
-    assert isinstance(module, LoraLinear)
-    return module
+    if place.part is not None:
+        assert isinstance(module, LoraProjections | PackedLinear)
+        return Part(module.base if isinstance(module, LoraProjections) else module, place.part)
+    if isinstance(module, LoraLinear):
+        return module
+    return LoraLinear(module, Lora(AdapterSet(), place.shape, place.path, place.reads_images))
 
 
 def _lora_at(model: LanguageModel, place: Place, adapters: AdapterSet) -> Lora:

@@ -104,8 +104,8 @@ def _outermost(model: LanguageModel) -> Iterator[tuple[str, nn.Module]]:
     """Linear layers, plain, packed or with adapters already."""
     within = "\0"
     for path, module in model.named_modules():
-        if path.startswith(within) or path.endswith("patch_embedding") or path.startswith("vision.head."):
-            continue  # a convolution in everybody else's code; what a decoder never reads
+        if path.startswith(within) or path.endswith("patch_embedding") or path == "vision.head.in_proj":
+            continue  # a convolution, and the parameter of an attention, in everybody else's code
         if isinstance(module, nn.Linear | PackedLinear | Nf4Linear | LoraLinear | LoraProjections):
             within = path + "."
             yield path, module
@@ -134,9 +134,10 @@ def _group(path: str, config: AnyModelConfig) -> str:
     part, _, rest = path.partition(".")
     words = rest.split(".")
     if part == "vision":
-        read = getattr(getattr(config, "vision", None), "num_blocks", None)  # a hidden state may be read before the end
-        unread = read is not None and words[0] == "layers" and int(words[1]) >= int(read)
-        return "unread" if unread else "vision"
+        # SigLIP's pooling head is not read, nor what lies behind the hidden state that is.
+        read = getattr(getattr(config, "vision", None), "num_blocks", None)
+        behind = read is not None and words[0] == "layers" and int(words[1]) >= int(read)
+        return "unread" if behind or words[0] == "head" else "vision"
     if part != "decoder" or words[0] != "layers":
         return part if part != "decoder" else words[0]
     if words[2] == "mlp":
