@@ -384,52 +384,6 @@ def test_zoo(llama_mm, monkeypatch):
     assert large["gated"] and large["bytes_bf16"] == 2 * large["parameters"] and large["tile_size"] == 560
 
 
-def test_registry_counts_what_is_built():
-    import torch
-
-    from llama_multimodal.config import LLAMA_3_2_11B_VISION, LLAMA_3_2_90B_VISION
-    from llama_multimodal.models import VisionLanguageModel
-
-    for size, config in (("11B", LLAMA_3_2_11B_VISION), ("90B", LLAMA_3_2_90B_VISION)):
-        with torch.device("meta"):
-            model = VisionLanguageModel(config)
-        known = registry.find(f"meta-llama/Llama-3.2-{size}-Vision-Instruct")
-        assert known is not None and known.parameters == sum(p.numel() for p in model.parameters())
-        assert (known.tile_size, known.max_tiles) == (config.vision.image_size, config.vision.max_num_tiles)
-        assert known.context == config.text.max_position_embeddings
-
-
-@pytest.mark.parametrize(
-    ("name", "vocab", "hidden", "inner", "layers", "heads", "kv_heads", "tied"),
-    [
-        ("meta-llama/Llama-3.2-1B-Instruct", 128256, 2048, 8192, 16, 32, 8, True),
-        ("meta-llama/Llama-3.2-3B-Instruct", 128256, 3072, 8192, 28, 24, 8, True),
-        ("meta-llama/Llama-3.1-8B-Instruct", 128256, 4096, 14336, 32, 32, 8, False),
-        ("HuggingFaceTB/SmolLM2-135M-Instruct", 49152, 576, 1536, 30, 9, 3, True),
-        ("HuggingFaceTB/SmolLM2-360M-Instruct", 49152, 960, 2560, 32, 15, 5, True),
-        ("HuggingFaceTB/SmolLM2-1.7B-Instruct", 49152, 2048, 8192, 24, 32, 32, True),
-        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", 32000, 2048, 5632, 22, 32, 4, False),
-        ("lmsys/vicuna-7b-v1.5", 32000, 4096, 11008, 32, 32, 32, False),
-    ],
-)
-def test_registry_counts_text_models(name, vocab, hidden, inner, layers, heads, kv_heads, tied):
-    import math
-
-    from llama_multimodal.config import config_from_hf
-    from llama_multimodal.weights.checkpoint import parameter_shapes
-
-    config = config_from_hf(
-        {
-            "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner,
-            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-            "tie_word_embeddings": tied,
-        }
-    )  # fmt: skip
-    known = registry.find(name)
-    assert known is not None and known.tile_size is None
-    assert known.parameters == sum(map(math.prod, parameter_shapes(config).values()))
-
-
 def test_registry_reads_the_embedded_model(monkeypatch, checkpoint):
     from safetensors import safe_open
 

@@ -54,7 +54,7 @@ def test_importing_the_command_line_imports_typer_alone():
 def test_help_does_not_wait_for_torch():
     out, imported = imported_by(["--help"], *([command, "--help"] for command in COMMANDS), ["data", "check", "--help"])
     assert not imported
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 8
     for command in COMMANDS:
         assert f"llama-mm {command} [OPTIONS]" in out, command
     for option in (
@@ -75,3 +75,9 @@ def test_zoo_does_not_wait_for_torch():
     assert "meta-llama/Llama-3.2-11B-Vision-Instruct" in out
     # The hub's library knows where its cache is, and reads its own files in YAML.
     assert imported <= {"huggingface_hub", "yaml"}
+
+
+def test_a_plan_does_not_wait_for_torch():
+    for model in ("11B", "tiny"):  # known, and read from its folder
+        out, imported = imported_by(["plan", model, "--context", "2048"])
+        assert "self-attention cache" in out and not imported

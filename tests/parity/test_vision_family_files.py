@@ -32,6 +32,7 @@ from llama_multimodal.weights.convert import convert
 from llama_multimodal.weights.io import SafetensorsFile
 from llama_multimodal.weights.rules import same_bits
 from llama_multimodal.weights.save import save_checkpoint
+from llama_multimodal.zoo.configs import CONFIGS
 
 FEW = ["LLaVA", "LLaVA, SigLIP", "LLaVA, DINOv2", "LLaVA-NeXT", "Idefics3", "SmolVLM, tied"]
 
@@ -210,6 +211,7 @@ def test_published_configurations(name: str) -> None:
     raw, count = PUBLISHED[name]
     config = config_from_hf(raw)
     assert isinstance(config, ModelConfig) and config.fusion == "splice"
+    assert CONFIGS.get(name, config) == config
     assert sum(math.prod(shape) for shape in parameter_shapes(config).values()) == count
     side = config.vision.image_size
     tokens = {"llava": 576, "llava_next": 576, 364: 169, 384: 81, 512: 64}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import llama_multimodal as lmm
+from llama_multimodal import cli
 from llama_multimodal.errors import CheckpointError
 from llama_multimodal.models import LanguageModel
+from llama_multimodal.planning import plan
 from llama_multimodal.weights.convert import convert
 from llama_multimodal.weights.save import save_checkpoint
 
@@ -56,6 +59,14 @@ def test_saved_as_a_checkpoint_of_hugging_face(tmp_path: Path) -> None:
         save_checkpoint(model, tmp_path / "no", "gguf")
     with pytest.raises(CheckpointError, match='unknown layout "gguf"'):
         convert(tmp_path / "saved", tmp_path / "no", "gguf")
+
+
+def test_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = LanguageModelConfig(TEXT)
+    path = write_gguf(tmp_path / "model.gguf", METADATA, gguf_tensors(random_language_model(config)))
+    with pytest.raises(SystemExit):
+        cli.main(["plan", str(path), "--json"])
+    assert json.loads(capsys.readouterr().out)["total"] == plan(config).total
 
 
 def test_several_files(tmp_path: Path) -> None:

@@ -1,5 +1,4 @@
-"""The command line: `llama-mm describe`, `chat`, `doctor`, `zoo`, `train`, `eval`, `convert`,
-`data`.
+"""The command line: `llama-mm describe`, `chat`, `doctor`, `zoo`, `plan`, `train`, `eval`, `convert`, `data`.
 
 torch is imported inside the commands only, so that `--help` and a mistyped option answer at once.
 """
@@ -16,7 +15,7 @@ import typer
 
 from .. import __version__
 from ..errors import UserError
-from . import chat, data, describe, doctor, evaluate, train, zoo
+from . import chat, data, describe, doctor, evaluate, plan, train, zoo
 from . import convert as convert_command
 
 EXIT_UNEXPECTED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -34,6 +33,7 @@ app.command("describe")(describe.describe)
 app.command("chat")(chat.chat)
 app.command("doctor")(doctor.doctor)
 app.command("zoo")(zoo.zoo)
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("convert")(convert_command.convert)

@@ -31,8 +31,8 @@ class Gpu:
 
 GPUS = (
     Gpu("L4 24 GB", 22.0),
-    Gpu("RTX 3090 24 GB", 23.6),
-    Gpu("RTX 4090 24 GB", 23.6),
+    Gpu("RTX 3090 24 GB", 23.5),
+    Gpu("RTX 4090 24 GB", 23.5),
     Gpu("RTX 5090 32 GB", 31.3),
     Gpu("A100 40 GB", 39.4),
     Gpu("L40S 48 GB", 44.4),

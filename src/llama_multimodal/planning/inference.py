@@ -11,8 +11,10 @@ are those of the whole batch
 from __future__ import annotations
 
 from ..config import AnyModelConfig, ModelConfig, TextConfig
-from .options import PlanOptions, Workload
+from .options import DTYPE_BYTES, PlanOptions, Workload
 from .vision import encoder_peak
+
+_UNPACKED_AT_ONCE = 2**21  # values of a packed weight, in `ops.linear`
 
 
 def self_cache(text: TextConfig, options: PlanOptions, load: Workload) -> int:
@@ -40,12 +42,20 @@ def image_embeddings(config: AnyModelConfig, options: PlanOptions, load: Workloa
     return vision_tokens(config, load) * config.text.hidden_size * options.width
 
 
+def given_pixels(load: Workload) -> int:
+    """The tiles of `inputs.ModelInputs`, in fp32; in the machine's own memory, so on a CPU among the rest."""
+    height, width = load.tile_size
+    return load.tiles * 3 * height * width * DTYPE_BYTES["fp32"]
+
+
 def vision_peak(config: AnyModelConfig, options: PlanOptions, load: Workload) -> int:
     """The most that is alive while pictures are encoded and brought to the decoder's width, pixels included."""
     if not isinstance(config, ModelConfig) or not load.tiles:
         return 0
     height, width = load.tile_size
-    pixels = load.tiles * 3 * height * width * options.width
+    # A copy of the inputs' pixels, unless they are there already as they are wanted.
+    copied = options.device != "cpu" or options.width != options.wide
+    pixels = given_pixels(load) // options.wide * options.width * copied
     features = load.tiles * config.vision.num_tokens(height, width) * config.vision.output_size * options.width
     # The features, what the projector makes of them, and within an MLP what lies between its two layers.
     projected = features + 2 * vision_tokens(config, load) * config.text.hidden_size * options.width
@@ -53,12 +63,14 @@ def vision_peak(config: AnyModelConfig, options: PlanOptions, load: Workload) ->
 
 
 def projection_peak(config: AnyModelConfig, options: PlanOptions, load: Workload) -> int:
-    """Besides the cache, while the projected features become keys and values: they, and one layer's norm of keys."""
-    text = config.text
-    keys = text.num_key_value_heads // load.split * text.head_dim
-    tokens = vision_tokens(config, load)
-    norm = 0 if options.fused else keys * (2 * options.wide)
-    return tokens * (text.hidden_size * options.width + 2 * keys * options.width + norm)
+    """Besides what the decoder reads of the pictures, while it is made of the projected features: they, and one gated
+    block's keys before their norm (without a kernel in fp32, and their squares)."""
+    text, tokens = config.text, vision_tokens(config, load)
+    made = 0
+    if text.cross_attention_layers:
+        keys = text.num_key_value_heads // load.split * text.head_dim
+        made = keys * (options.width if options.fused else 2 * options.wide)
+    return tokens * (text.hidden_size * options.width + made)
 
 
 def prefill_peak(text: TextConfig, options: PlanOptions, load: Workload) -> int:
@@ -76,7 +88,27 @@ def prefill_peak(text: TextConfig, options: PlanOptions, load: Workload) -> int:
         rotated = queries * options.wide * (2 if options.width == options.wide else 3)
     attention = (3 * size + queries + 2 * keys) * options.width + rotated
     tokens = load.rows * load.prompt
-    return tokens * (max(feed, attention) + token_overhead(text))
+    unpacking = tokens * 5 * size * options.width + unpacked(text, options, load)
+    return max(tokens * max(feed, attention), unpacking) + tokens * token_overhead(text)
+
+
+def unpacked(text: TextConfig, options: PlanOptions, load: Workload) -> int:
+    """While packed gate and up, which are one product, meet more rows than a kernel takes: their unpacked weights.
+
+    On a GPU all of them, in fp32 three times over (before the zeros, before and behind the scales). On a CPU a piece at
+    a time, beside the result and a piece of it.
+    """
+    if options.pack is None:
+        return 0
+    size, outputs = text.hidden_size, 2 * text.intermediate_size // load.split
+    if options.device == "cuda":
+        bytes_each = {"bf16": 6, "int8": 12, "int4": 13}[options.pack.format]
+        return size * outputs * bytes_each
+    if options.pack.format == options.dtype == "bf16":
+        return 0
+    piece = min(outputs, max(1, _UNPACKED_AT_ONCE // size // 16) * 16)
+    tokens = load.rows * load.prompt
+    return piece * size * options.wide + tokens * (outputs + piece) * options.width
 
 
 def token_overhead(text: TextConfig) -> int:

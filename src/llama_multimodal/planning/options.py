@@ -18,6 +18,8 @@ Device = Literal["cuda", "cpu"]
 
 DTYPE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 PACKED_BITS: dict[str, int] = {"bf16": 16, "int8": 8, "int4": 4}
+PARTS = ("vision", "projector", "self", "cross", "embedding", "lm_head")
+TARGETS = ("self", "cross", "mlp")
 USUAL_CONTEXT = 8192
 _SCALE_BITS = 16  # of each group
 
@@ -55,17 +57,17 @@ class PlanOptions:
     dtype: of weights that are not packed, of caches and activations
     context: tokens of a sequence, prompt and answer together; None: 8192, or all that the model has
     batch: sequences at a time; in training those of one micro-batch of one GPU
-    prompt: tokens of a sequence that are read in one go; None: the whole context but one, which is the most it takes
+    prompt: tokens of a sequence that are read in one go; None: the whole context
     images: pictures of a sequence; None: one, and none for a model that reads text only
     tiles: of each picture; None: as many as the model cuts at most
     image_size: height and width of a tile in pixels, for encoders that take several; None: the usual
     pack: how the decoder's weights are packed; None: not at all
     train: None plans for answering; "lora" for adapters beside frozen weights, "full" for training every weight
-    rank: of LoRA's adapters, which lie beside all linear layers of the decoder's blocks
+    rank: of LoRA's adapters. targets: the layers that they lie beside: "self" and "cross" are the attentions of the
+        decoder's two kinds of blocks, "mlp" the feed-forward layers of both
     gradient_checkpointing: blocks keep their input only and run again in the backward pass
-    optimizer: adamw keeps two moments a parameter in the parameter's dtype; adamw8bit a byte each
-    master_weights: what is trained, its gradients and its moments lie in fp32, and products run in `dtype`
-    freeze_vision: train the decoder and the projector, not the encoder; always so with LoRA
+    optimizer: adamw keeps two moments a parameter in fp32; adamw8bit a byte each
+    freeze: parts that "full" leaves alone: vision, projector, self, cross, embedding, lm_head
     accumulate: gradients of earlier micro-batches of a step lie beside the activations
     gpus: answering divides heads, feed-forward widths and LM head (tensor parallelism); training divides weights,
         gradients and moments (fully sharded data parallelism)
@@ -82,10 +84,10 @@ class PlanOptions:
     pack: Packed | None = None
     train: Training | None = None
     rank: int = 16
+    targets: tuple[str, ...] = ("self", "mlp")
     gradient_checkpointing: bool = False
     optimizer: Optimizer = "adamw"
-    master_weights: bool = False
-    freeze_vision: bool = False
+    freeze: tuple[str, ...] = ()
     accumulate: bool = False
     gpus: int = 1
     device: Device = "cuda"
@@ -107,9 +109,19 @@ class PlanOptions:
         if self.pack is not None and self.train == "full":
             raise ConfigError("packed weights are not trained; leave pack out, or train lora beside them")
         if self.train is None:
-            for name in ("gradient_checkpointing", "master_weights", "freeze_vision", "accumulate"):
+            for name in ("gradient_checkpointing", "accumulate"):
                 if getattr(self, name):
                     raise ConfigError(f"{name} is for training; give train lora or full too")
+        if self.freeze and self.train != "full":
+            raise ConfigError("freeze is for training in full; LoRA trains its adapters only")
+        for part in self.freeze:
+            check_choice("freeze", part, PARTS)
+        for group in self.targets:
+            check_choice("targets", group, TARGETS)
+        if not self.targets:
+            raise ConfigError(f"LoRA needs a target: {', '.join(TARGETS)}")
+        if self.pack is not None and self.gpus > 1:
+            raise ConfigError("packed weights are not divided among GPUs; leave pack out, or plan for one GPU")
 
     @property
     def width(self) -> int:
@@ -156,7 +168,7 @@ def workload(config: AnyModelConfig, options: PlanOptions) -> Workload:
     context = options.context or min(USUAL_CONTEXT, longest)
     if context > longest:
         raise ConfigError(f"the model's context is {longest} tokens, and {context} are asked for; lower the context")
-    prompt = options.prompt or (context if options.train else max(1, context - 1))
+    prompt = options.prompt or context
     if prompt > context:
         raise ConfigError(f"a prompt of {prompt} tokens does not fit a context of {context}; lower it")
     pictures, tiles, size = _pictures(config, options)
@@ -170,6 +182,8 @@ def workload(config: AnyModelConfig, options: PlanOptions) -> Workload:
     split = options.gpus if options.train is None else 1
     shards = options.gpus if options.train else 1
     _check_split(config, split)
+    if options.train == "full" and text.tie_word_embeddings and len({"embedding", "lm_head"} & {*options.freeze}) == 1:
+        raise ConfigError("the model's LM head is its embedding; freeze both of them or neither")
     if options.pack is not None and options.pack.format != "bf16":
         group = options.pack.group
         if wrong := [inputs for inputs, _ in block_shapes(text) if inputs % group]:
@@ -220,12 +234,19 @@ def image_tokens(config: ModelConfig, tiles: int, size: tuple[int, int]) -> int:
 
 def _check_split(config: AnyModelConfig, split: int) -> None:
     text = config.text
-    heads, keys, inner = text.num_attention_heads, text.num_key_value_heads, text.intermediate_size
-    if heads % split or keys % split or inner % split:
-        fits = [n for n in range(1, keys + 1) if not (heads % n or keys % n or inner % n)]
+    numbers = {
+        "query heads": text.num_attention_heads,
+        "key heads": text.num_key_value_heads,
+        "feed-forward width": text.intermediate_size,
+    }
+    if isinstance(config, ModelConfig):
+        for name, field in (("vision heads", "num_attention_heads"), ("vision width", "intermediate_size")):
+            numbers[name] = getattr(config.vision, field, split)
+    wrong = [f"{count} {name}" for name, count in numbers.items() if count % split]
+    if wrong:
+        fits = [n for n in range(1, min(numbers.values()) + 1) if not any(count % n for count in numbers.values())]
         raise ConfigError(
-            f"{split} GPUs do not divide the model's {heads} query heads, {keys} key heads and width of {inner}; take"
-            f" {' or '.join(map(str, fits))}"
+            f"{split} GPUs do not divide the model's {' and '.join(wrong)}; take {' or '.join(map(str, fits))}"
         )
 
 

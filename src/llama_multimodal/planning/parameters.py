@@ -28,13 +28,15 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters; `matrices` and `lm_head` are what packing rounds and tensor parallelism divides."""
+    """Numbers of parameters. Packing rounds `matrices` and `lm_head`; tensor parallelism divides `matrices`,
+    `vision_matrices` and nearly all of the projector."""
 
     matrices: int  # of the decoder's blocks
     lm_head: int  # 0 where it is the embedding's table
     embedding: int
     vectors: int  # norms and gates of the decoder
     vision: int
+    vision_matrices: int  # of them those of its blocks
     projector: int  # LLaVA-NeXT's newline too
 
     @property
@@ -56,9 +58,10 @@ def count_parameters(config: AnyModelConfig) -> Parameters:
     cross = len(text.cross_attention_layers)
     vectors = 2 * text.hidden_size * text.num_hidden_layers + text.hidden_size  # two norms a block, and the last one
     vectors += cross * (2 * text.head_dim + 2)  # norms of queries and keys, gates
-    vision = projector = 0
+    vision = matrices = projector = 0
     if not isinstance(config, LanguageModelConfig):
         vision = _of(_VISION, config.vision)(config.vision)
+        matrices = _vision_matrices(config.vision)
         count = _of(_PROJECTORS, config.projector)
         projector = count(config.projector, config.vision.output_size, text.hidden_size)
         projector += text.hidden_size * bool(config.grid_pinpoints)
@@ -68,6 +71,7 @@ def count_parameters(config: AnyModelConfig) -> Parameters:
         embedding=(text.vocab_size + text.num_extra_embeddings) * text.hidden_size,
         vectors=vectors,
         vision=vision,
+        vision_matrices=matrices,
         projector=projector,
     )
 
@@ -108,6 +112,12 @@ def _vit(vision: VitConfig, block: int, extra: int) -> int:
     size = vision.hidden_size
     embeddings = size * (vision.num_channels * vision.patch_size**2 + vision.side**2)
     return embeddings + extra + vision.num_hidden_layers * (block + 4 * size**2 + size)
+
+
+def _vision_matrices(vision: Any) -> int:
+    blocks = vision.num_hidden_layers + getattr(vision, "num_global_layers", 0)
+    products = 3 if getattr(vision, "swiglu", False) else 2
+    return blocks * (4 * vision.hidden_size**2 + products * vision.hidden_size * vision.intermediate_size)
 
 
 def _mlp(size: int, inner: int) -> int:

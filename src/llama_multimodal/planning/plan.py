@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from ..config import AnyModelConfig
 from . import inference, training
-from .options import DTYPE_BYTES, PlanOptions, Workload, workload
+from .options import PlanOptions, Workload, workload
 from .parameters import Parameters, count_parameters
 
 
@@ -87,17 +87,17 @@ def plan(config: AnyModelConfig, options: PlanOptions | None = None) -> MemoryPl
 def weights(config: AnyModelConfig, parameters: Parameters, options: PlanOptions, split: int = 1) -> int:
     """Bytes of a model's weights in their dtype, the decoder's packed where asked for.
 
-    split: GPUs that share the matrices of the decoder's blocks, and the LM head where its rows divide.
+    split: GPUs that share the matrices of the blocks and the projector
     """
-    width, text = options.width, config.text
-    whole = parameters.embedding + parameters.vectors + parameters.vision + parameters.projector
-    head, matrices = parameters.lm_head, parameters.matrices // split
-    if options.pack is not None and not head and not _shares_table(options):
-        head = text.vocab_size * text.hidden_size  # packed, it is a table of its own
-    head = head if text.vocab_size % split else head // split
+    shared = parameters.matrices + parameters.vision_matrices + parameters.projector
     if options.pack is None:
-        return (whole + matrices + head) * width
-    return whole * width + options.pack.num_bytes(matrices) + options.pack.num_bytes(head, lm_head=True)
+        return (parameters.total - shared + shared // split) * options.width
+    head = parameters.lm_head
+    if not head and not _shares_table(options):  # packed, it is a table of its own
+        head = config.text.vocab_size * config.text.hidden_size
+    whole = parameters.total - parameters.matrices - parameters.lm_head
+    packed = options.pack.num_bytes(parameters.matrices) + options.pack.num_bytes(head, lm_head=True)
+    return whole * options.width + packed
 
 
 def _shares_table(options: PlanOptions) -> bool:
@@ -108,13 +108,18 @@ def _shares_table(options: PlanOptions) -> bool:
     return head == options.dtype == "bf16" and options.device == "cuda"
 
 
+def _pixels(options: PlanOptions, load: Workload) -> int:
+    return inference.given_pixels(load) if options.device == "cpu" else 0
+
+
 # --- answering -------------------------------------------------------------------------------------------------------
 
 _INFERENCE = {
-    "weights": "the model, whole on one GPU; on several, blocks and LM head divided, the rest on each",
+    "weights": "the model",
     "self-attention cache": "keys and values of every token of the context, for each self-attention layer",
     "cross-attention cache": "keys and values of the pictures' tokens, for each gated layer",
     "image embeddings": "what takes the place of the pictures' tokens in the prompt",
+    "pixels": "the pictures' tiles in fp32, as they are given to the model",
     "vision activations": "one block of the encoder and the states that it hands on, or the projector",
     "text activations": "one block of the decoder over the whole prompts",
     "logits": "of one token a sequence",
@@ -126,6 +131,7 @@ def _inference(config: AnyModelConfig, parameters: Parameters, options: PlanOpti
     always = {
         "weights": weights(config, parameters, options, load.split),
         "self-attention cache": inference.self_cache(text, options, load),
+        "pixels": _pixels(options, load),
     }
     cross = {"cross-attention cache": inference.cross_cache(*given)}
     embedded = {"image embeddings": inference.image_embeddings(*given)}
@@ -149,50 +155,50 @@ def _inference(config: AnyModelConfig, parameters: Parameters, options: PlanOpti
 # --- training --------------------------------------------------------------------------------------------------------
 
 _TRAINING = {
-    "weights": "the model, in the dtype that it is trained or frozen in; divided among several GPUs",
-    "adapters": "LoRA's two matrices beside each linear layer of the decoder's blocks; divided likewise",
+    "weights": "the model; what is trained of it in fp32",
+    "adapters": "LoRA's two matrices beside each of the layers it is for, in fp32",
     "copies": "of trained weights, in the dtype of the products",
-    "gathered weights": "two blocks, embedding and LM head, whole while they are used; a block's gradients",
-    "optimizer": "two moments of each trained parameter; divided likewise",
-    "gradients": "of each trained parameter; divided likewise",
+    "gathered weights": "two blocks, embedding and LM head, whole while they are used, and their gradients",
+    "optimizer": "two moments of each trained parameter",
+    "gradients": "of each trained parameter, in fp32",
+    "pixels": "the pictures' tiles in fp32, as they are given to the model",
     "vision activations": "what the encoder and the projector keep for the backward pass",
-    "text activations": "what the decoder's blocks keep for the backward pass, and one block that runs backward",
-    "loss": "the last norm, a chunk of logits, and the LM head's gradient in fp32",
+    "text activations": "what the decoder's blocks keep for the backward pass, and one that runs backward",
+    "loss": "the last norm, a chunk of logits, and a trained LM head's gradient",
 }
 
 
 def _training(config: AnyModelConfig, parameters: Parameters, options: PlanOptions, load: Workload) -> _Sheet:
-    text, shards = config.text, load.shards
+    shards = load.shards
     learnt = training.trained(config, parameters, options)
-    always = {
-        "weights": weights(config, parameters, options) // shards,
-        "optimizer": learnt.moments // shards,
-    }
-    gradients, head = learnt.gradients // shards, 0
+    always = {"weights": weights(config, parameters, options), "optimizer": learnt.moments}
     if options.train == "lora":
-        always["adapters"] = learnt.weights // shards
+        always["adapters"] = learnt.weights
     else:
-        always["weights"] += (learnt.weights - learnt.parameters * options.width) // shards
-        wide = DTYPE_BYTES["fp32"] if options.master_weights else options.width
-        head = text.vocab_size * text.hidden_size * wide // shards
+        always["weights"] += learnt.weights - learnt.parameters * options.width
+    always = {name: size // shards for name, size in always.items()}
+    always["pixels"] = _pixels(options, load)
     if shards > 1:
-        always["gathered weights"] = training.gathered(parameters, text, options)
+        always["gathered weights"] = training.gathered(parameters, config.text, options)
     saved, backward = training.text_saved(config, options, load)
     pictures = training.vision_saved(config, options, load)
-    loss = training.loss_peak(config, parameters, options, load)
-    one = saved // text.num_hidden_layers  # of the block that runs last
-    earlier = gradients if options.accumulate else 0
-    copies = {"copies": learnt.copies if shards == 1 else 0}  # sharded, they are gathered block by block
+    loss = training.loss_peak(config, learnt, options, load)
+    last = saved // config.text.num_hidden_layers  # of the decoder's block that runs backward last
+    head, decoder = learnt.head_gradient // shards, learnt.decoder_gradients // shards
+    earlier = learnt.gradients if options.accumulate else 0  # whole on each GPU, until they are exchanged
     phases = {
         "the loss": {"vision activations": pictures, "text activations": saved, "loss": loss, "gradients": earlier},
         "the start of the backward pass": {
             "vision activations": pictures, "text activations": saved + backward, "gradients": max(earlier, head),
         },
-        "the end of the backward pass": {"text activations": backward + one, "gradients": gradients},
+        "the backward pass between decoder and encoder": {
+            "vision activations": pictures, "text activations": backward + last, "gradients": max(earlier, decoder),
+        },
+        "the end of the backward pass": {"gradients": max(earlier, learnt.gradients // shards)},
     }  # fmt: skip
-    for phase in phases.values():
-        phase.update(copies)
-    if load.tiles and (options.train == "lora" or options.freeze_vision):
+    if load.tiles and (options.train == "lora" or "vision" in options.freeze):
         peak = inference.vision_peak(config, options, load)
-        phases["encoding the pictures"] = {"vision activations": peak, "gradients": earlier, **copies}
+        phases["encoding the pictures"] = {"vision activations": peak, "gradients": earlier}
+    for phase in phases.values():  # sharded, they are gathered block by block
+        phase["copies"] = learnt.copies if shards == 1 else 0
     return _Sheet(always, phases)

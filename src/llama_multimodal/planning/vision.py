@@ -18,7 +18,7 @@ def encoder_peak(vision: Any, options: PlanOptions, load: Workload) -> int:
     """The most that is alive while an encoder runs without gradients, its result included."""
     if isinstance(vision, TiledVisionConfig):
         return _tiled_peak(vision, options, load)
-    size, inner = vision.hidden_size, vision.intermediate_size
+    size, inner = vision.hidden_size, vision.intermediate_size // load.split
     # What entered the first block and this one, the attention's result, the sum and its norm: 5 E; then the hidden
     # values, and what comes out (the quick GELU and SwiGLU hold more hidden values when nothing has come out yet).
     feed = 6 * size + inner
@@ -26,15 +26,15 @@ def encoder_peak(vision: Any, options: PlanOptions, load: Workload) -> int:
         feed = max(feed, 5 * size + 3 * inner)
     if isinstance(vision, Dinov2Config) and vision.swiglu:
         feed = max(feed, 5 * size + (3 if options.fused else 4) * inner)
-    attention = 8 * size  # two inputs, a norm, queries, keys, values, and the result in two orders
+    attention = 3 * size + 5 * size // load.split  # two inputs, a norm; queries, keys, values, the result in two orders
     return load.tiles * _tokens(vision, load) * max(feed, attention) * options.width
 
 
 def encoder_saved(vision: Any, options: PlanOptions, load: Workload) -> tuple[int, int]:
     """What the backward pass of one block needs of its forward pass, and what a block's input takes; in bytes.
 
-    A layer norm keeps its input, and the layers behind it its output: 4 E; queries, keys, values and the result in two
-    orders: 5 E; the hidden values before and behind the GELU: 2 F.
+    A layer norm keeps its input in fp32 (2 E), and the layers behind it its output (2 E); queries, keys, values and the
+    result in two orders: 5 E; the hidden values before and behind the GELU: 2 F.
     """
     if isinstance(vision, TiledVisionConfig):
         tokens, inner = load.images * _picture_tokens(vision, load), vision.intermediate_size
@@ -46,7 +46,8 @@ def encoder_saved(vision: Any, options: PlanOptions, load: Workload) -> tuple[in
     if isinstance(vision, Dinov2Config) and vision.swiglu:
         hidden = 3 if options.fused else 4
     size = vision.hidden_size
-    return tokens * (9 * size + hidden * inner) * options.width, tokens * size * options.width
+    inputs = tokens * size * options.wide
+    return 2 * inputs + tokens * (7 * size + hidden * inner) * options.width, inputs
 
 
 def num_blocks(vision: Any) -> int:
@@ -76,8 +77,8 @@ def _tiled_peak(vision: TiledVisionConfig, options: PlanOptions, load: Workload)
     kept = len(vision.intermediate_layers_indices) * tokens * size  # states that are returned as well
     piece = math.ceil(tokens / math.ceil(tokens / _MLP_TOKENS))
     # Input, norm, queries, keys and values; the result for pictures and for padding, joined, and the latter once more.
-    attention = 7 * tokens * size + (tokens - real) * size
+    attention = 2 * tokens * size + (5 * tokens + tokens - real) * size // load.split
     # Input, the attention's result, the sum, its norm, what comes out; a piece's hidden values and its result.
-    feed = 5 * tokens * size + piece * (vision.intermediate_size + size)
+    feed = 5 * tokens * size + piece * (vision.intermediate_size // load.split + size)
     joined = tokens * size + real * vision.output_size
     return load.images * (kept + max(attention, feed, joined)) * options.width
