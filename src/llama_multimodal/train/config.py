@@ -41,6 +41,8 @@ class OptimConfig:
         rates = (self.learning_rate, *self.learning_rates.values())
         if min(rates) < 0 or self.clip_norm <= 0:
             raise ConfigError("optim: learning rates must not be negative, and clip_norm must be above 0")
+        if self.learning_rates and self.optimizer == "muon":
+            raise ConfigError("optim: muon has one rate for all parts; leave learning_rates out, or take adamw")
         if self.learning_rates and self.learning_rate == 0:
             raise ConfigError(
                 "optim: learning_rate is 0, and the parts' own rates are scheduled by it; freeze parts instead"

@@ -82,11 +82,6 @@ class Task(ABC, Generic[Micro]):
         place of the trained ones."""
 
 
-def describe(error: BaseException) -> str:
-    """The first line of an error."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that learn, by name."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

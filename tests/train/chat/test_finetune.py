@@ -236,6 +236,8 @@ def test_the_last_answer_is_asked_for(rows: Path, tmp_path: Path) -> None:
         ({"batch": {"rows": 0}}, "rows, tokens and rows_at_once must be at least 1"),
         ({"batch": {"packing": "yes"}}, "packing must be true or false"),
         ({"result": "best"}, "result: best needs evaluate.every"),
+        ({"evaluate": {"every": 5}}, "evaluate.every needs rows to evaluate on"),
+        ({"optim": {"optimizer": "muon", "learning_rates": {"vision": 1e-5}}}, "muon has one rate for all parts"),
         ({"method": "lora", "dtype": "float16", "lora": {"dtype": "model"}}, "need lora.dtype float32"),
     ],
 )

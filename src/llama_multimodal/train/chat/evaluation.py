@@ -38,10 +38,8 @@ class Evaluation:
 
     @classmethod
     def of(cls, recipe: ChatRecipe, processor: Processor, group: Group) -> Evaluation | None:
-        """None where nothing is held out, or nothing asked for."""
-        if not recipe.evaluate.every or not (recipe.data.evaluation or recipe.data.holdout):
-            return None
-        return cls(recipe, processor, group)
+        """None where it is not asked for."""
+        return cls(recipe, processor, group) if recipe.evaluate.every else None
 
     def answers(self, model: LanguageModel, step: int) -> dict[str, float]:
         """Let the model answer in the place of the last answer of some rows, greedily; scores over all processes."""

@@ -68,8 +68,10 @@ class ChatRecipe(Recipe):
             raise ConfigError(f"freeze is for the method full; {self.method} trains what lora.targets names")
         if self.dtype == "float16" and self.method != "full" and self.lora.dtype != "float32":
             raise ConfigError("dtype float16 scales gradients, which need lora.dtype float32")
-        if self.result == "best" and not (self.evaluate.every and (self.data.evaluation or self.data.holdout)):
-            raise ConfigError("result: best needs evaluate.every, and data.evaluation or data.holdout to evaluate on")
+        if self.evaluate.every and not (self.data.evaluation or self.data.holdout):
+            raise ConfigError("evaluate.every needs rows to evaluate on: set data.holdout, or list data.evaluation")
+        if self.result == "best" and not self.evaluate.every:
+            raise ConfigError("result: best needs evaluate.every, which says what is best")
 
     def usage(self, result: Path) -> str:
         whole = self.method == "full"
