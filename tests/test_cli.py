@@ -505,31 +505,33 @@ def test_doctor_without_torch(llama_mm, monkeypatch):
 
 def test_train_exports_and_draws(llama_mm, monkeypatch, tmp_path, checkpoint):
     pytest.importorskip("matplotlib")
-    from dataclasses import asdict
-
     from llama_multimodal import loading
     from llama_multimodal.train import loop
+    from llama_multimodal.train.config import Progress
+    from llama_multimodal.train.watch import line
 
     output = tmp_path / "run"
     (tmp_path / "recipe.yaml").write_text(
-        f"output: {output}\nsteps: 40\nvision_steps: 10\nsave_every: 20\nvision: {{}}\ntext: {{}}\n"
+        f"task: world\noutput: {output}\nsteps: 40\nvision_steps: 10\nsave_every: 20\nvision: {{}}\ntext: {{}}\n"
     )
 
     def train(recipe, report):
         output.mkdir()
         with open(output / "metrics.jsonl", "w") as log:
             for step in range(1, recipe.steps + 1):
-                progress = loop.Progress(step, 0.0 if step <= 10 else 3 / step, 1 / step, 0.5, 12.0)
-                log.write(json.dumps(asdict(progress)) + "\n")
+                values = {"answer_loss": 0.0 if step <= 10 else 3 / step, "auxiliary_loss": 1 / step}
+                progress = Progress(step, {**values, "token_accuracy": 0.5, "samples_per_second": 12.0})
+                log.write(line(progress))
                 report(progress)
         return output
 
-    def averaged_model(recipe):
-        model, _ = loading.load(checkpoint)
-        return model, None, checkpoint / "tokenizer.json"
+    def export(recipe):
+        model, processor = loading.load(checkpoint)
+        loading.save(model, processor, output / "model")
+        return output / "model"
 
     monkeypatch.setattr(loop, "train", train)
-    monkeypatch.setattr(loop, "averaged_model", averaged_model)
+    monkeypatch.setattr(loop, "export", export)
     done = llama_mm("train", tmp_path / "recipe.yaml")
     assert done.code == 0, done.err
     assert "step 40 of 40  loss " in done.err and "12.0 pictures/s" in done.err

@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "assemble": BUILT | {"loading"},
     "generate": BASE | {"models", "sampling"},
     "engine": RUN,
-    "train": RUN,
+    "train": RUN | {"eval"},
     "zoo": {"errors", "config", "processing"},
     "eval": RUN | {"engine"},
     "server": RUN | {"engine"},

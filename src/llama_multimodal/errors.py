@@ -32,6 +32,10 @@ class DeviceError(UserError):
     """A dtype, device or backend was asked for that is not there."""
 
 
+class TrainingError(UserError):
+    """A training run cannot go on: its loss is not finite, a step teaches nothing or does not fit in memory."""
+
+
 class MissingExtraError(UserError):
     """An optional dependency is needed that is not installed."""
 

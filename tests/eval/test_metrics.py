@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llama_multimodal.eval.harness import TARGETS, Report, Score, _questions
-from llama_multimodal.eval.metrics import exact_match, wilson_interval
+from llama_multimodal.eval.metrics import anls, edit_distance, exact_match, wilson_interval
 from llama_multimodal.zoo.world import KINDS
 
 
@@ -34,3 +34,10 @@ def test_pooled_scores_cover_their_kinds() -> None:
     assert pooled["count"][0].total == 80 and pooled["count"][0].right == 0 + 1 + 2 + 3 and pooled["count"][1] == 95
     without = {"description", "outside", "place"}
     assert {kind for _, kinds in TARGETS.values() for kind in kinds} == set(KINDS) - without
+
+
+def test_anls() -> None:
+    assert anls("Paris ", ["paris"]) == 1.0 and anls("", [""]) == 1.0 and anls("", ["x"]) == 0.0
+    assert anls("colour", ["color", "nothing"]) == pytest.approx(5 / 6)
+    assert anls("abcd", ["abxy"]) == 0.5 and anls("abcd", ["axyz"]) == 0.0  # below a half counts for nothing
+    assert edit_distance("kitten", "sitting") == 3 and edit_distance("", "abc") == 3

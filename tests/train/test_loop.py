@@ -1,385 +1,392 @@
-"""The training loop: data as a function of seed and step, resuming, two processes against one, shared tables."""
+"""The training loop itself, on a toy task: a step against one written by hand, kills, resuming, and what goes wrong."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import multiprocessing
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from toy_task import ToyRecipe, ToyTask, run_toy
 
-from llama_multimodal.config import ModelConfig, TextConfig, TiledVisionConfig
-from llama_multimodal.errors import ConfigError
-from llama_multimodal.inputs import ImageLayout
-from llama_multimodal.models import VisionLanguageModel
-from llama_multimodal.models.layers import split_heads
-from llama_multimodal.processing.tiles import choose_canvas, fitted_size
-from llama_multimodal.train import loop
-from llama_multimodal.train.auxiliary import PATCH_HEADS, AuxiliaryHeads, Targets, middle_block, picture_targets
-from llama_multimodal.train.config import DataConfig, OptimConfig, Recipe
-from llama_multimodal.train.data import IGNORED, MicroBatch, WorldSteps, prepare_sample
-from llama_multimodal.train.initial import initialise, share_between_ratios
-from llama_multimodal.weights.save import save_checkpoint
-from llama_multimodal.zoo.world import CHARS, Mark, sample
+from llama_multimodal.errors import CheckpointError, ConfigError, MissingExtraError, TrainingError
+from llama_multimodal.train import checkpoint, loop, watch
+from llama_multimodal.train.config import OptimConfig, Progress, WatchConfig
+from llama_multimodal.train.guard import fits, seed_step
+from llama_multimodal.train.optim import scheduled
+from llama_multimodal.train.parallel import Group
 
-VISION = TiledVisionConfig(32, 48, 2, 1, 2, 3, 64, 16, 4, (1,))
-TEXT = TextConfig(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
-    cross_attention_layers=(0, 2), max_position_embeddings=512, rope_scaling=None,
-)  # fmt: skip
+OPTIM = OptimConfig(learning_rate=1e-2, weight_decay=0.1, warmup_steps=2, schedule="cosine")
 
 
-def recipe(folder: Path, **changes: object) -> Recipe:
-    base = Recipe(
-        output=str(folder), steps=4, vision=VISION, text=TEXT, vision_steps=1, vocabulary_samples=300, save_every=2,
-        optim=OptimConfig(warmup_steps=1, decay_steps=1),
-        data=DataConfig(samples_per_step=4, turns_per_scene=2, workers=0),
-    )  # fmt: skip
+def toy(folder: Path, **changes: object) -> ToyRecipe:
+    base = ToyRecipe(output=str(folder), steps=6, optim=OPTIM, save_every=2)
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 
-def weights(one: Recipe) -> dict[str, torch.Tensor]:
-    model, _, _ = loop.averaged_model(one)
-    return dict(model.named_parameters())
+def losses(recipe: ToyRecipe) -> list[float]:
+    return [progress.values["loss"] for progress in watch.lines(Path(recipe.output))]
 
 
-def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
-    whole = recipe(tmp_path / "whole")
-    losses: dict[str, list[float]] = {"whole": [], "parts": []}
-    loop.train(whole, lambda p: losses["whole"].append(p.answer_loss))
-    parts = recipe(tmp_path / "parts")
-
-    class Killed(Exception):
-        pass
-
-    def die_at_three(progress: loop.Progress) -> None:
-        if progress.step == 3:
-            raise Killed
-        losses["parts"].append(progress.answer_loss)
-
-    with pytest.raises(Killed):
-        loop.train(parts, die_at_three)
-    loop.train(parts, lambda p: losses["parts"].append(p.answer_loss))
-    assert losses["parts"] == losses["whole"] and losses["whole"][1] > 0
-    for name, value in weights(whole).items():
-        assert torch.equal(value, weights(parts)[name]), name
-    assert [p.step for p in loop.lines(tmp_path / "parts")] == [1, 2, 3, 4]
+def final(recipe: ToyRecipe) -> dict[str, torch.Tensor]:
+    saved = checkpoint.load_last(recipe.checkpoints)
+    assert saved is not None and saved.step == recipe.steps
+    return dict(saved.weights)
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    one, two = recipe(tmp_path / "one", steps=2, vision_steps=0), recipe(tmp_path / "two", steps=2, vision_steps=0)
-    seen: list[loop.Progress] = []
-    loop.train(one, seen.append)
-    loop.train(dataclasses.replace(two, processes=2), seen.append)
-    for a, b in zip(seen[:2], seen[2:]):
-        assert a.answer_loss == pytest.approx(b.answer_loss, abs=1e-5)
-        assert a.auxiliary_loss == pytest.approx(b.auxiliary_loss, abs=1e-4)
-
-
-def test_micro_batches_add_up_to_the_step(tmp_path: Path) -> None:
-    seen: list[loop.Progress] = []
-    for tokens in (1, 100_000):
-        data = DataConfig(samples_per_step=6, tokens_per_microbatch=tokens, workers=0)
-        one = recipe(tmp_path / str(tokens), steps=2, vision_steps=0, data=data)
-        config, tokenizer, _ = loop.prepare(one)
-        pieces = WorldSteps(one, config, tokenizer)[0]
-        assert len(pieces) == (6 if tokens == 1 else 1)
-        assert sum(len(piece.targets.mentions) > 0 for piece in pieces) >= (3 if tokens == 1 else 1)
-        loop.train(one, seen.append)
-    for a, b in zip(seen[:2], seen[2:]):
-        assert a.answer_loss == pytest.approx(b.answer_loss, abs=1e-5)
-        assert a.auxiliary_loss == pytest.approx(b.auxiliary_loss, abs=1e-4)
-
-
-def test_learning_rate(tmp_path: Path) -> None:
-    optim = OptimConfig(learning_rate=8.0, decoder_learning_rate=2.0, warmup_steps=4, decay_steps=5)
-    one = recipe(tmp_path, steps=20, vision_steps=6, optim=optim)
-    rates = [loop.learning_rate(step, one) for step in range(20)]
-    assert rates[:6] == [2, 4, 6, 8, 8, 8] and rates[6:16] == [2] * 10 and rates[16:] == [1.6, 1.2, 0.8, 0.4]
-    same = dataclasses.replace(one, optim=dataclasses.replace(optim, decoder_learning_rate=None))
-    assert loop.learning_rate(6, same) == 8
-
-
-def test_steps_are_a_function_of_seed_and_step(tmp_path: Path) -> None:
-    one = recipe(tmp_path)
-    config, tokenizer, _ = loop.prepare(one)
-    first, again = (WorldSteps(one, config, tokenizer)[5][0] for _ in range(2))
-    assert torch.equal(first.inputs.tokens, again.inputs.tokens) and torch.equal(first.inputs.tiles, again.inputs.tiles)
-    other = WorldSteps(dataclasses.replace(one, data=dataclasses.replace(one.data, seed=1)), config, tokenizer)[5][0]
-    assert first.inputs.tokens.shape != other.inputs.tokens.shape or not torch.equal(
-        first.inputs.tokens, other.inputs.tokens
+def test_steps_equal_a_loop_written_by_hand(tmp_path: Path) -> None:
+    recipe = toy(tmp_path, steps=3, dropout=0.0)
+    loop.train(recipe, lambda progress: None)
+    task = ToyTask(recipe, Group())
+    model = task.modules
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.999)
     )
-
-
-def test_only_answers_are_learnt(tmp_path: Path) -> None:
-    one = recipe(tmp_path)
-    config, tokenizer, _ = loop.prepare(one)
-    eot = tokenizer.special("<|eot_id|>")
-    for batch in WorldSteps(one, config, tokenizer)[0]:
-        for row, length in enumerate(batch.inputs.lengths):
-            labels = batch.labels[row]
-            learnt = (labels != IGNORED).nonzero().flatten().tolist()
-            assert learnt and learnt[-1] == length - 2 and labels[length - 2] == eot
-            assert all(labels[t] == batch.inputs.tokens[row, t + 1] for t in learnt)
-            assert config.image_token_id not in labels
-            # The first answer comes after the first user message and the assistant's header.
-            assert (batch.inputs.tokens[row, : learnt[0]] == eot).sum() >= 1
-
-
-def test_named_tokens_end_what_is_named(tmp_path: Path) -> None:
-    config, tokenizer, _ = loop.prepare(recipe(tmp_path))
-    for seed in range(20):
-        item = sample(seed, family="scene")
-        prepared = prepare_sample(item, tokenizer, config)
-        named = [(turn.question, mention) for turn in item.turns for mention in turn.mentions]
-        assert [mark for _, mark in prepared.named] == [mention.mark for _, mention in named]
-        for (position, _), (question, mention) in zip(prepared.named, named):
-            assert tokenizer.decode(prepared.tokens[position : position + 1]).strip() == mention.words.split()[-1]
-            said = tokenizer.decode(prepared.tokens[: position + 1])
-            assert said.endswith(question[: question.index(mention.words) + len(mention.words)])
-            assert prepared.labels[position] == IGNORED
-
-
-def test_characters_are_looked_for_from_the_token_before(tmp_path: Path) -> None:
-    config, tokenizer, _ = loop.prepare(recipe(tmp_path))
-    for seed in range(20):
-        item = sample(seed, family="text")
-        prepared = prepare_sample(item, tokenizer, config)
-        answers = [turn.answer for turn in item.turns if turn.kind == "text"]
-        assert len(prepared.named) == sum(map(len, answers)) > 0
-        for (position, mark), char in zip(prepared.named, "".join(answers)):
-            assert CHARS[mark.char] == char
-            assert tokenizer.decode([prepared.labels[position]]) == char
-
-
-def test_texts_beside_a_steps_samples(tmp_path: Path) -> None:
-    data = DataConfig(samples_per_step=2, sheets_beside=2, texts_beside=3, workers=0)
-    one = recipe(tmp_path, sheet_steps=1, data=data)
-    config, tokenizer, _ = loop.prepare(one)
-    sheets, *others = WorldSteps(one, config, tokenizer)[1]
-    assert len(sheets.inputs.images) == 2 and sum(len(batch.labels) for batch in others) == 5
-    assert WorldSteps(one, config, tokenizer).count(1) == 7
-    answers = {tuple(row[row != IGNORED].tolist()) for batch in others for row in batch.labels}
-    for seed in range(1 * 7 + 2, 1 * 7 + 5):
-        labels = prepare_sample(sample(seed, family="text", turns=data.turns_per_scene), tokenizer, config).labels
-        assert tuple(label for label in labels if label != IGNORED) in answers
-    assert sum(len(batch.inputs.images) for batch in WorldSteps(one, config, tokenizer)[0]) == data.sheets_per_step
-
-
-def test_places_are_in_tiles_of_the_canvas(tmp_path: Path) -> None:
-    data = DataConfig(samples_per_step=24, turns_per_scene=8, workers=0)
-    one = recipe(tmp_path, data=data)
-    config, tokenizer, _ = loop.prepare(one)
-    side, most = VISION.image_size, VISION.max_num_tiles
-    items = {}
-    for seed in range(24):
-        item = sample(seed)
-        prepared = prepare_sample(item, tokenizer, config)
-        items[tuple(prepared.tokens)] = item, prepared.named
-    grids, named = set(), 0
-    for batch in WorldSteps(one, config, tokenizer)[0]:
-        targets, found = batch.targets, []
-        assert targets.mentions.dtype == torch.int64 and targets.places.dtype == torch.float32
-        for row, length in enumerate(batch.inputs.lengths):
-            item, positions = items[tuple(batch.inputs.tokens[row, :length].tolist())]
-            if item.image is None:
-                continue
-            width, height = item.image.size
-            rows, columns = choose_canvas(width, height, side, most)
-            fitted = fitted_size(width, height, rows, columns, side)
-            for position, mark in positions:
-                place = targets.places[len(found)]
-                x, y = mark.x / width * fitted[0], mark.y / height * fitted[1]
-                assert place.tolist() == pytest.approx((x / side, y / side), abs=1e-5)
-                assert 0 < place[0] < columns and 0 < place[1] < rows
-                grids.add((rows, columns))
-                found.append([row, position])
-        assert targets.mentions.tolist() == found and len(targets.places) == len(found)
-        assert targets.weights()[-1] == len(found)
-        named += len(found)
-    assert named > 20 and len(grids) > 2
-
-
-def with_mentions(one: Recipe) -> tuple[VisionLanguageModel, AuxiliaryHeads, MicroBatch]:
-    """A fresh model, its heads, and samples that name things."""
-    config, tokenizer, _ = loop.prepare(one)
-    (batch,) = WorldSteps(one, config, tokenizer)[0]
-    assert len(batch.targets.mentions) > 4
-    torch.manual_seed(0)
-    model, heads = VisionLanguageModel(config), AuxiliaryHeads(config)
-    initialise(model, batch.inputs.tiles)
-    return model, heads, batch
-
-
-def test_places_teach_the_blocks_up_to_the_middle_one(tmp_path: Path) -> None:
-    data = DataConfig(samples_per_step=8, tokens_per_microbatch=100_000, workers=0)
-    text = dataclasses.replace(TEXT, num_hidden_layers=6, cross_attention_layers=(1, 3, 5))
-    model, heads, batch = with_mentions(recipe(tmp_path, text=text, data=data))
-    assert middle_block(model) is model.decoder.layers[3]
-    states: list[torch.Tensor] = []
-    middle_block(model).register_forward_hook(lambda block, given, state: states.append(state))
-    model(batch.inputs)
-    heads.places(states[0], batch.targets, batch.targets.weights().tolist()).backward()
-
-    def learns(module: torch.nn.Module) -> bool:
-        return any(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
-
-    assert [learns(block) for block in model.decoder.layers] == [True] * 4 + [False] * 2
-    assert learns(model.vision) and learns(model.projector) and not learns(model.decoder.lm_head)
-    assert learns(heads.place) and not learns(heads.patch) and not learns(heads.count)
-
-
-def test_a_step_teaches_places(tmp_path: Path) -> None:
-    """By that loss alone: nothing else reaches its head."""
-    data = DataConfig(samples_per_step=8, tokens_per_microbatch=100_000, workers=0)
-    one = recipe(tmp_path, data=data)
-    for vision_only in (False, True):
-        model, heads, batch = with_mentions(one)
-        loop._step(model, heads, [batch], vision_only, one)
-        assert (heads.place[1].weight.grad is None) == vision_only
-        assert not middle_block(model)._forward_hooks
-
-
-def test_place_losses_of_micro_batches_add_up() -> None:
-    torch.manual_seed(0)
-    heads = AuxiliaryHeads(ModelConfig(VISION, dataclasses.replace(TEXT, vocab_size=32), 32))
-    state, mentions = torch.randn(4, 9, TEXT.hidden_size), torch.tensor([[0, 3], [0, 8], [2, 1], [3, 0], [3, 5]])
-    places = 4 * torch.rand(5, 2)
-
-    def targets(first: int, end: int, row: int) -> Targets:
-        nothing = torch.zeros(len(PATCH_HEADS), 0, 0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.int64)
-        return Targets(*nothing, mentions[first:end] - torch.tensor([row, 0]), places[first:end])
-
-    whole, parts = targets(0, 5, 0), [targets(0, 2, 0), targets(2, 5, 2)]
-    totals = torch.stack([part.weights() for part in parts]).sum(0).tolist()
-    assert totals == whole.weights().tolist() and totals[-1] == 5
-    pieces = [heads.places(state[:2], parts[0], totals), heads.places(state[2:], parts[1], totals)]
-    loss = heads.places(state, whole, totals)
-    torch.testing.assert_close(sum(pieces), loss)
-    assert heads.places(state.flip(1), whole, totals) != loss  # other tokens
-    with torch.no_grad():
-        heads.place[1].weight.zero_()
-        heads.place[1].bias.copy_(places[0] + 0.4)
-        exact = dataclasses.replace(whole, places=places[:1].expand(5, 2))
-    # Smooth l1 with a knee at 0.1: 0.4 - 0.05 for each coordinate.
-    assert heads.places(state, exact, totals).item() == pytest.approx(3.0 * 2 * 0.35, rel=1e-5)
-
-
-def test_picture_targets_find_their_patch() -> None:
-    layout = ImageLayout(1, 2)  # a canvas of 128 x 64, patches of 16
-    marks = [
-        Mark("object", 90, 20, (70, 0, 110, 40), shape=2, color=3, size=1),
-        Mark("object", 5, 5, (3, 3, 7, 7), shape=0, color=0, size=-1),
-    ]
-    patches, counts = picture_targets(marks, layout, VISION)
-    names = list(PATCH_HEADS)
-    # x = 90 is column 5 of 8: the second tile's column 1; y = 20 is row 1: patch 1 * 4 + 1.
-    assert patches[names.index("shape"), 1, 5] == 3 and patches[names.index("color"), 1, 5] == 4
-    assert patches[names.index("size"), 1, 5] == 2 and patches[names.index("size"), 0, 0] == -100
-    # The circle of radius 20 around (90, 20) holds the middles at x = 72, 88, 104 of the rows y = 8 and 24, all but
-    # (72, 8), and none of y = 40. The speck holds no middle: its own patch stands in.
-    circle = patches[names.index("shape"), 1].view(4, 4)
-    inside = [[math.hypot(72 + 16 * c - 90, 8 + 16 * r - 20) <= 20 for c in range(4)] for r in range(4)]
-    assert torch.equal(circle == 3, torch.tensor(inside)) and circle.count_nonzero() == 5
-    assert patches[names.index("shape"), 0].tolist() == [1] + [0] * 15
-    assert patches[names.index("center")].nonzero().tolist() == [[0, 0], [1, 5]]
-    assert patches[names.index("same"), 1, 5] == 1 and patches[names.index("same_shape")].max() == 1
-    assert counts[0] == 2 and counts[1 + 3] == 1 and counts.sum() == 6
-
-
-def test_tile_embeddings_stay_as_metas_layout_holds_them() -> None:
-    model = VisionLanguageModel(ModelConfig(VISION, dataclasses.replace(TEXT, vocab_size=32), 32))
-    initialise(model, torch.randn(20, 3, 64, 64))
-    share_between_ratios(model.vision)
-    optimizer = torch.optim.AdamW(model.vision.parameters(), lr=0.1)
-    images = [ImageLayout(1, 1), ImageLayout(1, 2), ImageLayout(2, 1), ImageLayout(2, 2)]
-    for _ in range(3):
-        tiles = torch.randn(sum(i.num_tiles for i in images), 3, 64, 64)
-        model.vision(tiles, images, deduplicate=True).square().sum().backward()
+    for step, pieces in enumerate(task.batches(0)):
+        x, labels = torch.cat([p.x for p in pieces]), torch.cat([p.labels for p in pieces])
+        loss = F.cross_entropy(model(x), labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        done = max(0, step - 2) / 1
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * min(1.0, (step + 1) / 2) * 0.5 * (1 + math.cos(math.pi * done))
         optimizer.step()
         optimizer.zero_grad()
-    assert model.vision.padding_tiles_are_equal()
-    table = model.vision.pre_tile_embedding
-    assert table[1, 0].abs().max() > 0
-    ids = {pair: 1 + i for i, pair in enumerate(VISION.aspect_ratios)}
-    assert torch.equal(table[ids[1, 1], 0], table[ids[2, 2], 0])  # row 0, column 0
-    assert torch.equal(table[ids[1, 2], 1], table[ids[2, 2], 1])  # row 0, column 1
-    assert torch.equal(table[ids[2, 1], 1], table[ids[2, 2], 2])  # row 1, column 0
+        assert losses(recipe)[step] == pytest.approx(loss.item(), abs=1e-6)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(final(recipe)[name], value.detach(), atol=1e-6, rtol=0)
 
 
-def test_fresh_heads_look_at_the_next_patch_also_across_tiles() -> None:
-    torch.manual_seed(0)
-    vision = TiledVisionConfig(128, 128, 2, 1, 4, 3, 64, 16, 4, (1,))
-    model = VisionLanguageModel(ModelConfig(vision, dataclasses.replace(TEXT, vocab_size=32), 32))
-    tiles = torch.randn(64, 3, 64, 64)
-    initialise(model, tiles)
-    encoder, attention = model.vision, model.vision.layers[0].attention
-    ids = torch.tensor([1 + vision.aspect_ratios.index((1, 2))])
-    x = encoder.pre_norm(encoder._embed(torch.randn(1, 2, 3, 64, 64), ids, 0)).flatten(1, 2)
-    x = model.vision.layers[0].attention_norm(x)
-    q, k = (split_heads(proj(x), 4)[0] for proj in (attention.q_proj, attention.k_proj))
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path, optimizer: str) -> None:
+    """Bitwise, with dropout and averaged weights."""
+    if optimizer == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    optim = dataclasses.replace(OPTIM, optimizer=optimizer, ema_decay=0.9)
+    whole, parts = (toy(tmp_path / name, optim=optim) for name in ("whole", "parts"))
+    loop.train(whole, lambda progress: None)
 
-    def token(row: int, column: int) -> int:
-        return column // 4 * 17 + 1 + row * 4 + column % 4
+    def die(progress: Progress) -> None:
+        if progress.step in (3, 5):
+            raise InterruptedError
 
-    for head, (down, right) in enumerate(((0, 1), (0, -1), (1, 0), (-1, 0))):
-        chosen = (q[head] @ k[head].T).argmax(-1)
-        for row, column in ((1, 1), (2, 3), (1, 4), (2, 6)):
-            assert chosen[token(row, column)] == token(row + down, column + right)
-
-
-def test_the_patch_embedding_starts_as_a_whitening() -> None:
-    torch.manual_seed(0)
-    vision = TiledVisionConfig(96, 128, 2, 1, 4, 3, 64, 16, 4, (1,))
-    model = VisionLanguageModel(ModelConfig(vision, dataclasses.replace(TEXT, vocab_size=32), 32))
-    tiles = torch.nn.functional.interpolate(torch.randn(400, 3, 8, 8), size=(64, 64), mode="bicubic")  # smooth
-    initialise(model, tiles)
-    embedded = model.vision.patch_embedding(model.vision.patches(tiles)).flatten(0, 1)
-    strengths = torch.linalg.eigvalsh(embedded.T @ embedded / len(embedded)).flip(0)
-    # 96 - 24 free directions, the strong patterns among them (12 a channel) nearly equal; the places' stay empty.
-    assert strengths[:30].min() > 0.7 and strengths[0] < 1.01 and strengths[72:].max() < 1e-5
+    for _ in range(2):
+        with pytest.raises(InterruptedError):
+            loop.train(parts, die)
+    loop.train(parts, lambda progress: None)
+    assert losses(parts) == losses(whole) and len(losses(whole)) == 6
+    ends = [checkpoint.load_last(recipe.checkpoints) for recipe in (whole, parts)]
+    for name, value in ends[0].weights.items():  # type: ignore[union-attr]
+        assert torch.equal(value, ends[1].weights[name]), name  # type: ignore[union-attr]
+        assert torch.equal(ends[0].average[name], ends[1].average[name]), name  # type: ignore[union-attr,index]
+        assert not torch.equal(value, ends[0].average[name]), name  # type: ignore[union-attr,index]
 
 
-def test_sheets_ask_what_is_where_and_nothing_about_the_picture_as_a_whole(tmp_path: Path) -> None:
-    one = recipe(tmp_path, sheet_steps=1, data=DataConfig(samples_per_step=4, sheets_per_step=6, workers=0))
-    config, tokenizer, _ = loop.prepare(one)
-    (sheets,), after = WorldSteps(one, config, tokenizer)[0], WorldSteps(one, config, tokenizer)[1]
-    names = list(PATCH_HEADS)
-    assert len(sheets.inputs.images) == 6 and (sheets.labels == IGNORED).all()
-    assert (sheets.targets.patches[names.index("shape")] > 0).any() and (sheets.targets.counts == IGNORED).all()
-    for name in ("value", "same", "same_color", "same_shape"):
-        assert (sheets.targets.patches[names.index(name)] == IGNORED).all()
-    placed, chars = (sheets.targets.patches[names.index(name)] for name in ("index", "char"))
-    assert (placed > 0).any() and ((placed > 0) <= (chars > 0)).all() and not (placed == 0).any()  # words only
-    assert sum(batch.inputs.tokens.shape[0] for batch in after) == 4
+def test_kills_at_any_moment(tmp_path: Path) -> None:
+    """kill -9, mostly while a step is being saved: what is saved can be read, and the losses are those of one run."""
+    whole, killed = (toy(tmp_path / name, steps=40, save_every=1) for name in ("whole", "killed"))
+    loop.train(whole, lambda progress: None)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llama_multimodal.train.loop"])
+    metrics, moment = Path(killed.output) / "metrics.jsonl", random.Random(5)
+    for _ in range(3):
+        before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+        process = context.Process(target=run_toy, args=(killed,))
+        process.start()
+        until = time.monotonic() + 120
+        while (not metrics.exists() or metrics.stat().st_mtime_ns == before) and time.monotonic() < until:
+            time.sleep(0.002)
+        time.sleep(moment.uniform(0.0, 0.1))
+        process.kill()
+        process.join()
+        for path in checkpoint.saved_steps(killed.checkpoints).values():
+            checkpoint.load(path)
+    process = context.Process(target=run_toy, args=(killed,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    assert losses(killed) == losses(whole)
+    for name, value in final(whole).items():
+        assert torch.equal(value, final(killed)[name]), name
 
 
-def test_sheets_beside_a_steps_samples_are_for_the_encoder_alone(tmp_path: Path) -> None:
-    data = DataConfig(samples_per_step=4, sheets_beside=3, workers=0)
-    one = recipe(tmp_path, steps=1, vision_steps=0, data=data)
-    config, tokenizer, _ = loop.prepare(one)
-    first, *others = WorldSteps(one, config, tokenizer)[0]
-    assert len(first.inputs.images) == 3 and (first.labels == IGNORED).all()
-    assert all((batch.labels != IGNORED).any(1).all() for batch in others)
-    seen: list[loop.Progress] = []
-    loop.train(one, seen.append)
-    assert seen[0].answer_loss > 0 and seen[0].auxiliary_loss > 0
+def test_saving_leaves_something_whole_wherever_it_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped at each of its calls to the system in turn, and once with the target there already."""
+
+    def saved(step: int) -> checkpoint.Saved:
+        return checkpoint.Saved(step, {"w": torch.full((3,), float(step))}, None, {"best": None})
+
+    names = ("replace", "fsync")
+    calls, stop = 0, 10**9
+
+    def watched(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(*args: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls > stop:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in names:
+        watched(name)
+    for stop in range(30):
+        folder = tmp_path / str(stop)
+        monkeypatch.undo()
+        checkpoint.save(folder, saved(1))
+        for name in names:
+            watched(name)
+        calls = 0
+        try:
+            checkpoint.save(folder, saved(2))
+            checkpoint.prune(folder, keep_last=1)
+        except KeyboardInterrupt:
+            pass
+        else:
+            assert stop > 4
+            assert list(checkpoint.saved_steps(folder)) == [2]
+            assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+            break
+        found = checkpoint.load_last(folder)
+        assert found is not None and found.weights["w"].tolist() == [float(found.step)] * 3
+    else:
+        pytest.fail("saving never came to its end")
 
 
-def test_a_run_starts_from_saved_weights(tmp_path: Path) -> None:
-    first = recipe(tmp_path / "first", steps=2, vision_steps=0)
-    loop.train(first, lambda _: None)
-    model, _, file = loop.averaged_model(first)
-    folder = tmp_path / "model"
-    save_checkpoint(model, folder, tokenizer_from=file.parent)
-    frozen = OptimConfig(learning_rate=0.0, warmup_steps=1, decay_steps=1)
-    # Another seed would choose other words for the vocabulary, and the embeddings would belong to none of them.
-    second = recipe(tmp_path / "second", steps=1, start_from=str(folder), optim=frozen, seed=5)
-    loop.train(second, lambda _: None)
-    assert (tmp_path / "second" / "tokenizer.json").read_bytes() == file.read_bytes()
-    for name, value in weights(second).items():
-        assert torch.equal(value, dict(model.named_parameters())[name]), name
-    wider = dataclasses.replace(TEXT, intermediate_size=64)
-    with pytest.raises(ConfigError, match=r"differs from the recipe in text.intermediate_size \(48, not 64\)"):
-        loop.train(dataclasses.replace(second, output=str(tmp_path / "third"), text=wider), lambda _: None)
+def test_what_is_kept(tmp_path: Path) -> None:
+    recipe = toy(tmp_path, steps=8, save_every=1, keep_last=2, evaluate_every=2, scores=(3.0, 1.0, 2.0, 2.5))
+    loop.train(recipe, lambda progress: None)
+    assert list(checkpoint.saved_steps(recipe.checkpoints)) == [4, 7, 8]
+    best = checkpoint.load(checkpoint.saved_steps(recipe.checkpoints)[4])
+    for result, step in (("best", 4), ("last", 8)):
+        loop.export(dataclasses.replace(recipe, result=result))
+        wanted = best.weights if step == 4 else final(recipe)
+        found = torch.load(tmp_path / "result.pt")
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert (tmp_path / "recipe.yaml").exists() and (tmp_path / "versions.json").exists()
+
+
+def test_damaged_and_foreign_checkpoints(tmp_path: Path) -> None:
+    recipe = toy(tmp_path, steps=2)
+    loop.train(recipe, lambda progress: None)
+    (path,) = checkpoint.saved_steps(recipe.checkpoints).values()
+    weights = path / "weights.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-4])
+    with pytest.raises(CheckpointError, match=r"cannot resume from .*move it away"):
+        loop.train(recipe, lambda progress: None)
+    weights.write_bytes(whole)
+    saved = checkpoint.load(path)
+    checkpoint.save(recipe.checkpoints, dataclasses.replace(saved, weights={"2.weight": saved.weights["2.weight"]}))
+    with pytest.raises(CheckpointError, match="begun by another recipe: this one trains"):
+        loop.train(recipe, lambda progress: None)
+    with pytest.raises(CheckpointError, match="holds no saved run; train it first"):
+        loop.export(toy(tmp_path / "none"))
+
+
+def test_processes_take_the_same_steps_as_one(tmp_path: Path) -> None:
+    """As torchrun starts them: by the environment; without dropout, whose draws differ."""
+    one, two = (toy(tmp_path / name, steps=3, dropout=0.0) for name in ("one", "two"))
+    loop.train(one, lambda progress: None)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = (
+        "from pathlib import Path\nfrom test_loop import toy\nfrom toy_task import run_toy\n"
+        f"run_toy(toy(Path({str(tmp_path / 'two')!r}), steps=3, dropout=0.0))\n"
+    )
+    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, **places, "PYTHONPATH": path, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=240) for process in started] == [0, 0]
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5) and len(losses(two)) == 3
+    for name, value in final(one).items():
+        torch.testing.assert_close(final(two)[name], value, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3, 8])
+def test_micro_batches_add_up_to_the_step(tmp_path: Path, rows_at_once: int) -> None:
+    whole, parts = (toy(tmp_path / str(rows), steps=3, dropout=0.0, rows_at_once=rows) for rows in (100, rows_at_once))
+    for recipe in (whole, parts):
+        loop.train(recipe, lambda progress: None)
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-6)
+
+
+def test_float16_leaves_out_steps_that_leave_its_range(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    recipe = toy(tmp_path, dtype="float16", steps=14, loss_scale=300.0, optim=dataclasses.replace(OPTIM, clip_norm=1e9))
+    loop.train(recipe, seen.append)
+    skipped = ["skipped" in progress.values for progress in seen]
+    assert skipped[0] and not skipped[-1] and skipped == sorted(skipped, reverse=True)
+    plain = toy(tmp_path / "plain", dtype="float16", steps=3)
+    loop.train(plain, lambda progress: None)
+    full = toy(tmp_path / "full", steps=3)
+    loop.train(full, lambda progress: None)
+    assert losses(plain) == pytest.approx(losses(full), abs=5e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    recipe = toy(tmp_path, poison=(3, 5))
+    with pytest.raises(TrainingError) as caught:
+        loop.train(recipe, lambda progress: None)
+    message = str(caught.value)
+    assert "step 4: the loss is not finite; the first was the output of 0, in the rows row 5;" in message
+    assert "the last good step is" in message and "step-00000002" in message and "\n" not in message
+    assert list(checkpoint.saved_steps(recipe.checkpoints)) == [2]
+    assert len(losses(recipe)) == 3
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    recipe = toy(tmp_path, steps=2)
+    loop.train(recipe, lambda progress: None)
+    (path,) = checkpoint.saved_steps(recipe.checkpoints).values()
+    saved = checkpoint.load(path)
+    saved.weights["2.bias"][1] = float("inf")
+    checkpoint.save(recipe.checkpoints, saved)
+    with pytest.raises(TrainingError, match="the output of 2, whose bias is not finite, in the rows"):
+        loop.train(dataclasses.replace(recipe, steps=4), lambda progress: None)
+
+
+def test_a_gradient_that_is_not_finite_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Root(ToyTask):
+        """√x at 0: the value is finite, its slope is not."""
+
+        def loss(self, micro, totals, step):  # type: ignore[no-untyped-def]
+            loss, sums = super().loss(micro, totals, step)
+            return loss + (self.modules[2].bias * 0).sum().sqrt(), sums
+
+    monkeypatch.setattr(ToyRecipe, "task", lambda self, group: Root(self, group))
+    with pytest.raises(TrainingError, match=r"step 1: the gradient of 2.bias is not finite; no step was saved yet"):
+        loop.train(toy(tmp_path), lambda progress: None)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), RuntimeError("[enforce] can't allocate memory: you")])
+def test_a_batch_that_does_not_fit(tmp_path: Path, error: Exception) -> None:
+    task = ToyTask(toy(tmp_path), Group())
+    (batch, *_) = next(task.batches(0))
+    with (
+        pytest.raises(
+            TrainingError, match=r"step 3 does not fit in the memory of cpu: .* of 4 rows \(row 0, row 1, row 2"
+        ),
+        fits(task, batch, 2),
+    ):
+        raise error
+    with pytest.raises(RuntimeError, match="shapes"), fits(task, batch, 2):
+        raise RuntimeError("shapes")
+
+
+def test_schedules() -> None:
+    def rates(**settings: object) -> list[float]:
+        optim = OptimConfig(warmup_steps=2, **settings)  # type: ignore[arg-type]
+        return [round(scheduled(1.0, step, 10, optim), 6) for step in range(10)]
+
+    assert rates(schedule="constant") == [0.5] + [1.0] * 9
+    assert rates(schedule="constant", decay_steps=4)[5:] == [1.0, 1.0, 0.75, 0.5, 0.25]
+    assert rates(schedule="linear") == [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
+    cosine = rates(schedule="cosine", final_share=0.1)
+    assert cosine[2] == 1.0 and cosine[6] == pytest.approx(0.55) and cosine[9] == pytest.approx(0.134254, abs=1e-5)
+
+
+def test_each_step_draws_its_own_random_numbers() -> None:
+    draws = []
+    for place in ((0, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 0), (0, 0, 0)):
+        seed_step(*place)
+        draws.append(torch.rand(1).item())
+    assert draws[0] == draws[4] and len(set(draws)) == 4
+
+
+def test_metrics_that_a_kill_cut_short(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(watch.line(Progress(1, {"loss": 2.0})) + watch.line(Progress(2, {"loss": 1.0})) + '{"step": 3, "lo')
+    assert [progress.step for progress in watch.lines(tmp_path)] == [1, 2]
+    with watch.Watch(tmp_path, 1) as log:
+        log.log(Progress(2, {"loss": 0.5}))
+    assert [(p.step, p.values["loss"]) for p in watch.lines(tmp_path)] == [(1, 2.0), (2, 0.5)]
+
+
+def test_deterministic_runs_switch_it_on_and_off(tmp_path: Path) -> None:
+    seen: list[bool] = []
+    recipe = toy(tmp_path, steps=1, deterministic=True)
+    loop.train(recipe, lambda progress: seen.append(torch.are_deterministic_algorithms_enabled()))
+    assert seen == [True] and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_boards_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for wanted in (WatchConfig(tensorboard=True), WatchConfig(wandb="project")):
+        with pytest.raises(MissingExtraError, match=r"\[watch\]"):
+            loop.train(toy(tmp_path, watch=wanted), lambda progress: None)
+
+
+def test_boards_get_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both as stand-ins: what they are called with, in their libraries' own terms."""
+    calls: list[tuple[object, ...]] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            calls.append(("begin", purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            if name == "loss":
+                calls.append(("board", step, value))
+
+        def close(self) -> None:
+            calls.append(("close",))
+
+    class Run:
+        def log(self, values: dict[str, float], step: int) -> None:
+            calls.append(("wandb", step, values["loss"]))
+
+        def finish(self) -> None:
+            calls.append(("finish",))
+
+    class Wandb:
+        @staticmethod
+        def init(**settings: object) -> Run:
+            assert settings["project"] == "toys" and settings["config"]["steps"] == 2  # type: ignore[index]
+            return Run()
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    board = types.ModuleType("torch.utils.tensorboard")
+    board.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)  # type: ignore[arg-type]
+    recipe = toy(tmp_path, steps=2, watch=WatchConfig(tensorboard=True, wandb="toys"))
+    loop.train(recipe, lambda progress: None)
+    first, second = losses(recipe)
+    steps = [("board", 1, first), ("wandb", 1, first), ("board", 2, second), ("wandb", 2, second)]
+    assert calls == [("begin", 1), *steps, ("close",), ("finish",)]
+
+
+def test_numbers_that_make_no_sense(tmp_path: Path) -> None:
+    for change, message in (
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"keep_last": 0}, "keep_last must be at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            toy(tmp_path, **change)
+    with pytest.raises(ConfigError, match="clip_norm must be above 0"):
+        OptimConfig(clip_norm=0)
+    with pytest.raises(ConfigError, match="learning_rate is 0"):
+        OptimConfig(learning_rate=0, learning_rates={"vision": 1.0})

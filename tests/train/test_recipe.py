@@ -1,4 +1,4 @@
-"""Recipes: the one that is shipped, and every way to get one wrong."""
+"""Recipes: those that are shipped, at their models' full size, and every way to get one wrong."""
 
 from __future__ import annotations
 
@@ -6,24 +6,62 @@ import copy
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from llama_multimodal.adapters.targets import resolve
 from llama_multimodal.config import ModelConfig
 from llama_multimodal.errors import ConfigError
-from llama_multimodal.models import VisionLanguageModel
-from llama_multimodal.train.config import read_recipe, recipe_from_dict
+from llama_multimodal.loading import load
+from llama_multimodal.models import LanguageModel, VisionLanguageModel
+from llama_multimodal.train.chat.model import make_trainable
+from llama_multimodal.train.chat.parts import part_of
+from llama_multimodal.train.chat.recipe import ChatRecipe
+from llama_multimodal.train.recipes import read_recipe, recipe_from_dict
+from llama_multimodal.train.record import write_record
+from llama_multimodal.train.world.config import WorldRecipe
+from llama_multimodal.weights.checkpoint import build_on_meta
+from llama_multimodal.zoo.configs import CONFIGS
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+TINY = RECIPES[0].parent / "tiny.yaml"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_shipped_recipes_are_valid(path: Path) -> None:
+def test_shipped_recipes_are_valid(path: Path, tmp_path: Path) -> None:
     recipe = read_recipe(path)
     assert recipe.optim.warmup_steps + recipe.optim.decay_steps < recipe.steps
+    assert recipe.output == f"runs/{path.stem}"
+    write_record(recipe, tmp_path)
+    assert read_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def weightless(name: str) -> LanguageModel:
+    return load(name, device="meta")[0] if name == "tiny" else build_on_meta(CONFIGS[name])
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if p != TINY], ids=lambda p: p.stem)
+def test_what_learns_is_there_at_full_size(path: Path) -> None:
+    recipe = read_recipe(path)
+    assert isinstance(recipe, ChatRecipe)
+    model = weightless(recipe.model)
+    everything = {part_of(name, model.config.text) for name, _ in model.named_parameters()}
+    adapted = resolve(model, recipe.lora)
+    make_trainable(model, recipe)
+    learning = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    parts = {part_of(name, model.config.text) for name in learning}
+    if recipe.method == "full":
+        assert parts == everything - set(recipe.freeze) and set(recipe.freeze) <= everything
+        assert all(p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16) for p in model.parameters())
+    else:
+        assert len(learning) == 2 * len(adapted) > 0
+        assert {value.dtype for value in learning.values()} == {torch.float32}
+    assert set(recipe.optim.learning_rates) <= parts
 
 
 def test_the_embedded_model_is_at_most_12_million_parameters() -> None:
-    recipe = read_recipe(RECIPES[0].parent / "tiny.yaml")
+    recipe = read_recipe(TINY)
+    assert isinstance(recipe, WorldRecipe)
     model = VisionLanguageModel(ModelConfig(recipe.vision, recipe.text))
     vocabulary = recipe.text.vocab_size * 2 * recipe.text.hidden_size  # the tokenizer sets its own size: at most 1024
     assert sum(p.numel() for p in model.parameters()) - vocabulary + 1032 * 2 * recipe.text.hidden_size <= 12_000_000
@@ -35,9 +73,12 @@ def test_the_embedded_model_is_at_most_12_million_parameters() -> None:
         ({"stepz": 5}, 'unknown key "stepz"; did you mean "steps"?'),
         ({"optim": {"learning_rat": 1}}, 'unknown key "learning_rat"; did you mean "learning_rate"?'),
         ({"steps": "many"}, "steps must be a number"),
+        ({"output": 5}, "output must be a text, not 5"),
+        ({"deterministic": "no"}, "deterministic must be true or false"),
         ({"vision": 3}, "vision must be a table"),
         ({"vision": {"image_size": 100, "patch_size": 16}}, "image_size must be a multiple of patch_size"),
         ({"text": {"hidden_size": "wide"}}, "hidden_size must be a number"),
+        ({"text": {"rope_scaling": {"facto": 2.0}}}, 'unknown key "facto"; did you mean "factor"?'),
         ({"processes": 2, "data": {"samples_per_step": 1}}, "data.samples_per_step: a step has 1 and processes is 2;"),
         (
             {"processes": 3, "sheet_steps": 1, "data": {"sheets_per_step": 2}},
@@ -46,7 +87,7 @@ def test_the_embedded_model_is_at_most_12_million_parameters() -> None:
     ],
 )
 def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
-    raw = yaml.safe_load((RECIPES[0].parent / "tiny.yaml").read_text())
+    raw = yaml.safe_load(TINY.read_text())
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
         recipe_from_dict({**copy.deepcopy(raw), **change}, "recipe")
 
@@ -60,6 +101,9 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ConfigError, match="must be a table"):
         read_recipe(tmp_path / "list.yaml")
-    (tmp_path / "short.yaml").write_text("output: x\nsteps: 3\nvision: {}")
+    (tmp_path / "short.yaml").write_text("task: world\noutput: x\nsteps: 3\nvision: {}")
     with pytest.raises(ConfigError, match='"text" is missing'):
         read_recipe(tmp_path / "short.yaml")
+    (tmp_path / "chat.yaml").write_text("output: x\nsteps: 3\ndata: {sources: [{file: x.jsonl}]}")
+    with pytest.raises(ConfigError, match='"model" is missing'):
+        read_recipe(tmp_path / "chat.yaml")

@@ -1,7 +1,9 @@
-"""`llama-mm train`: run a recipe, keep the averaged weights as a checkpoint, draw the loss curve."""
+"""`llama-mm train`: run a recipe, keep what it has learnt as a model or an adapter, draw the loss curve."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,22 +12,35 @@ import typer
 from . import common
 
 if TYPE_CHECKING:
-    from ..train.config import Recipe
+    from ..train.config import Progress, Recipe
+
+_SHOWN = {
+    "loss": "loss {:.3f}", "answer_loss": "loss {:.3f}", "auxiliary_loss": "auxiliary {:.3f}",
+    "token_accuracy": "tokens right {:.1%}", "samples_per_second": "{:.1f} pictures/s",
+    "tokens_per_second": "{:.0f} tokens/s", "images_per_second": "{:.1f} images/s", "mfu": "MFU {:.0%}",
+    "memory_gib": "{:.1f} GiB",
+}  # fmt: skip
+"""What the live line says, as far as a run has it."""
+_SMOOTHED = {"loss", "answer_loss", "auxiliary_loss", "token_accuracy"} | {k for k in _SHOWN if k.endswith("_second")}
+_EVALUATED = {
+    "eval_loss": "loss {:.3f}", "eval_exact_match": "exact {:.1%}", "eval_anls": "ANLS {:.3f}",
+}  # fmt: skip
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, such as recipes/tiny.yaml.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, such as recipes/tiny-lora.yaml.")],
     export_only: Annotated[
         bool, typer.Option("--export-only", help="Do not train; keep what the last saved step has learnt.")
     ] = False,
 ) -> None:
     """Train by a recipe. Stopped at any time, the same command goes on from the last saved step.
 
-    The run's folder then holds model/ (for --model), loss.png and metrics.jsonl.
+    The run's folder then holds model/ (for --model) or adapter/, loss.png and metrics.jsonl. On several GPUs:
+    torchrun --nproc-per-node 8 -m llama_multimodal train RECIPE
     """
-    # No common.bind_threads(): the workers that render pictures would inherit the one core of the thread that starts
+    # No common.bind_threads(): the workers that prepare batches would inherit the one core of the thread that starts
     # them, and all share it.
-    from ..train.config import read_recipe
+    from ..train.recipes import read_recipe
 
     run = read_recipe(recipe)
     from ..train import plots  # matplotlib is missed before the run, not after it
@@ -33,7 +48,8 @@ def train(
     plots.require_matplotlib()
     if not export_only:
         _run(run, f"llama-mm train {recipe}")
-    _export(run)
+    if os.environ.get("RANK", "0") == "0":  # torchrun's first process
+        _export(run)
 
 
 def _run(recipe: Recipe, command: str) -> None:
@@ -51,26 +67,19 @@ def _run(recipe: Recipe, command: str) -> None:
     )  # fmt: skip
     averages: dict[str, float] = {}
 
-    def smooth(name: str, value: float) -> float:
-        averages[name] = value if name not in averages else 0.98 * averages[name] + 0.02 * value
-        return averages[name]
-
     with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("training", total=recipe.steps, state="")
 
-        def report(progress: loop.Progress) -> None:
-            parts = [f"auxiliary {smooth('auxiliary', progress.auxiliary_loss):.3f}"]
-            if progress.step > recipe.vision_steps:  # before that only the encoder learns
-                accuracy = 100 * smooth("accuracy", progress.token_accuracy)
-                parts.insert(0, f"loss {smooth('answer', progress.answer_loss):.3f}  tokens right {accuracy:.1f} %")
-            parts.append(f"{smooth('speed', progress.samples_per_second):.1f} pictures/s")
-            state = "  ".join(parts)
+        def report(progress: Progress) -> None:
+            state = "  ".join(_line(progress.values, averages, max(0.02, min(1.0, 10 / recipe.steps))))
             bar.update(task, completed=progress.step, state=state)
             if not console.is_terminal and progress.step % recipe.save_every == 0:
                 common.say(f"step {progress.step} of {recipe.steps}  {state}")
+            if evaluated := [text.format(progress.values[k]) for k, text in _EVALUATED.items() if k in progress.values]:
+                console.print(f"held out, step {progress.step}: {'  '.join(evaluated)}", highlight=False)
 
-        if not (Path(recipe.output) / "tokenizer.json").exists():
-            common.say("first the tokenizer is built, from the questions that will be asked; it takes about a minute")
+        for note in recipe.notes():
+            common.say(note)
         try:
             loop.train(recipe, report)
         except KeyboardInterrupt:
@@ -79,17 +88,23 @@ def _run(recipe: Recipe, command: str) -> None:
             raise
 
 
+def _line(values: Mapping[str, float], averages: dict[str, float], share: float) -> list[str]:
+    """What a step did, in words, but for losses not learnt yet; what is noisy goes into its average by `share`."""
+    parts = []
+    for name, text in _SHOWN.items():
+        value = values.get(name)
+        if value is None or (name in ("answer_loss", "token_accuracy") and not values.get("answer_loss")):
+            continue
+        if name in _SMOOTHED:
+            value = averages[name] = averages.get(name, value) + share * (value - averages.get(name, value))
+        parts.append(text.format(value))
+    return parts
+
+
 def _export(recipe: Recipe) -> None:
-    import torch
+    from ..train import loop, plots
 
-    from ..train import plots
-    from ..train.loop import averaged_model
-    from ..weights.save import save_checkpoint
-
-    folder = Path(recipe.output)
-    model, _, tokenizer_file = averaged_model(recipe)
-    target = folder / "model"
-    save_checkpoint(model.to(torch.bfloat16), target, tokenizer_from=tokenizer_file.parent)
-    curve = plots.plot_run(folder)
-    print(f"model       {target}    (llama-mm describe IMAGE --model {target})")
+    result = loop.export(recipe)
+    curve = plots.plot_run(Path(recipe.output))
+    print(f"{result.name:<11} {result}    ({recipe.usage(result)})")
     print(f"loss curve  {curve}")

@@ -77,14 +77,29 @@ def expect(raw: Mapping[str, Any], key: str, value: Any, where: str) -> None:
 
 
 def build(cls: type[Any], given: Mapping[str, Any], where: str) -> Any:
-    """Construct a config after checking that numbers are numbers; `field.type` is the annotation as written."""
+    """Construct a config after checking that numbers are numbers, texts texts, and choices known ones; `field.type` is
+    the annotation as written."""
     for field in dataclasses.fields(cls):
-        if field.name not in given or field.type not in ("int", "float"):
+        kind, _, optional = str(field.type).partition(" | ")
+        value = given.get(field.name)
+        if field.name not in given or optional not in ("", "None") or (optional and value is None):
             continue
-        value = given[field.name]
+        if kind == "str" and not isinstance(value, str):
+            raise ConfigError(f"{where}: {field.name} must be a text, not {value!r}")
+        if kind == "bool" and not isinstance(value, bool):
+            raise ConfigError(f"{where}: {field.name} must be true or false, not {value!r}")
+        if kind.startswith("Literal["):
+            known = [word.strip("\"'") for word in kind.removeprefix("Literal[").rstrip("]").split(", ")]
+            if value not in known:
+                hint = nearest(str(value), known)
+                supported = ", ".join(known)
+                raise ConfigError(f'{where}: {field.name} "{value}" is not implemented; supported: {supported}{hint}')
+        if kind not in ("int", "float"):
+            continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{where}: {field.name} must be a number, not {value!r}")
-        if field.type == "int" and (not isinstance(value, int) or value < 0):
+        if kind == "int" and (not isinstance(value, int) or (value < 0 and not optional)):
+            # An optional one may count from the end, as a vision layer does.
             raise ConfigError(f"{where}: {field.name} must be a whole number of at least 0, not {value!r}")
     try:
         return cls(**given)

@@ -42,7 +42,7 @@ class SelfAttention(nn.Module):
         k, v = split_heads(k, self.num_kv_heads), split_heads(v, self.num_kv_heads)  # [B, Hkv, T, D]
         q, k = ops.apply_rope(q, k, *angles)
         if cache is None:
-            return self.o_proj(merge_heads(ops.attention(q, k, v, causal=True)))
+            return self.o_proj(merge_heads(ops.attention(q, k, v, causal=mask is None, mask=mask)))
         k, v = cache.write(layer, k, v, positions)
         if mask is None:  # a whole prompt: nothing before it, so the fresh keys are all there is
             k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
@@ -197,7 +197,24 @@ class LlamaDecoder(nn.Module):
         Raises:
             PromptError: a position past `max_position_embeddings` or past the cache.
         """
+        logits = self.lm_head(self.hidden(x, positions, visible, cross_cache, self_cache, last_token_of))
+        # An embedding that is the LM head too may have rows past the vocabulary: they stand for images.
+        return logits if logits.shape[-1] == self.config.vocab_size else logits[..., : self.config.vocab_size]
+
+    def hidden(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        visible: Tensor,
+        cross_cache: CrossAttentionCache | None = None,
+        self_cache: SelfAttentionCache | None = None,
+        last_token_of: Sequence[int] | None = None,
+        segments: Tensor | None = None,  # [B, T], without a cache only
+    ) -> Tensor:
+        """What the LM head reads, [B, T, E] or [B, 1, E]; arguments and errors are those of the whole decoder."""
         mask = self._cache_mask(positions, self_cache)
+        if segments is not None:
+            mask = segment_mask(segments)
         frequencies = ops.rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         angles = ops.rope_angles(positions, frequencies.to(x.device))
         ranges = key_ranges(visible, cross_cache, x.device) if cross_cache else None
@@ -213,9 +230,7 @@ class LlamaDecoder(nn.Module):
                 cross_layer += 1
         if last_token_of is not None:
             x = x[torch.arange(x.shape[0]), torch.as_tensor(last_token_of)][:, None]
-        logits = self.lm_head(self.norm(x))
-        # An embedding that is the LM head too may have rows past the vocabulary: they stand for images.
-        return logits if logits.shape[-1] == self.config.vocab_size else logits[..., : self.config.vocab_size]
+        return self.norm(x)
 
     def _cache_mask(self, positions: Tensor, cache: SelfAttentionCache | None) -> Tensor | None:
         """Which cache slots each query may read: bool [B, 1, T, slots]; None when the call starts every row."""
@@ -234,6 +249,12 @@ class LlamaDecoder(nn.Module):
             return None
         slots = torch.arange(end, device=positions.device)
         return slots <= positions[:, None, :, None]
+
+
+def segment_mask(segments: Tensor) -> Tensor:
+    """Which tokens each token may read in rows of several segments: bool [B, 1, T, T]; earlier ones of its own."""
+    alike = segments[:, None, :, None] == segments[:, None, None, :]
+    return alike.tril()
 
 
 def key_ranges(visible: Tensor, cache: CrossAttentionCache, device: torch.device) -> KeyRanges:

@@ -138,7 +138,7 @@ class TiledVisionEncoder(nn.Module):
             group = [i for i, image in enumerate(images) if image.num_tiles == count]
             index = torch.tensor([starts[i] + t for i in group for t in range(count)], device=tiles.device)
             encoded = self._encode(tiles[index].unflatten(0, (-1, count)), [images[i] for i in group], deduplicate)
-            features.index_copy_(0, index, encoded.flatten(0, 1))
+            features.index_copy_(0, index, encoded.flatten(0, 1).to(features.dtype))  # autocast may widen it
         return features
 
     def padding_tiles_are_equal(self) -> bool:

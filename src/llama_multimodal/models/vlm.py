@@ -80,6 +80,23 @@ class LanguageModel(nn.Module):
         )
         return ModelOutput(logits)
 
+    def hidden(self, inputs: ModelInputs, *, images: ReadImages | None = None) -> Tensor:
+        """What the LM head reads of every token, [B, T, E], for losses that need no logits; rows may hold segments.
+
+        Raises:
+            PromptError: a position past the context.
+        """
+        if images is None:
+            images = self.read_images(inputs)
+        device = self.device
+        return self.decoder.hidden(
+            self.embed(inputs.tokens.to(device), images),
+            inputs.positions.to(device),
+            inputs.visible,
+            cross_cache=images if isinstance(images, CrossAttentionCache) else None,
+            segments=None if inputs.segments is None else inputs.segments.to(device),
+        )
+
 
 class VisionLanguageModel(LanguageModel):
     """A vision encoder and a projector, read by a Llama decoder: through gated cross-attention (Llama 3.2 Vision), or
@@ -106,7 +123,7 @@ class VisionLanguageModel(LanguageModel):
 
     def encode_images(self, inputs: ModelInputs) -> Tensor:
         """Features of every tile's tokens, where all have one size: [tiles, tokens, vision output size]."""
-        tiles = inputs.tiles.to(self.device, self.dtype)
+        tiles = inputs.tiles.to(self.device, next(self.vision.parameters()).dtype)
         if isinstance(self.vision, TiledVisionEncoder):
             return self.vision(tiles, inputs.images)
         return self.vision(tiles)
@@ -143,7 +160,7 @@ class VisionLanguageModel(LanguageModel):
         for size in dict.fromkeys(image.pixels or inputs.tiles.shape[2:] for image in inputs.images):
             members = [i for i, image in enumerate(inputs.images) if (image.pixels or inputs.tiles.shape[2:]) == size]
             pixels = torch.cat([tiles[i][:, :, : size[0], : size[1]] for i in members])
-            projected = self.projector(self.vision(pixels.to(self.device, self.dtype)))
+            projected = self.projector(self.vision(pixels.to(self.device, next(self.vision.parameters()).dtype)))
             pieces |= zip(members, projected.split([counts[i] for i in members]))
         return [pieces[i] for i in range(len(counts))]
 

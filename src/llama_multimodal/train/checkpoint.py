@@ -1,36 +1,131 @@
-"""Saving a run so that it can be killed at any moment: write aside, flush to disk, rename."""
+"""Saving a run so that it can be killed at any moment.
+
+A saved step is a folder: `weights.safetensors` (what learns), `average.safetensors` (their average, where one is kept)
+and `state.pt` (optimizers, the position in the data, the best score so far). It is written aside, flushed to the disk
+and renamed, so that a folder with a step's name is always whole; random numbers need no saving, since each step draws
+its own from the seed.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import CheckpointError
+from ..weights.io import SafetensorsFile, TensorInfo, flush, write_safetensors
+
+_NAME = "step-{:08d}"
+_PATTERN = re.compile(r"step-(\d{8,})")
+_WRITING, _REMOVING = ".writing-", ".removing-"
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a run's state; an interrupted write leaves the previous file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".partial")
-    with open(aside, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+@dataclass(frozen=True)
+class Saved:
+    """A run after `step` steps.
+
+    weights, average: by the parameter's name. state: plain values and tensors, as optimizers give them.
+    """
+
+    step: int
+    weights: Mapping[str, Tensor]
+    average: Mapping[str, Tensor] | None = None
+    state: dict[str, Any] = field(default_factory=dict)
 
 
-def load_state(path: Path) -> dict[str, Any] | None:
-    """A run's state, or None where there is none.
+def save(folder: Path, saved: Saved) -> Path:
+    """Write a saved step into `folder`; an interruption leaves nothing that counts as one.
 
     Raises:
-        CheckpointError: the file is there and cannot be read.
+        CheckpointError: the folder cannot be written, or its disk is full.
     """
-    if not path.exists():
-        return None
+    target = folder / _NAME.format(saved.step)
+    aside = folder / f"{_WRITING}{target.name}"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        _write_tensors(aside / "weights.safetensors", saved.weights)
+        if saved.average is not None:
+            _write_tensors(aside / "average.safetensors", saved.average)
+        with open(aside / "state.pt", "wb") as file:
+            torch.save({**saved.state, "step": saved.step}, file)
+            flush(file)
+        _flush_folder(aside)
+        if target.exists():  # the same step again, of a run that was set back
+            _remove(target)
+        os.replace(aside, target)
+        _flush_folder(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written ({error.strerror or error}); free some space") from error
+    return target
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    infos = {name: TensorInfo(tuple(tensors[name].shape), tensors[name].dtype) for name in order}
+    write_safetensors(path, infos, ((name, tensors[name]) for name in order))
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name != "posix":  # no other system lets a folder be flushed
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    """A saved step is renamed before it is deleted: half a folder never has a step's name."""
+    going = path.with_name(f"{_REMOVING}{path.name}")
+    shutil.rmtree(going, ignore_errors=True)
+    os.replace(path, going)
+    shutil.rmtree(going)
+
+
+def saved_steps(folder: Path) -> dict[int, Path]:
+    """The saved steps in a folder, in their order."""
+    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _PATTERN.fullmatch(path.name))]
+    return dict(sorted(found))
+
+
+def prune(folder: Path, keep_last: int, best: int | None = None) -> None:
+    """Delete all but the last saved steps and the best one, and what interrupted runs left behind."""
+    steps = saved_steps(folder)
+    for step in list(steps)[:-keep_last]:
+        if step != best:
+            _remove(steps[step])
+    for left in (*folder.glob(f"{_WRITING}*"), *folder.glob(f"{_REMOVING}*")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def load(path: Path) -> Saved:
+    """Raises:
+    CheckpointError: a file is missing or damaged.
+    """
+    try:
+        weights, average = path / "weights.safetensors", path / "average.safetensors"
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        return Saved(state.pop("step"), _tensors(weights), _tensors(average) if average.exists() else None, state)
     except Exception as error:
-        raise CheckpointError(f"cannot resume from {path} ({error}); move it away to start anew") from error
+        raise CheckpointError(f"cannot resume from {path} ({error}); move it away to go on without it") from error
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    file = SafetensorsFile(path)
+    return {name: file.tensor(name).clone() for name in file.entries}
+
+
+def load_last(folder: Path) -> Saved | None:
+    """The last saved step, None where there is none."""
+    steps = saved_steps(folder)
+    return load(steps[max(steps)]) if steps else None

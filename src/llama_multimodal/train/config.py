@@ -1,88 +1,117 @@
-"""A training recipe: a YAML file read into frozen dataclasses."""
+"""What every training recipe says: where the run lies, how long it is, how it learns, and what is kept and watched."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..config import RopeScaling, TextConfig, TiledVisionConfig, from_dict
 from ..errors import ConfigError, MissingExtraError
+
+if TYPE_CHECKING:
+    from .parallel import Group
+    from .task import Task
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Warm-up, a constant rate, and a linear decay to zero over the last `decay_steps`.
+    """The optimizer and its rate over the steps: a warm-up, then a schedule.
 
-    Muon updates the blocks' matrices, at the step size AdamW would have; AdamW everything else.
+    Weight decay is decoupled and touches matrices only. `muon` updates the blocks' matrices by Muon, at the step size
+    that AdamW would have, and everything else by AdamW; `adamw8bit` keeps its moments in 8 bits.
     """
 
-    learning_rate: float = 1e-3
-    decoder_learning_rate: float | None = None  # once the decoder learns too; None: the same
-    weight_decay: float = 0.05
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    learning_rate: float = 1e-4
+    learning_rates: Mapping[str, float] = field(default_factory=dict)  # of parts that have a rate of their own
+    weight_decay: float = 0.0
     beta1: float = 0.9
-    beta2: float = 0.98
-    warmup_steps: int = 200
-    decay_steps: int = 1000
+    beta2: float = 0.999
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_share: float = 0.0  # of the rate, where cosine and linear end
+    decay_steps: int = 0  # of `constant`: last steps, over which it falls to zero
     clip_norm: float = 1.0
-    ema_decay: float = 0.998  # the averaged weights are what is evaluated and kept
+    ema_decay: float | None = None  # the averaged weights are what is evaluated and kept; None keeps the last ones
+
+    def __post_init__(self) -> None:
+        if any(isinstance(rate, bool) or not isinstance(rate, int | float) for rate in self.learning_rates.values()):
+            raise ConfigError("optim.learning_rates: every part's rate must be a number")
+        rates = (self.learning_rate, *self.learning_rates.values())
+        if min(rates) < 0 or self.clip_norm <= 0:
+            raise ConfigError("optim: learning rates must not be negative, and clip_norm must be above 0")
+        if self.learning_rates and self.optimizer == "muon":
+            raise ConfigError("optim: muon has one rate for all parts; leave learning_rates out, or take adamw")
+        if self.learning_rates and self.learning_rate == 0:
+            raise ConfigError(
+                "optim: learning_rate is 0, and the parts' own rates are scheduled by it; freeze parts instead"
+            )
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """What is rendered for a step. Sample i of step s is a pure function of (seed, s, i)."""
+class WatchConfig:
+    """Where the numbers go besides the terminal and metrics.jsonl."""
 
-    seed: int = 0
-    samples_per_step: int = 16
-    turns_per_scene: int = 8
-    sheets_per_step: int = 96  # in the steps that are taken on sheets alone
-    sheets_beside: int = 0  # sheets that a later step has besides its samples
-    texts_beside: int = 0  # printed texts, likewise
-    small_pictures: float = 0.0  # share that is made to fit one or two tiles of 128 pixels, beyond those that do
-    tokens_per_microbatch: int = 2048  # padded text tokens; longer steps run in several pieces
-    workers: int = 1
+    tensorboard: bool = False
+    wandb: str | None = None  # a project's name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One training run."""
+    """One training run; what it trains, and on what, is added by the task's own recipe."""
+
+    TASK: ClassVar[str]
+    """The recipe's `task`."""
+    SECTIONS: ClassVar[Mapping[str, Any]] = {"optim": OptimConfig, "watch": WatchConfig}
+    """The keys that are tables, and the configuration of each or what reads it; `a.b` for a table within a table."""
 
     output: str
     steps: int
-    vision: TiledVisionConfig
-    text: TextConfig  # vocabulary and special tokens are filled in from the tokenizer
     optim: OptimConfig = OptimConfig()
-    data: DataConfig = DataConfig()
-    start_from: str | None = None  # "tiny" or a folder: a model of the same shape whose weights a new run starts from
-    sheet_steps: int = 0  # first steps, of the vision encoder on sheets: small pictures full of things
-    vision_steps: int = 0  # steps until here train the encoder alone, on its auxiliary targets
-    auxiliary_weight: float = 1.0
-    # Of the products; weights and sums stay in float32. A CPU without bf16 arithmetic, which would emulate it at a
-    # tenth of its speed, multiplies in float32 either way.
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    vocabulary_words: int = 740
-    vocabulary_samples: int = 60_000  # conversations whose words are counted for the vocabulary
+    watch: WatchConfig = WatchConfig()
+    # Of the products; trained weights and sums stay in float32. A CPU without bf16 arithmetic, which would emulate it
+    # at a tenth of its speed, multiplies in float32 either way. float16 scales the loss: gradients would vanish.
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     seed: int = 0
-    processes: int = 1  # data-parallel: each takes its share of every step's samples
-    threads: int = 1  # of each process
+    deterministic: bool = False  # refuse whatever may sum in another order the next time
+    processes: int = 1  # data-parallel, where torchrun does not say it: each takes its share of every step's examples
+    threads: int | None = None  # of each process; None: as many as torch would take
     save_every: int = 100
+    keep_last: int = 2  # saved steps
+    keep_best: bool = True  # and the saved step that evaluated best
+    result: Literal["last", "best"] = "last"  # which of them becomes the model or adapter
 
     def __post_init__(self) -> None:
-        sizes = {"samples_per_step": self.data.samples_per_step + self.data.sheets_beside + self.data.texts_beside}
-        if self.sheet_steps:
-            sizes["sheets_per_step"] = self.data.sheets_per_step
-        for name, count in sizes.items():
-            if count < self.processes:
-                raise ConfigError(
-                    f"data.{name}: a step has {count} and processes is {self.processes}; each process needs at least"
-                    " one of every step: raise it, or run fewer processes"
-                )
+        for name in ("steps", "save_every", "keep_last", "processes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1")
+
+    def notes(self) -> list[str]:
+        """What people want to know before a run begins."""
+        return []
+
+    def usage(self, result: Path) -> str:
+        """The command that asks the result."""
+        return f"llama-mm chat --model {result}"
+
+    def prepare(self) -> None:
+        """What is done once, before the run's processes start."""
+
+    def task(self, group: Group) -> Task:
+        """Build what is trained, in one process of the run."""
+        raise NotImplementedError
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.output) / "checkpoints"
 
 
-def read_recipe(path: str | Path) -> Recipe:
-    """Raises:
-    ConfigError: no such file, not YAML, an unknown or missing key, or a value of the wrong type.
+def read_table(path: str | Path) -> Mapping[str, Any]:
+    """A recipe's file as it is written.
+
+    Raises:
+        ConfigError: no such file, not YAML, or not a table.
     """
     try:
         import yaml
@@ -96,21 +125,15 @@ def read_recipe(path: str | Path) -> Recipe:
         raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path} must be a table of settings, not {type(raw).__name__}")
-    return recipe_from_dict(raw, str(path))
+    return raw
 
 
-def recipe_from_dict(raw: Mapping[str, Any], where: str) -> Recipe:
-    for key in ("output", "steps", "vision", "text"):
-        if key not in raw:
-            raise ConfigError(f'{where}: "{key}" is missing')
-    sections = {"vision": TiledVisionConfig, "text": TextConfig, "optim": OptimConfig, "data": DataConfig}
-    given = dict(raw)
-    for key, cls in sections.items():
-        if key in given:
-            if not isinstance(given[key], Mapping):
-                raise ConfigError(f"{where}: {key} must be a table")
-            section = dict(given[key])
-            if isinstance(section.get("rope_scaling"), Mapping):
-                section["rope_scaling"] = from_dict(RopeScaling, section["rope_scaling"], f"{where}: rope_scaling")
-            given[key] = from_dict(cls, section, f"{where}: {key}")
-    return from_dict(Recipe, given, where)
+Report = Callable[["Progress"], None]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one step did: losses are means over what was counted in the step, speeds are per second."""
+
+    step: int
+    values: Mapping[str, float]

@@ -354,7 +354,11 @@ def test_a_recipes_section(tmp_path: Path) -> None:
     )
     data, model = read_data(recipe)
     assert model == "tiny" and data.sources == (FileSource(file="a.jsonl", weight=2, columns={"answer": "label"}),)
-    for text, message in (("model: tiny", "no data: section"), ("a: [1", "not valid YAML"), ("3", "no data: section")):
+    for text, message in (
+        ("model: tiny", "no data: section"),
+        ("a: [1", "not valid YAML"),
+        ("3", "must be a table of settings"),
+    ):
         recipe.write_text(text)
         with pytest.raises(UserError, match=message):
             read_data(recipe)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...config.checks import build, check_keys, from_dict, nearest, require
-from ...errors import ConfigError, DataError, MissingExtraError
+from ...errors import ConfigError, DataError
+from ..config import read_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,17 +184,8 @@ def read_data(path: str | Path) -> tuple[ChatData, str | None]:
     Raises:
         ConfigError: no such file, not YAML, no such section, or something wrong in it.
     """
-    try:
-        import yaml
-    except ImportError as error:
-        raise MissingExtraError("train", "reading a recipe") from error
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(raw, Mapping) or "data" not in raw:
+    raw = read_table(path)
+    if "data" not in raw:
         raise ConfigError(f"{path} has no data: section; it lists sources, such as - file: chats.jsonl")
     model = raw.get("model")
     return chat_data_from_dict(raw["data"], f"{path}: data"), model if isinstance(model, str) else None

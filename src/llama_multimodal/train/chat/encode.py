@@ -15,7 +15,7 @@ from ...config import AnyModelConfig, ModelConfig
 from ...errors import ConfigError, ImageError, PromptError, UserError
 from ...inputs import ImageLayout, ModelInputs, batch_inputs, join_tiles
 from ...processing.processor import Processor, TrainingRow
-from ..data import IGNORED
+from ..loader import IGNORED
 from .config import ChatData, SourceConfig
 from .shapes import conversation
 from .skips import BadRow

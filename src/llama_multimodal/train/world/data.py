@@ -11,18 +11,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from ..config import ModelConfig
-from ..inputs import ImageLayout, ModelInputs, batch_inputs
-from ..processing.prompt import encode_header, encode_message
-from ..processing.tiles import fitted_size, image_tiles
-from ..processing.tokenizer import Tokenizer
-from ..zoo.world import Mark, Sample, sample
+from ...config import ModelConfig
+from ...inputs import ImageLayout, ModelInputs, batch_inputs
+from ...processing.prompt import encode_header, encode_message
+from ...processing.tiles import fitted_size, image_tiles
+from ...processing.tokenizer import Tokenizer
+from ...zoo.world import Mark, Sample, sample
+from ..loader import IGNORED
 from .auxiliary import PATCH_HEADS, Targets, picture_targets
-from .config import Recipe
-
-IGNORED = -100  # label of a token that is not learnt
+from .config import WorldRecipe
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class WorldSteps(Dataset[list[MicroBatch]]):
     """Item s is step s: this rank's share of its samples, grouped into micro-batches of similar length."""
 
     def __init__(
-        self, recipe: Recipe, config: ModelConfig, tokenizer: Tokenizer, rank: int = 0, world: int = 1
+        self, recipe: WorldRecipe, config: ModelConfig, tokenizer: Tokenizer, rank: int = 0, world: int = 1
     ) -> None:
         self.recipe, self.data, self.config, self.tokenizer = recipe, recipe.data, config, tokenizer
         self.rank, self.world = rank, world
@@ -162,20 +161,3 @@ def _scaled(mark: Mark, x: float, y: float) -> Mark:
     """A mark in pixels of the canvas; x, y: canvas pixels for a picture pixel, which rounding makes differ a little."""
     left, top, right, bottom = mark.box
     return replace(mark, x=mark.x * x, y=mark.y * y, box=(left * x, top * y, right * x, bottom * y))
-
-
-def batches(dataset: WorldSteps, first_step: int, workers: int) -> Iterator[list[MicroBatch]]:
-    """Steps from `first_step` on, rendered ahead by worker processes."""
-    loader: DataLoader[list[MicroBatch]] = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=range(first_step, len(dataset)),
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_single_thread,
-    )
-    yield from loader
-
-
-def _single_thread(_: int) -> None:
-    torch.set_num_threads(1)

@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..models import VisionLanguageModel
-from ..models.mllama_vision import TiledVisionEncoder, VisionAttention, VisionBlock
+from ...models import VisionLanguageModel
+from ...models.mllama_vision import TiledVisionEncoder, VisionAttention, VisionBlock
 
 _OPEN_GATE = 1.0  # tanh(1) = 0.76: a fresh model reads its pictures from the first step
 _POSITION_GATE = 1.5  # most of a patch's position is that on the canvas, little that in its tile
@@ -106,26 +106,3 @@ def _look_away(attention: VisionAttention, rows: slice, angles: Tensor, space: T
     turn = torch.cat((torch.cat((cos, -sin), 1), torch.cat((sin, cos), 1)))  # [cos, sin](p) → [cos, sin](p + shift)
     for linear, placed in ((attention.q_proj, turn @ space.T), (attention.k_proj, space.T)):
         linear.weight[rows] = 0.05 * linear.weight[rows] + _SHARPNESS * placed
-
-
-def share_between_ratios(vision: TiledVisionEncoder) -> None:
-    """Hooks on the gradients of the tables by aspect ratio, which keep these as Meta's layout has them.
-
-    There a tile's embedding depends on its row and column alone and unused tiles have none: entries of one place
-    share their gradients, and entries that start equal stay equal.
-    """
-    most = vision.config.max_num_tiles
-    places = torch.full((len(vision.config.aspect_ratios) + 1, most), -1)
-    for ratio_id, (rows, columns) in enumerate(vision.config.aspect_ratios, start=1):
-        for tile in range(rows * columns):
-            places[ratio_id, tile] = tile // columns * most + tile % columns
-    used = places >= 0
-
-    def share(gradient: Tensor) -> Tensor:
-        summed = gradient.new_zeros(most * most, *gradient.shape[2:]).index_add(0, places[used], gradient[used])
-        shared = torch.zeros_like(gradient)
-        shared[used] = summed[places[used]]
-        return shared
-
-    for table in (vision.tile_position_embedding, vision.pre_tile_embedding, vision.post_tile_embedding):
-        table.register_hook(share)

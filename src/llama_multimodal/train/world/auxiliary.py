@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ModelConfig, TiledVisionConfig
-from ..inputs import ImageLayout
-from ..models import VisionLanguageModel
-from ..zoo.world import CHARS, COLORS, SHAPES, Mark, count_matching
+from ...config import ModelConfig, TiledVisionConfig
+from ...inputs import ImageLayout
+from ...models import VisionLanguageModel
+from ...zoo.world import CHARS, COLORS, SHAPES, Mark, count_matching
 
 # Classes of each patch head; class 0 is "nothing of the kind covers this patch", for "center" that none has it here.
 PATCH_HEADS = {

@@ -1,0 +1,122 @@
+"""A step's conversations as micro-batches: alike in length, or packed several to a row.
+
+Shapes: B rows · T tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ...config import AnyModelConfig
+from ...inputs import ModelInputs
+from .encode import Example, microbatch
+from .recipe import BatchConfig
+from .steps import ChatSteps, StepExamples
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """inputs, and labels [B, T]: the next token of each answer token, else -100.
+
+    rows: where each row's conversations come from. lengths: tokens of each conversation.
+    """
+
+    inputs: ModelInputs
+    labels: Tensor
+    rows: tuple[str, ...]
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ChatStep(StepExamples):
+    """One process's share of a step, its examples as micro-batches."""
+
+    micro: list[MicroBatch]
+    tried: int  # rows
+
+    @property
+    def read(self) -> int:
+        return self.tried
+
+
+class ChatBatches(Dataset[ChatStep]):
+    """Item s is step s."""
+
+    def __init__(self, steps: ChatSteps, batch: BatchConfig, config: AnyModelConfig) -> None:
+        self.steps, self.batch, self.config = steps, batch, config
+
+    def __getitem__(self, step: int) -> ChatStep:
+        found = self.steps[step]
+        micro = list(micro_batches(found.examples, self.batch, self.config))
+        return ChatStep([], found.skipped, found.cut, micro, found.read)
+
+
+def micro_batches(examples: Sequence[Example], batch: BatchConfig, config: AnyModelConfig) -> Iterator[MicroBatch]:
+    """Micro-batches of conversations of like length, or of packed ones; pictures of one size share a batch."""
+    ordered = sorted(examples, key=lambda e: (tuple(e.tiles.shape[2:]) if len(e.tiles) else (), len(e.tokens)))
+    for group in _packed(ordered, batch) if batch.packing else _padded(ordered, batch):
+        yield _packed_batch(group, config) if batch.packing else _padded_batch(group, config)
+
+
+def _padded(ordered: Sequence[Example], batch: BatchConfig) -> Iterator[list[Example]]:
+    group: list[Example] = []
+    for one in ordered:
+        too_many = len(one.tokens) * (len(group) + 1) > batch.tokens or len(group) == batch.rows_at_once
+        if group and (too_many or not _share_a_size(group, one)):
+            yield group
+            group = []
+        group.append(one)
+    if group:
+        yield group
+
+
+def _packed(ordered: Sequence[Example], batch: BatchConfig) -> list[list[Example]]:
+    """Rows of at most `batch.tokens`: the longest conversations first, each into the first row with room for it."""
+    rows: list[list[Example]] = []
+    for one in reversed(ordered):
+        for row in rows:
+            fits = sum(len(other.tokens) for other in row) + len(one.tokens) <= batch.tokens
+            if fits and len(row) != batch.rows_at_once and _share_a_size(row, one):
+                row.append(one)
+                break
+        else:
+            rows.append([one])
+    return rows
+
+
+def _share_a_size(group: Sequence[Example], one: Example) -> bool:
+    """Whether pictures can lie in one tensor."""
+    sizes = {tuple(e.tiles.shape[2:]) for e in (*group, one) if len(e.tiles)}
+    return len(sizes) < 2
+
+
+def _padded_batch(group: Sequence[Example], config: AnyModelConfig) -> MicroBatch:
+    made = microbatch(group, config)
+    return MicroBatch(made.inputs, made.labels, tuple(e.where for e in group), tuple(len(e.tokens) for e in group))
+
+
+def _packed_batch(group: Sequence[Example], config: AnyModelConfig) -> MicroBatch:
+    """One row of several conversations: each has positions of its own, reads itself, and sees its own pictures."""
+    alone = [microbatch([one], config) for one in group]
+    tiles = [part.inputs.tiles for part in alone if len(part.inputs.tiles)] or [alone[0].inputs.tiles]
+    visible, images = [], 0
+    for part in alone:
+        visible.append(part.inputs.visible + images)  # an empty range stays empty
+        images += len(part.inputs.images)
+    lengths = tuple(part.inputs.lengths[0] for part in alone)
+    inputs = ModelInputs(
+        tokens=torch.cat([part.inputs.tokens for part in alone], dim=1),
+        positions=torch.cat([part.inputs.positions for part in alone], dim=1),
+        lengths=(sum(lengths),),
+        tiles=torch.cat(tiles),
+        images=tuple(image for part in alone for image in part.inputs.images),
+        visible=torch.cat(visible, dim=1),
+        segments=torch.repeat_interleave(torch.arange(len(group)), torch.tensor(lengths))[None],
+    )
+    labels = torch.cat([part.labels for part in alone], dim=1)
+    return MicroBatch(inputs, labels, (", ".join(e.where for e in group),), lengths)

@@ -1,0 +1,71 @@
+"""Held-out conversations while training goes on: their loss, and whether the model's answers are theirs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from ...errors import DataError
+from ...eval.metrics import anls, exact_match
+from ...generate import generate
+from ...models import LanguageModel
+from ...processing.processor import Processor
+from ...sampling import SamplingParams
+from ..loader import IGNORED
+from ..parallel import Group
+from .encode import Example, microbatch
+from .recipe import ChatRecipe
+from .steps import ChatSteps
+
+FOLDER = "samples"
+"""In the run's folder: what the model answered at each evaluation."""
+
+
+class Evaluation:
+    """This process's share of the rows that are asked."""
+
+    def __init__(self, recipe: ChatRecipe, processor: Processor, group: Group) -> None:
+        self.recipe, self.processor, self.group = recipe, processor, group
+        rows = ChatSteps(
+            recipe.data, processor, max(recipe.evaluate.rows, group.size), group.rank, group.size, evaluation=True
+        )
+        self.examples: list[Example] = rows[0].examples
+        if not any(group.gather(len(self.examples))):
+            raise DataError("data: none of the rows to evaluate on can be used")
+
+    @classmethod
+    def of(cls, recipe: ChatRecipe, processor: Processor, group: Group) -> Evaluation | None:
+        """None where it is not asked for."""
+        return cls(recipe, processor, group) if recipe.evaluate.every else None
+
+    def answers(self, model: LanguageModel, step: int) -> dict[str, float]:
+        """Let the model answer in the place of the last answer of some rows, greedily; scores over all processes."""
+        asked = self.examples[: -(-self.recipe.evaluate.answers // self.group.size)]
+        params = SamplingParams(max_new_tokens=self.recipe.evaluate.max_new_tokens)
+        written, scores = [], torch.zeros(3, dtype=torch.float64)
+        for example in asked:
+            prompt, truth = split_answer(example)
+            found = generate(model, microbatch([prompt], model.config).inputs, params)
+            answer, right = self.processor.decode(found.token_ids[0]), self.processor.decode(truth)
+            scores += torch.tensor([1.0, float(exact_match(answer, right)), anls(answer, [right])], dtype=torch.float64)
+            written.append({"where": example.where, "answer": answer, "truth": right})
+        if self.group.leads and written:
+            file = Path(self.recipe.output) / FOLDER / f"step-{step:08d}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in written)
+            file.write_text("".join(lines), encoding="utf-8")
+        count, exact, similar = self.group.sum(scores)
+        return {"eval_exact_match": exact / count, "eval_anls": similar / count} if count else {}
+
+
+def split_answer(example: Example) -> tuple[Example, list[int]]:
+    """A conversation up to its last answer, and that answer's tokens."""
+    learnt = [i for i, label in enumerate(example.labels) if label != IGNORED]
+    first = next(i for i in reversed(learnt) if i - 1 not in learnt)
+    prompt = example.tokens[: first + 1]
+    return dataclasses.replace(example, tokens=prompt, labels=[IGNORED] * len(prompt)), example.labels[
+        first : learnt[-1] + 1
+    ]

@@ -1,0 +1,95 @@
+"""The model of a fine-tuning run: a base, what of it learns, and in which dtypes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ...adapters.lora import apply_lora
+from ...errors import ConfigError
+from ...loading import load, pick_device
+from ...models import LanguageModel, VisionLanguageModel
+from ...models.layers import Linear
+from ...models.mllama_vision import TiledVisionEncoder
+from ...ops.linear import cpu_multiplies
+from ...processing.processor import Processor
+from ...quant.nf4 import Nf4Config, quantize_nf4
+from ..parallel import local_rank
+from ..recompute import recompute_blocks
+from ..tile_tables import share_between_ratios
+from .parts import freeze
+from .recipe import ChatRecipe
+
+_AT_ONCE = 1024  # tokens whose logits a head of another kind gives at a time
+
+
+def device_of(recipe: ChatRecipe) -> torch.device:
+    """Where a process of the run computes.
+
+    Raises:
+        DeviceError: the recipe's device is not there.
+    """
+    if recipe.device != "auto":
+        return pick_device(recipe.device)
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def load_base(recipe: ChatRecipe, device: torch.device) -> tuple[LanguageModel, Processor]:
+    """The base model: as its checkpoint has it where all of it may learn, else in the dtype that it computes in."""
+    if recipe.method == "full":
+        return load(recipe.model, device=device)
+    model, processor = load(recipe.model, dtype=recipe.dtype, device=device)
+    if recipe.method == "qlora":
+        quantize_nf4(model, Nf4Config(compute_dtype=recipe.dtype))
+    return model, processor
+
+
+def make_trainable(model: LanguageModel, recipe: ChatRecipe) -> LanguageModel:
+    """Choose what learns; it is held in float32 while the rest stays in the recipe's dtype. Works without weights too.
+
+    Raises:
+        ConfigError: a target or a part that this model does not have.
+    """
+    if recipe.method == "full":
+        freeze(model, recipe.freeze)
+        kind = product_dtype(recipe, model.device)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else kind)
+    else:
+        apply_lora(model, recipe.lora)
+    if isinstance(model, VisionLanguageModel) and isinstance(model.vision, TiledVisionEncoder):
+        share_between_ratios(model.vision)
+    if recipe.recompute:
+        recompute_blocks(model)
+    return model
+
+
+def product_dtype(recipe: ChatRecipe, device: torch.device) -> torch.dtype:
+    """The dtype of products: the recipe's, unless this CPU would only emulate it."""
+    kind: torch.dtype = getattr(torch, recipe.dtype)
+    return torch.float32 if device.type == "cpu" and kind == torch.bfloat16 and not cpu_multiplies(kind) else kind
+
+
+def summed_loss(model: LanguageModel, hidden: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """The cross-entropy of tokens [T, E] with labels [T], added up; without the logits of all of them at once."""
+    head = model.decoder.lm_head
+    if type(head) is Linear:
+        weight = head.weight[: model.config.text.vocab_size]
+        return ops.linear_cross_entropy(hidden.to(dtype), weight.to(dtype), labels, reduction="sum")
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for some, wanted in zip(hidden.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True):  # packed, or with an adapter
+        logits = head(some)[:, : model.config.text.vocab_size].float()
+        total = total + torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+    return total
+
+
+def check_processor(processor: Processor, model: str) -> Processor:
+    """Raises:
+    ConfigError: the base model has no tokenizer.
+    """
+    if processor.tokenizer is None:
+        raise ConfigError(
+            f"{model} has no tokenizer, and conversations need one; put the model's own next to its weights"
+        )
+    return processor

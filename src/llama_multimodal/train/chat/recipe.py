@@ -1,0 +1,83 @@
+"""The recipe of a fine-tuning run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from ...adapters.config import LoraConfig
+from ...errors import ConfigError
+from ..config import Recipe
+from ..parallel import Group
+from ..task import Task
+from .config import ChatData, chat_data_from_dict
+from .parts import check_parts
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How a step's rows are put together. Whatever is chosen, a step's loss is the mean over all its learnt tokens."""
+
+    rows: int = 16  # conversations of a step, over all processes
+    tokens: int = 4096  # padded tokens that a micro-batch has at most, unless one row alone is longer
+    rows_at_once: int | None = None  # rows that a micro-batch has at most
+    packing: bool = False  # several conversations in one row, each reading itself only
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.tokens, 1 if self.rows_at_once is None else self.rows_at_once) < 1:
+            raise ConfigError("batch: rows, tokens and rows_at_once must be at least 1")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Questions about held-out rows while training goes on: their loss, and what the model answers."""
+
+    every: int = 0  # steps; 0 never asks
+    rows: int = 64  # whose loss is taken
+    answers: int = 16  # of them that are answered too, for exact match and ANLS
+    max_new_tokens: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRecipe(Recipe):
+    """A base model, conversations, and what is trained: an adapter (LoRA), one over 4-bit weights (QLoRA), or all."""
+
+    TASK = "chat"
+    SECTIONS: ClassVar[Mapping[str, Any]] = {
+        **Recipe.SECTIONS, "data": chat_data_from_dict, "batch": BatchConfig, "evaluate": EvaluateConfig,
+        "lora": LoraConfig,
+    }  # fmt: skip
+
+    model: str  # "tiny", a folder or a repository of the Hugging Face hub
+    data: ChatData
+    method: Literal["lora", "qlora", "full"] = "lora"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    freeze: tuple[str, ...] = ()  # parts that `full` leaves alone: vision, projector, self, cross, embedding, lm_head
+    batch: BatchConfig = BatchConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    device: str = "auto"  # a GPU where there is one
+    recompute: bool = False  # gradient checkpointing: less memory, a third more arithmetic
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_parts(self.freeze, "freeze")
+        check_parts(self.optim.learning_rates, "optim.learning_rates")
+        if self.freeze and self.method != "full":
+            raise ConfigError(f"freeze is for the method full; {self.method} trains what lora.targets names")
+        if self.dtype == "float16" and self.method != "full" and self.lora.dtype != "float32":
+            raise ConfigError("dtype float16 scales gradients, which need lora.dtype float32")
+        if self.evaluate.every and not (self.data.evaluation or self.data.holdout):
+            raise ConfigError("evaluate.every needs rows to evaluate on: set data.holdout, or list data.evaluation")
+        if self.result == "best" and not self.evaluate.every:
+            raise ConfigError("result: best needs evaluate.every, which says what is best")
+
+    def usage(self, result: Path) -> str:
+        whole = self.method == "full"
+        return super().usage(result) if whole else f"llama-mm chat --model {self.model} --adapter {result}"
+
+    def task(self, group: Group) -> Task:
+        from .task import ChatTask
+
+        return ChatTask(self, group)

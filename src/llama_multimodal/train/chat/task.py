@@ -1,0 +1,149 @@
+"""Fine-tuning on conversations as a task: the mean cross-entropy of all answer tokens of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...adapters.peft_format import save_adapter
+from ...errors import TrainingError
+from ...loading import save
+from ...weights.checkpoint import parameter_shapes
+from ..loader import IGNORED, ahead
+from ..optim import build_optimizers, scheduled
+from ..parallel import Group
+from ..task import Task, sums, trained
+from .batches import ChatBatches, MicroBatch, micro_batches
+from .evaluation import Evaluation
+from .flops import Work
+from .model import check_processor, device_of, load_base, make_trainable, product_dtype, summed_loss
+from .parts import part_of
+from .recipe import ChatRecipe
+from .skips import SkipLog
+from .steps import ChatSteps
+
+
+class ChatTask(Task[MicroBatch]):
+    """A base model, an adapter or all of its weights, and the recipe's conversations."""
+
+    num_sums = 1
+    relief = "lower batch.tokens or data.max_length, set recompute: true, or take the method qlora"
+
+    def __init__(self, recipe: ChatRecipe, group: Group) -> None:
+        self.recipe: ChatRecipe = recipe
+        self.group = group
+        self.device = device_of(recipe)
+        self.model, processor = load_base(recipe, self.device)
+        self.processor = check_processor(processor, recipe.model)
+        self.stored = self.model.dtype
+        self.model = self.averaged = make_trainable(self.model, recipe).train()
+        self.modules = self.model
+        self.dtype = product_dtype(recipe, self.device)
+        steps = ChatSteps(recipe.data, processor, recipe.batch.rows, group.rank, group.size)
+        steps.require_usable()
+        self.dataset = ChatBatches(steps, recipe.batch, self.model.config)
+        self.work_of = Work.of(self.model.config, parameter_shapes(self.model.config), trained(self.model))
+        self.evaluation = Evaluation.of(recipe, self.processor, group)
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        text = self.model.config.text
+        return build_optimizers(trained(self.model), self.recipe.optim, lambda name: part_of(name, text))
+
+    def learning_rate(self, step: int) -> float:
+        return scheduled(self.recipe.optim.learning_rate, step, self.recipe.steps, self.recipe.optim)
+
+    def batches(self, first: int) -> Iterator[list[MicroBatch]]:
+        data, rank = self.recipe.data, self.group.rank
+        file = Path(self.recipe.output) / (f"skipped-{rank}.jsonl" if rank else "skipped.jsonl")
+        read = first * len(range(rank, self.recipe.batch.rows, self.group.size))
+        log = SkipLog(file, data.max_skipped, self.dataset.steps.rows_per_epoch, step=first, read=read)
+        for step, found in enumerate(ahead(self.dataset, first, self.recipe.steps, data.workers), start=first):
+            log.add(step, found)
+            yield found.micro
+
+    def totals(self, micro: Sequence[MicroBatch]) -> Tensor:
+        return torch.tensor([sum(int((m.labels != IGNORED).sum()) for m in micro)], dtype=torch.float64)
+
+    def check(self, totals: Sequence[float], micro: Sequence[MicroBatch], step: int) -> None:
+        if totals[0] == 0:
+            rows = ", ".join(row for m in micro for row in m.rows[:3]) or "all of them were skipped"
+            raise TrainingError(
+                f"step {step + 1} has no token to learn: every label of its rows is masked ({rows});"
+                " each conversation needs an assistant's message"
+            )
+
+    def loss(self, micro: MicroBatch, totals: Sequence[float], step: int) -> tuple[Tensor | None, Tensor]:
+        summed = self.summed(micro)
+        return summed / totals[0], sums(summed)
+
+    def summed(self, micro: MicroBatch) -> Tensor:
+        """The cross-entropy of a micro-batch's answer tokens, added up."""
+        wanted = micro.labels != IGNORED
+        labels = micro.labels[wanted].to(self.device)
+        with self._product():
+            hidden = self.model.hidden(micro.inputs)
+        return summed_loss(self.model, hidden[wanted.to(self.device)], labels, self.dtype)
+
+    def _product(self) -> AbstractContextManager[object]:
+        """Weights that are held in float32 multiply in the recipe's dtype; a frozen base has it already."""
+        if self.recipe.method != "full" or self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def measures(self, sums: Sequence[float], totals: Sequence[float], step: int) -> dict[str, float]:
+        return {"loss": sums[0] / totals[0], "learnt_tokens": totals[0]}
+
+    def work(self, micro: Sequence[MicroBatch], step: int) -> dict[str, float]:
+        learnt = (int((m.labels != IGNORED).sum()) for m in micro)
+        return {
+            "tokens": sum(sum(m.lengths) for m in micro),
+            "images": sum(len(m.inputs.images) for m in micro),
+            "flops": sum(self.work_of.of_batch(m.inputs, m.lengths, n) for m, n in zip(micro, learnt, strict=True)),
+        }
+
+    def rows(self, micro: MicroBatch) -> list[str]:
+        return list(micro.rows)
+
+    def evaluates(self, step: int) -> bool:
+        every = self.recipe.evaluate.every
+        return self.evaluation is not None and ((step + 1) % every == 0 or step + 1 == self.recipe.steps)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        assert self.evaluation is not None
+        batches = micro_batches(self.evaluation.examples, self.recipe.batch, self.model.config)
+        with self._as_it_answers():
+            pairs = [(float(self.summed(m)), float((m.labels != IGNORED).sum())) for m in batches]
+            scores = self.evaluation.answers(self.model, step + 1)
+        lost, count = self.group.sum(torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).sum(0))
+        return {"eval_loss": lost / max(count, 1.0), **scores}
+
+    @contextmanager
+    def _as_it_answers(self) -> Iterator[None]:
+        """The model without dropout, and all of it in the dtype of its products, as it will be saved and loaded."""
+        ours = trained(self.model) if self.recipe.method == "full" else {}
+        kept = {name: parameter.data for name, parameter in ours.items()}
+        self.model.eval()
+        try:
+            for parameter in ours.values():
+                parameter.data = parameter.data.to(self.dtype)
+            with torch.no_grad():
+                yield
+        finally:
+            for name, parameter in ours.items():
+                parameter.data = kept[name]
+            self.model.train()
+
+    def export(self, folder: Path, weights: Mapping[str, Tensor] | None) -> Path:
+        with torch.no_grad():
+            for name, parameter in trained(self.model).items() if weights is not None else ():
+                parameter.copy_((weights or {})[name])
+        self.model.eval()
+        if self.recipe.method != "full":
+            save_adapter(self.model, folder / "adapter", base_model=self.recipe.model)
+            return folder / "adapter"
+        save(self.model.to(self.stored), self.processor, folder / "model")
+        return folder / "model"

@@ -1,0 +1,1 @@
+"""Training the embedded model from nothing, on pictures that the renderer makes up."""
