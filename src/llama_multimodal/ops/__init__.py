@@ -19,6 +19,7 @@ from .packed_linear import (
     round_activations,
     unpack_weight,
 )
+from .paged_attention import PagedCache, PagedReads, PagedRun, paged_attention
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import apply_rope, rope_angles, rope_frequencies
 from .swiglu import swiglu
@@ -32,6 +33,9 @@ __all__ = [
     "KeyRanges",
     "PackedProduct",
     "PackedWeight",
+    "PagedCache",
+    "PagedReads",
+    "PagedRun",
     "Span",
     "add_rms_norm",
     "apply_rope",
@@ -46,6 +50,7 @@ __all__ = [
     "linear_gelu",
     "pack_weight",
     "packed_linear",
+    "paged_attention",
     "paged_decode_attention",
     "prepare_weight",
     "restore_weight",
