@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .assemble import from_parts
+    from .engine import AsyncEngine, Engine, EngineConfig, Request
     from .errors import UserError
     from .generate import GenerationEvent, GenerationOutput, generate
     from .loading import load, save
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
     from .sampling import SamplingParams
 
 _HOMES = {
+    "AsyncEngine": ".engine",
+    "Engine": ".engine",
+    "EngineConfig": ".engine",
     "GenerationEvent": ".generate",
     "GenerationOutput": ".generate",
+    "Request": ".engine",
     "SamplingParams": ".sampling",
     "UserError": ".errors",
     "VisionLanguageModel": ".models",
@@ -32,8 +37,12 @@ _HOMES = {
     "save": ".loading",
 }
 __all__ = [
+    "AsyncEngine",
+    "Engine",
+    "EngineConfig",
     "GenerationEvent",
     "GenerationOutput",
+    "Request",
     "SamplingParams",
     "UserError",
     "VisionLanguageModel",

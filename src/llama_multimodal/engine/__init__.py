@@ -1,5 +1,6 @@
 """Continuous batching over a cache in blocks."""
 
+from .async_engine import AsyncEngine
 from .config import CachePlan, EngineConfig, plan_cache
 from .engine import Engine
 from .metrics import EngineMetrics, Histogram
@@ -7,6 +8,7 @@ from .request import Answer, Event, Request, RequestMetrics
 
 __all__ = [
     "Answer",
+    "AsyncEngine",
     "CachePlan",
     "Engine",
     "EngineConfig",

@@ -25,7 +25,7 @@ class EngineConfig:
     whole context need, but at most a quarter of a CPU's free memory or 80 % of a GPU's.
 
     max_tokens_in_batch: of one step, all rows together; a longer prompt is read in chunks.
-    max_requests: that are worked on at a time. max_tiles_in_batch: that are encoded in one step, but at least a picture.
+    max_requests: that are worked on at a time. max_tiles_in_batch: that are encoded in a step, but at least a picture.
     image_share: of the cache's memory; None goes by the model.
     patience: by how many places in the queue one step of priority moves a request forward, and no further.
     prefix_cache: whether equal beginnings of prompts are computed once.
@@ -62,7 +62,11 @@ def parse_bytes(size: int | str) -> int:
     if isinstance(size, int) and size > 0:
         return size
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
-    if match is None or match[2].upper() not in _UNITS or not (found := int(float(match[1]) * _UNITS[match[2].upper()])):
+    if (
+        match is None
+        or match[2].upper() not in _UNITS
+        or not (found := int(float(match[1]) * _UNITS[match[2].upper()]))
+    ):
         raise ConfigError(f'cache_memory must be bytes or text such as "4GiB", not {size!r}')
     return found
 
@@ -83,9 +87,7 @@ class CachePlan:
         return self.num_blocks * self.block_bytes + self.num_units * self.unit_bytes
 
 
-def plan_cache(
-    config: AnyModelConfig, engine: EngineConfig, dtype: torch.dtype, device: torch.device
-) -> CachePlan:
+def plan_cache(config: AnyModelConfig, engine: EngineConfig, dtype: torch.dtype, device: torch.device) -> CachePlan:
     """How many blocks and units fit in the cache's memory.
 
     Raises:

@@ -88,7 +88,7 @@ class Engine:
                 self.cancel(job)
 
     def add(self, request: Request, index: int = 0) -> Job:
-        """Queue a request; `step` works on it. Its tokens come in `job.events`, and at its end there is `job.answer`."""
+        """Queue a request; `step` works on it. Its tokens come in `job.events`, at its end there is `job.answer`."""
         job = Job(next(self._numbers), request, index, self.config.patience)
         self._mend()
         self.scheduler.add(job)
@@ -215,21 +215,29 @@ class Engine:
             return
         job.tokens.append(token)
         self.metrics.token(job)
-        job.events.append(Event(job.index, token, event.text, _reason(event.finish_reason)))
         if event.finish_reason:
-            self._end(job, _reason(event.finish_reason))
+            self._end(job, "stop" if event.finish_reason == "stop" else "length", token=token, text=event.text)
+        else:
+            job.events.append(Event(job.index, token, event.text))
 
-    def _end(self, job: Job, reason: FinishReason | None, error: Exception | None = None) -> None:
+    def _end(
+        self,
+        job: Job,
+        reason: FinishReason,
+        error: Exception | None = None,
+        *,
+        token: int | None = None,
+        text: str = "",
+    ) -> None:
+        """A request's answer is as it is now; token, text: its last event's. Nothing where it has ended already."""
         if job.answer is not None:
             return
         if job.queued:
             self.scheduler.remove(job)
-        row = job.row
-        self.metrics.finished(job, reason or "length")
-        text, tokens = ("", []) if row is None else (row.text, list(row.answer))
-        job.answer = Answer(text, tokens, reason or "length", error, job.metrics)
-        if reason in ("error", "cancelled"):
-            job.events.append(Event(job.index, None, "", reason, error))
+        self.metrics.finished(job, reason)
+        whole, tokens = ("", []) if job.row is None else (job.row.text, list(job.row.answer))
+        job.answer = Answer(whole, tokens, reason, error, job.metrics)
+        job.events.append(Event(job.index, token, text, reason, error, job.answer))
 
     # --- images ------------------------------------------------------------------------------------------------------
 
@@ -314,7 +322,3 @@ class Engine:
         self.images.clear()
         self.scheduler.restart()
         self._torn = False
-
-
-def _reason(name: str | None) -> FinishReason | None:
-    return None if name is None else "stop" if name == "stop" else "length"

@@ -70,7 +70,8 @@ class Answer:
 class Event:
     """One token of one request as it is chosen, or its end without one (error, cancelled).
 
-    index: of the request in the list that was asked; text: what can be shown since its last event.
+    index: of the request in the list that was asked; text: what can be shown since its last event; answer: with the
+    last event, all of it.
     """
 
     index: int
@@ -78,6 +79,7 @@ class Event:
     text: str
     finish_reason: FinishReason | None = None
     error: Exception | None = None
+    answer: Answer | None = None
 
 
 @dataclass(eq=False)
@@ -94,7 +96,7 @@ class ImageUse:
 
 
 class Job:
-    """A request while it is worked on: its tokens so far, how many of them are in the cache, and what it holds there."""
+    """A request while it is worked on: its tokens so far, how many are in the cache, and what it holds there."""
 
     def __init__(self, number: int, request: Request, index: int, patience: int) -> None:
         self.number, self.request, self.index = number, request, index
@@ -129,7 +131,9 @@ class Job:
             raise PromptError("stop strings need a tokenizer, and this checkpoint has none; use the end tokens instead")
         length = inputs.lengths[0]
         if length >= context:
-            raise PromptError(f"the prompt must leave room for an answer in the context of {context} tokens; shorten it")
+            raise PromptError(
+                f"the prompt must leave room for an answer in the context of {context} tokens; shorten it"
+            )
         self.row = AnswerRow(self.request.params, inputs, 0, eos_token_ids, context)
         self.tokens = inputs.tokens[0, :length].tolist()
         self.metrics.prompt_tokens = length

@@ -71,7 +71,9 @@ class Runner:
         tokens = self.model.config.num_tokens(*use.tiles.shape[2:])  # type: ignore[union-attr]
         if tokens != self.plan.unit_tokens:
             size = f"{use.tiles.shape[3]} × {use.tiles.shape[2]} pixels"
-            raise PromptError(f"the engine keeps images of {self.plan.unit_tokens} tokens, and one of {size} has {tokens}")
+            raise PromptError(
+                f"the engine keeps images of {self.plan.unit_tokens} tokens, and one of {size} has {tokens}"
+            )
 
     def encode(self, uses: Sequence[ImageUse]) -> list[list[Tensor]]:
         """What the cache keeps of each image; nothing is stored yet.
@@ -79,7 +81,9 @@ class Runner:
         Returns, for each image, a key and a value [U, S, Hkv, D] a layer, or its embeddings [U, E].
         """
         found: dict[int, list[Tensor]] = {}
-        for _, group in itertools.groupby(sorted(range(len(uses)), key=lambda i: _shape(uses[i])), key=lambda i: _shape(uses[i])):
+        for _, group in itertools.groupby(
+            sorted(range(len(uses)), key=lambda i: _shape(uses[i])), key=lambda i: _shape(uses[i])
+        ):
             together = list(group)
             found |= zip(together, self._encode([uses[i] for i in together]), strict=True)
         return [found[i] for i in range(len(uses))]
@@ -104,9 +108,11 @@ class Runner:
     @torch.inference_mode()
     def store(self, units: Sequence[int], parts: Sequence[Tensor]) -> None:
         """Put what `encode` returned for an image into its units."""
-        pools = [self.embeddings] if self.embeddings is not None else [
-            pool for pair in zip(self.image_keys, self.image_values) for pool in pair
-        ]
+        pools = (
+            [self.embeddings]
+            if self.embeddings is not None
+            else [pool for pair in zip(self.image_keys, self.image_values) for pool in pair]
+        )
         index = torch.tensor(units, device=self.model.device)
         for pool, part in zip(pools, parts, strict=True):
             pool[index] = part.to(pool.dtype)

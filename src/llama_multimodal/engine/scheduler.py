@@ -31,9 +31,7 @@ class Step:
 class Scheduler:
     """Holds the requests and gives out the cache."""
 
-    def __init__(
-        self, config: EngineConfig, blocks: BlockManager, images: ImagePool, metrics: EngineMetrics
-    ) -> None:
+    def __init__(self, config: EngineConfig, blocks: BlockManager, images: ImagePool, metrics: EngineMetrics) -> None:
         self.config, self.blocks, self.images, self.metrics = config, blocks, images, metrics
         self.waiting: list[Job] = []  # both by rank
         self.running: list[Job] = []
@@ -57,7 +55,8 @@ class Scheduler:
             if step.num_tokens >= self.config.max_tokens_in_batch:
                 break
             if not job.running:  # the first that has to wait lets nobody pass
-                admitting = admitting and job not in step.preempted and self._admit(job, step)
+                ready = job.row is not None and job not in step.preempted
+                admitting = admitting and ready and self._admit(job, step)
             if job.running and job not in step.segments:
                 self._advance(job, step)
         step.images = {entry: use for entry, use in step.images.items() if entry.references > 0}
@@ -135,13 +134,14 @@ class Scheduler:
                 use.entry = self.images.acquire(use.key, use.size)
                 if use.entry is None and not self._take_from_worse(job, step, images=True):
                     return max(first, use.first)
-            if use.entry.ready or use.entry in step.images:
+            if use.entry.ready:
                 continue
-            tiles = sum(len(other.tiles) for other in step.images.values()) + len(use.tiles)
-            if use.entry.started or (step.images and tiles > self.config.max_tiles_in_batch):
-                return max(first, use.first)
-            step.images[use.entry] = use
-            if self.config.overlap_images:
+            if use.entry not in step.images:
+                tiles = sum(len(other.tiles) for other in step.images.values()) + len(use.tiles)
+                if use.entry.started or (step.images and tiles > self.config.max_tiles_in_batch):
+                    return max(first, use.first)
+                step.images[use.entry] = use
+            if self.config.overlap_images:  # it is not there before the next step
                 return max(first, use.first)
         return end
 

@@ -215,7 +215,7 @@ class LlamaDecoder(nn.Module):
                     x = block(x, cross_cache.keys[cross_layer], cross_cache.values[cross_layer], ranges, sees_image)
                 cross_layer += 1
         if last_token_of is not None:
-            x = x[torch.arange(x.shape[0]), torch.as_tensor(last_token_of)][:, None]
+            x = x[torch.arange(x.shape[0]), torch.as_tensor(last_token_of, dtype=torch.int64)][:, None]
         logits = self.lm_head(self.norm(x))
         # An embedding that is the LM head too may have rows past the vocabulary: they stand for images.
         return logits if logits.shape[-1] == self.config.vocab_size else logits[..., : self.config.vocab_size]
