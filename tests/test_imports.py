@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": BASE | {"ops"},
     "sampling": {"errors"},
     "weights": MODEL | {"quant"},
-    "adapters": MODEL,
+    "adapters": MODEL | {"quant", "weights"},
     "quant": MODEL,
     "distributed": MODEL,
     "loading": BUILT,

@@ -11,6 +11,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapters.config import LoraConfig
+    from .adapters.lora import apply_lora, merge_lora, unmerge_lora, use_adapter
+    from .adapters.peft_format import load_adapter, save_adapter
     from .assemble import from_parts
     from .engine import AsyncEngine, Engine, EngineConfig, Request
     from .errors import UserError
@@ -25,16 +28,23 @@ _HOMES = {
     "EngineConfig": ".engine",
     "GenerationEvent": ".generate",
     "GenerationOutput": ".generate",
+    "LoraConfig": ".adapters.config",
     "Request": ".engine",
     "SamplingParams": ".sampling",
     "UserError": ".errors",
     "VisionLanguageModel": ".models",
+    "apply_lora": ".adapters.lora",
     "from_parts": ".assemble",
     "generate": ".generate",
     "load": ".loading",
+    "load_adapter": ".adapters.peft_format",
+    "merge_lora": ".adapters.lora",
     "register_encoder": ".models",
     "register_projector": ".models",
     "save": ".loading",
+    "save_adapter": ".adapters.peft_format",
+    "unmerge_lora": ".adapters.lora",
+    "use_adapter": ".adapters.lora",
 }
 __all__ = [
     "AsyncEngine",
@@ -42,16 +52,23 @@ __all__ = [
     "EngineConfig",
     "GenerationEvent",
     "GenerationOutput",
+    "LoraConfig",
     "Request",
     "SamplingParams",
     "UserError",
     "VisionLanguageModel",
+    "apply_lora",
     "from_parts",
     "generate",
     "load",
+    "load_adapter",
+    "merge_lora",
     "register_encoder",
     "register_projector",
     "save",
+    "save_adapter",
+    "unmerge_lora",
+    "use_adapter",
 ]
 __version__ = "0.1.0"
 

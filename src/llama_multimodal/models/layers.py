@@ -18,12 +18,21 @@ from ..ops import PackedProduct, PackedWeight
 class Linear(nn.Linear):
     """`nn.Linear` through `ops.linear`."""
 
+    product: PackedProduct | None = None
+    """What a packed layer computes. A decoding step with one for every layer of a block takes `ops.decode_block`."""
+
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
+
+    def gelu(self, x: Tensor, approximate: ops.Approximation = "none") -> Tensor:
+        """The layer and the GELU behind it."""
+        return ops.linear_gelu(x, self.weight, self.bias, approximate)
 
 
 class Projections(nn.Module):
     """Linear layers without bias that read one input; packed, they run as one product (`quant.pack`)."""
+
+    product: PackedProduct | None = None
 
     def __init__(self, size: int, **outputs: int) -> None:
         """outputs: how many outputs each layer has, by its name."""

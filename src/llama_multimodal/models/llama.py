@@ -15,7 +15,7 @@ from ..cache import CrossAttentionCache, SelfAttentionCache
 from ..config import TextConfig
 from ..errors import PromptError
 from ..ops import DecoderBlock, KeyRanges, PagedCache, PagedReads, Span
-from .layers import Linear, PackedLinear, Projections, RMSNorm, merge_heads, split_heads
+from .layers import Linear, Projections, RMSNorm, merge_heads, split_heads
 
 
 class SelfAttention(nn.Module):
@@ -126,11 +126,10 @@ class SelfAttentionBlock(nn.Module):
     def _packed(self) -> DecoderBlock | None:
         """The block with its packed weights, if all of them are."""
         attention, mlp = self.attention, self.mlp
-        layers = (attention.qkv, attention.o_proj, mlp.gate_up, mlp.down_proj)
-        products = [layer.product for layer in layers if isinstance(layer, PackedLinear)]
-        if len(products) < len(layers):
+        qkv, output = attention.qkv.product, attention.o_proj.product
+        gate_up, down = mlp.gate_up.product, mlp.down_proj.product
+        if qkv is None or output is None or gate_up is None or down is None:
             return None
-        qkv, output, gate_up, down = products
         norms = (self.input_norm.weight, self.post_attention_norm.weight)
         heads = (attention.num_heads, attention.num_kv_heads)
         return DecoderBlock(qkv, output, gate_up, down, *norms, self.input_norm.eps, *heads)

@@ -66,7 +66,7 @@ class VisionMLP(nn.Module):
         return out
 
     def _feed(self, x: Tensor) -> Tensor:
-        return self.fc2(ops.linear_gelu(x, self.fc1.weight, self.fc1.bias))
+        return self.fc2(self.fc1.gelu(x))
 
 
 class VisionBlock(nn.Module):

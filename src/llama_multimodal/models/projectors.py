@@ -22,7 +22,7 @@ class MLP(nn.Module):
         self.fc2 = Linear(text_size, text_size, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(ops.linear_gelu(x, self.fc1.weight, self.fc1.bias, self.approximate))
+        return self.fc2(self.fc1.gelu(x, self.approximate))
 
 
 class PixelShuffle(nn.Module):

@@ -63,7 +63,7 @@ class VitMLP(nn.Module):
             hidden = self.fc1(x)
             return self.fc2(hidden * torch.sigmoid(_QUICK * hidden))
         tanh = self.activation == "gelu_pytorch_tanh"
-        return self.fc2(ops.linear_gelu(x, self.fc1.weight, self.fc1.bias, "tanh" if tanh else "none"))
+        return self.fc2(self.fc1.gelu(x, "tanh" if tanh else "none"))
 
 
 class SwigluMLP(nn.Module):

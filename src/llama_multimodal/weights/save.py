@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -130,8 +130,8 @@ def _weights_of(model: LanguageModel, rules: Sequence[Rule], unpacked: bool) -> 
 
 
 @contextmanager
-def writing(folder: str | Path, layout: Layout) -> Iterator[Path]:
-    """A scratch folder whose files move into `folder` when the block ends well.
+def writing(folder: str | Path, kind: Layout | Literal["adapter"]) -> Iterator[Path]:
+    """A scratch folder whose files move into `folder` when the block ends well, in the place of what is of their kind.
 
     Raises:
         CheckpointError: the disk is full, the folder cannot be written, or holds a checkpoint of the other layout.
@@ -139,32 +139,40 @@ def writing(folder: str | Path, layout: Layout) -> Iterator[Path]:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if find_layout(folder) not in (None, layout):
+        if kind != "adapter" and find_layout(folder) not in (None, kind):
             raise CheckpointError(f"{folder} already holds a checkpoint in another layout; choose another folder")
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
             new, old = Path(scratch) / "new", Path(scratch) / "old"
             new.mkdir()
             yield new
-            _replace(folder, new, old, layout)
+            _replace(folder, new, old, kind)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise CheckpointError(f"the disk of {folder} is full; free some space and try again") from error
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
-_KEY_FILES = {"hf": ("config.json", INDEX), "meta": ("params.json",)}  # without these a folder is no checkpoint
-_STALE = {"hf": ("model*.safetensors", LEFTOVERS), "meta": ("consolidated*.pth",)}
+_KEY_FILES = {  # without these a folder is no checkpoint
+    "hf": ("config.json", INDEX),
+    "meta": ("params.json",),
+    "adapter": ("adapter_config.json",),
+}
+_STALE = {
+    "hf": ("model*.safetensors", LEFTOVERS),
+    "meta": ("consolidated*.pth",),
+    "adapter": ("adapter_model*",),
+}
 
 
-def _replace(folder: Path, new: Path, old: Path, layout: Layout) -> None:
+def _replace(folder: Path, new: Path, old: Path, kind: str) -> None:
     """Move a checkpoint's files to `old` and finished files from `new` into their place.
 
     What makes a folder a checkpoint leaves first and comes last, so that a folder half done is none. An interruption is
     undone; after a kill, all files are still in the scratch folder.
     """
-    keys = _KEY_FILES[layout]
+    keys = _KEY_FILES[kind]
     coming = sorted((path.relative_to(new) for path in new.rglob("*") if path.is_file()), key=lambda p: p.name in keys)
-    stale = [path.relative_to(folder) for pattern in _STALE[layout] for path in folder.glob(pattern)]
+    stale = [path.relative_to(folder) for pattern in _STALE[kind] for path in folder.glob(pattern)]
     going = sorted({path for path in (*map(Path, keys), *stale, *coming) if (folder / path).exists()})
     moves = [(folder / path, old / path) for path in sorted(going, key=lambda p: p.name not in keys)]
     moves += [(new / path, folder / path) for path in coming]

@@ -1,0 +1,305 @@
+"""Linear layers with low-rank additions, several named ones beside each other.
+
+Shapes: B rows · K inputs · N outputs · R rank · S sum of the ranks of several adapters
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import ConfigError
+from ..models.layers import Linear, PackedLinear
+from ..ops import PackedProduct
+from .config import LoraConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """An adapter for each row of a batch: `names[index[b]]`, and none where the index is -1."""
+
+    names: tuple[str, ...]
+    index: Tensor  # int64 [B], or [B, T] for each token
+
+
+Choice = str | Rows | None
+"""Which adapter adds to the layers: a name, one for each row, or none."""
+
+
+@dataclass(eq=False)
+class AdapterSet:
+    """The named adapters of one model, in the order they came, and which of them is in force.
+
+    choice: outside of `use_adapter` it is `default`, the first that came. merged: the layers whose weights hold an
+    adapter now, see `lora.merge_lora`.
+    """
+
+    configs: dict[str, LoraConfig] = field(default_factory=dict)
+    choice: Choice = None
+    default: str | None = None
+    user: int | None = None  # the thread inside `use_adapter`
+    merged: list[Any] = field(default_factory=list)
+
+
+class BaseLayer(Protocol):
+    """The layer that is added to."""
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+    def dense(self) -> Tensor:
+        """Its weight [N, K] as plain numbers."""
+
+    def times(self, x: Tensor) -> Tensor:
+        """`x · weightᵀ`, [..., K] → [..., N]"""
+
+
+class LowRank(nn.Module):
+    """One adapter of one layer: `scale · B·A`, and with DoRA a length for every row of the sum."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        config: LoraConfig,
+        rank: int,
+        alpha: float,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """A as a linear layer's weight is drawn, B zero: at first nothing is added."""
+        super().__init__()
+        self.rank, self.alpha, self.scale = rank, alpha, config.scale(rank, alpha)
+        self.dropout = config.dropout
+        self.A = nn.Parameter(torch.empty(rank, shape[1], device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.zeros(shape[0], rank, device=device, dtype=dtype))
+        self.magnitude: nn.Parameter | None = None
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    @torch.no_grad()
+    def add_magnitude(self, base: BaseLayer) -> None:
+        """DoRA: at first as long as the rows of the base's weight are."""
+        self.magnitude = nn.Parameter(self.lengths(base, self.B.dtype).to(self.B.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N] in x's dtype, which is at least as wide as that of A and B."""
+        low = ops.linear(x, self.A.to(x.dtype)) * self.scale  # [..., R]
+        return ops.linear(low, self.B.to(x.dtype))
+
+    def delta(self, dtype: torch.dtype) -> Tensor:
+        """What is added to the weight, [N, K]."""
+        return (self.B.to(dtype) * self.scale) @ self.A.to(dtype)
+
+    def lengths(self, base: BaseLayer, dtype: torch.dtype) -> Tensor:
+        """Of the rows of the base's weight and the addition, [N]. The paper takes them as constants in the gradient."""
+        with torch.no_grad():
+            dtype = torch.promote_types(dtype, torch.float32)
+            return torch.linalg.vector_norm(base.dense().to(dtype) + self.delta(dtype), dim=1)
+
+    def stretch(self, base: BaseLayer, dtype: torch.dtype) -> Tensor:
+        """DoRA's factor of every output, [N]."""
+        assert self.magnitude is not None
+        return self.magnitude.to(dtype) / self.lengths(base, dtype).to(dtype)
+
+
+class Lora(nn.ModuleDict):
+    """The adapters of one linear layer, `LowRank` by name."""
+
+    def __init__(self, adapters: AdapterSet, shape: tuple[int, int], path: str, reads_images: bool) -> None:
+        super().__init__()
+        self.adapters, self.shape, self.path, self.reads_images = adapters, shape, path, reads_images
+        self._joined: tuple[Any, _Joined] | None = None
+
+    def __getitem__(self, name: str) -> LowRank:
+        found = super().__getitem__(name)
+        assert isinstance(found, LowRank)
+        return found
+
+    @property
+    def active(self) -> bool:
+        """Whether something is added."""
+        choice = self.adapters.choice
+        names = choice.names if isinstance(choice, Rows) else (choice,)
+        return any(name is not None and name in self for name in names)
+
+    def forward(self, x: Tensor, out: Tensor, base: BaseLayer) -> Tensor:
+        """What the layer gives with the adapters in force; x: [..., K], out: the base's [..., N] → [..., N]"""
+        choice = self.adapters.choice
+        if isinstance(choice, Rows):
+            return self._by_row(x, out, base, choice)
+        if choice is None or choice not in self:
+            return out
+        pair = self[choice]
+        wide = x.to(torch.promote_types(x.dtype, pair.A.dtype))
+        dropped = F.dropout(wide, pair.dropout, self.training)
+        added = pair(dropped)
+        if pair.magnitude is None:
+            return (out + added).to(out.dtype)
+        product = _without_bias(out, base)
+        if pair.dropout and self.training:  # the paper's own code drops inputs of everything but the plain layer
+            product = base.times(dropped.to(x.dtype))
+        factor = pair.stretch(base, wide.dtype)
+        return (out + (factor - 1) * product + factor * added).to(out.dtype)
+
+    def _by_row(self, x: Tensor, out: Tensor, base: BaseLayer, rows: Rows) -> Tensor:
+        """Every row with its own: x times all of A at once, and zero wherever a row's adapter is another."""
+        if not self.active:
+            return out
+        if self.reads_images:
+            raise ConfigError(
+                f"{self.path} reads images, which are not a row each; read them row by row, each inside"
+                " use_adapter(model, name) with model.read_images, or leave such layers out of the adapters"
+            )
+        lead = rows.index.shape
+        if lead != x.shape[: len(lead)]:
+            raise ConfigError(f"adapters are given for {list(lead)} rows, and the batch has {list(x.shape[:-1])}")
+        if self.training and any(self[name].dropout for name in rows.names if name in self):
+            raise ConfigError("an adapter for each row is for answering; call model.eval(), or train one at a time")
+        joined = self._join(rows.names, base)
+        wide = torch.promote_types(x.dtype, joined.A.dtype)
+        place = rows.index.reshape(*lead, *(1,) * (x.ndim - len(lead)))  # [B, …, 1]
+        low = ops.linear(x.to(wide), joined.A.to(wide)) * joined.scales  # [..., S]
+        added = ops.linear(torch.where(place == joined.owner, low, 0), joined.B.to(wide))
+        if joined.factors is None:
+            return (out + added).to(out.dtype)
+        factor = joined.factors[place.squeeze(-1)].to(wide)  # [..., N]; -1 is the last
+        return (out + (factor - 1) * _without_bias(out, base) + factor * added).to(out.dtype)
+
+    def _join(self, names: Sequence[str], base: BaseLayer) -> _Joined:
+        """Kept between calls, as long as no parameter changes, where no gradient is wanted."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._join_now(names, base)
+        parameters = (p for name in names if name in self for p in self[name].parameters())
+        state = (tuple(names), tuple((p.data_ptr(), p._version) for p in parameters))
+        if self._joined is None or self._joined[0] != state:
+            self._joined = state, self._join_now(names, base)
+        return self._joined[1]
+
+    def _join_now(self, names: Sequence[str], base: BaseLayer) -> _Joined:
+        pairs = [(i, self[name]) for i, name in enumerate(names) if name in self]
+        first = pairs[0][1]
+        device, dtype = first.A.device, first.A.dtype
+        for _, pair in pairs:
+            dtype = torch.promote_types(dtype, pair.A.dtype)
+        owner = torch.tensor([i for i, pair in pairs for _ in range(pair.rank)], device=device)
+        scales = torch.tensor([pair.scale for _, pair in pairs for _ in range(pair.rank)], device=device, dtype=dtype)
+        factors = None
+        if any(pair.magnitude is not None for _, pair in pairs):
+            ones = torch.ones(self.shape[0], device=device, dtype=dtype)
+            by_name = {i: pair.stretch(base, dtype) for i, pair in pairs if pair.magnitude is not None}
+            factors = torch.stack([by_name.get(i, ones) for i in range(len(names))] + [ones])
+        return _Joined(
+            torch.cat([pair.A.to(dtype) for _, pair in pairs]),
+            torch.cat([pair.B.to(dtype) for _, pair in pairs], dim=1),
+            owner,
+            scales,
+            factors,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Joined:
+    """Several adapters of one layer side by side."""
+
+    A: Tensor  # [S, K]
+    B: Tensor  # [N, S]
+    owner: Tensor  # [S], which adapter each column of the low-rank product belongs to
+    scales: Tensor  # [S]
+    factors: Tensor | None  # DoRA's [adapters + 1, N], 1 for the others and for none
+
+
+def _without_bias(out: Tensor, base: BaseLayer) -> Tensor:
+    return out if base.bias is None else out - base.bias
+
+
+class LoraLinear(nn.Module):
+    """A linear layer, plain or packed, with adapters."""
+
+    def __init__(self, base: nn.Module, lora: Lora) -> None:
+        super().__init__()
+        self.base, self.lora = base, lora
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.base.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+    @property
+    def product(self) -> PackedProduct | None:
+        """A packed layer's, while nothing is added to it."""
+        return None if self.lora.active else getattr(self.base, "product", None)
+
+    def dense(self) -> Tensor:
+        return dense(self.base)
+
+    def times(self, x: Tensor) -> Tensor:
+        return _without_bias(self.base(x), self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lora(x, self.base(x), self)
+
+    def gelu(self, x: Tensor, approximate: ops.Approximation = "none") -> Tensor:
+        """The layer and the GELU behind it."""
+        if self.lora.active:
+            return F.gelu(self(x), approximate=approximate)
+        assert isinstance(self.base, Linear)
+        return self.base.gelu(x, approximate)
+
+
+class LoraProjections(nn.Module):
+    """Several linear layers that are packed as one product, each with adapters of its own."""
+
+    def __init__(self, base: PackedLinear) -> None:
+        super().__init__()
+        self.base = base
+        self.lora = nn.ModuleDict()  # see `loras`
+
+    @property
+    def product(self) -> PackedProduct | None:
+        return None if any(lora.active for _, lora in self.loras()) else self.base.product
+
+    def loras(self) -> list[tuple[str, Lora]]:
+        """By the layer's name."""
+        return [(name, lora) for name, lora in self.lora.items() if isinstance(lora, Lora)]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        assert self.base.parts is not None
+        outs = self.base(x)
+        return tuple(
+            self.lora[name](x, out, self.part(name)) if name in self.lora else out
+            for name, out in zip(self.base.parts, outs, strict=True)
+        )
+
+    def part(self, name: str) -> BaseLayer:
+        """One of the layers."""
+        assert self.base.parts is not None
+        return _Part(self.base, name, list(self.base.parts).index(name))
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    packed: PackedLinear
+    name: str
+    place: int
+    bias: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        return ops.unpack_weight(self.packed.weights()[f"{self.name}.weight"])
+
+    def times(self, x: Tensor) -> Tensor:
+        return self.packed(x)[self.place]
+
+
+def dense(layer: nn.Module) -> Tensor:
+    """The weight [N, K] of a linear layer as plain numbers."""
+    if isinstance(layer, PackedLinear):
+        return ops.unpack_weight(layer.weight)
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
