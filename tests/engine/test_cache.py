@@ -68,9 +68,9 @@ def test_a_picture_later_in_the_same_block_is_told_apart() -> None:
 
 
 def test_keys_name_adapters() -> None:
-    jobs = [Job(0, Request(adapter=adapter), 0, 1) for adapter in (None, "a", "b", "a")]
-    for job in jobs:
-        job.prepare(prompt("cross_attention", [60, IMAGE, 3, 4, 5], [0]), (), 64, None)
+    jobs = [Job(0, Request(), 0, 1) for _ in range(4)]
+    for job, adapter in zip(jobs, ["", "a", "b", "a"]):
+        job.prepare(prompt("cross_attention", [60, IMAGE, 3, 4, 5], [0]), (), 64, adapter=adapter)
     names = [job.block_keys(1, 4)[0] for job in jobs]
     assert len(set(names)) == 3 and names[1] == names[3]
     assert len({job.images[0].key for job in jobs}) == 3

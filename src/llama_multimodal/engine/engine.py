@@ -158,8 +158,7 @@ class Engine:
         UserError: the request cannot be answered, or never fits in the cache.
         """
         request, text = job.request, self.model.config.text
-        if request.adapter is not None:
-            raise PromptError(f'this model has no adapter "{request.adapter}"; leave it out')
+        adapter = self.runner.adapter_of(request.adapter)
         inputs = request.inputs
         if inputs is None:
             if request.messages is None:
@@ -167,8 +166,9 @@ class Engine:
             if self.processor is None:
                 raise PromptError("this engine has no processor; give one, or requests with their inputs")
             inputs = self.processor(request.messages)
-        job.prepare(inputs, text.eos_token_ids, text.max_position_embeddings, self._spliced_token)
-        last = min(job.prompt_length + request.params.max_new_tokens, text.max_position_embeddings) - 1
+        context, token = text.max_position_embeddings, self._spliced_token
+        job.prepare(inputs, text.eos_token_ids, context, spliced_token=token, adapter=adapter)
+        last = min(job.prompt_length + request.params.max_new_tokens, context) - 1
         if self.blocks.blocks_for(last) > self.blocks.num_blocks:
             room = self.blocks.num_blocks * self.blocks.block_size
             raise PromptError(
@@ -246,7 +246,7 @@ class Engine:
         if not step.images:
             return
         entries, uses = list(step.images), list(step.images.values())
-        if self._beside is None:
+        if self._beside is None or self.runner.has_adapters:  # one thread at a time chooses an adapter
             self._store(entries, self._features(uses))
             return
         with self._books():

@@ -28,6 +28,7 @@ class Request:
     """One conversation to answer.
 
     messages: as the processor takes them; or `inputs`, one row that it has prepared.
+    adapter: a name of `adapter_names(model)`; None is the one in force outside of `use_adapter`, "" the plain model.
     priority: a request goes before those that came up to `EngineConfig.patience` places earlier for each step of
         priority that it has more than they.
     """
@@ -92,6 +93,7 @@ class ImageUse:
     first: int
     last: int
     size: int
+    adapter: str = ""  # that reads it
     entry: ImageEntry | None = None
 
 
@@ -114,13 +116,22 @@ class Job:
         self.spans: list[tuple[int, int, int, int]] = []  # tokens [first, end) see images [first, end)
         self.image_places: list[int] = []  # of the tokens that spliced images take
         self.row: AnswerRow | None = None
+        self.adapter = ""
         self._keys: list[Key] = []
-        self._root = digest(request.adapter)
+        self._root = digest()
 
     def prepare(
-        self, inputs: ModelInputs, eos_token_ids: tuple[int, ...], context: int, spliced_token: int | None
+        self,
+        inputs: ModelInputs,
+        eos_token_ids: tuple[int, ...],
+        context: int,
+        *,
+        spliced_token: int | None = None,
+        adapter: str = "",
     ) -> None:
-        """Take a prepared prompt in. spliced_token: whose places images take; None where text looks at images.
+        """Take a prepared prompt in.
+
+        spliced_token: whose places images take; None where text looks at images. adapter: empty is the plain model
 
         Raises:
             PromptError: not one row, no room for an answer in the context, or stop strings without a tokenizer.
@@ -135,6 +146,7 @@ class Job:
                 f"the prompt must leave room for an answer in the context of {context} tokens; shorten it"
             )
         self.row = AnswerRow(self.request.params, inputs, 0, eos_token_ids, context)
+        self.adapter, self._root = adapter, digest(adapter)
         self.tokens = inputs.tokens[0, :length].tolist()
         self.metrics.prompt_tokens = length
         if spliced_token is None:
@@ -149,7 +161,8 @@ class Job:
             tiles = inputs.tiles[first_tile : first_tile + image.num_tiles]
             first_tile += image.num_tiles
             size = image.num_tiles if spliced_token is None else image.num_tokens
-            self.images.append(ImageUse(_image_key(self._root, image, tiles), image, tiles, first, last, size))
+            key = _image_key(self._root, image, tiles)
+            self.images.append(ImageUse(key, image, tiles, first, last, size, adapter))
 
     @property
     def prompt_length(self) -> int:

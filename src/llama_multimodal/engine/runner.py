@@ -9,14 +9,18 @@ E hidden size
 from __future__ import annotations
 
 import bisect
-import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..adapters.lora import adapter_names, adapter_set, use_adapter
 from ..cache import CrossAttentionCache, SplicedImages
+from ..config import nearest
 from ..errors import PromptError
 from ..inputs import ModelInputs
 from ..models import LanguageModel
@@ -80,18 +84,17 @@ class Runner:
 
         Returns, for each image, a key and a value [U, S, Hkv, D] a layer, or its embeddings [U, E].
         """
+        groups: dict[tuple[object, ...], list[int]] = {}
+        for i, use in enumerate(uses):
+            groups.setdefault((use.adapter, *use.tiles.shape[1:]), []).append(i)
         found: dict[int, list[Tensor]] = {}
-        for _, group in itertools.groupby(
-            sorted(range(len(uses)), key=lambda i: _shape(uses[i])), key=lambda i: _shape(uses[i])
-        ):
-            together = list(group)
-            found |= zip(together, self._encode([uses[i] for i in together]), strict=True)
+        for (adapter, *_), together in groups.items():
+            with self._adapter(adapter or None):
+                found |= zip(together, self._encode([uses[i] for i in together]), strict=True)
         return [found[i] for i in range(len(uses))]
 
     @torch.inference_mode()
     def _encode(self, uses: Sequence[ImageUse]) -> list[list[Tensor]]:
-        from dataclasses import replace
-
         one = torch.zeros(1, 1, dtype=torch.int64)
         tiles = torch.cat([use.tiles for use in uses])
         layouts = tuple(replace(use.layout, row=0) for use in uses)
@@ -141,14 +144,15 @@ class Runner:
         caches = PagedCache(
             self.keys, self.values, self._reads(segments), torch.tensor(slots, dtype=torch.int64, device=device)
         )
-        logits = self.model.decoder(
-            self.model.embed(ids, spliced),
-            torch.tensor([positions], device=device),
-            sees,
-            cross_cache=images,
-            self_cache=caches,
-            last_token_of=[place for _, place in complete],
-        )
+        with self._adapters(segments):
+            logits = self.model.decoder(
+                self.model.embed(ids, spliced),
+                torch.tensor([positions], device=device),
+                sees,
+                cross_cache=images,
+                self_cache=caches,
+                last_token_of=[place for _, place in complete],
+            )
         return [job for job, _ in complete], logits[:, 0]
 
     def _reads(self, segments: Sequence[Segment]) -> PagedReads:
@@ -214,6 +218,35 @@ class Runner:
         assert self.embeddings is not None
         return SplicedImages(self.embeddings[torch.tensor(units, device=self.model.device)])
 
+    # --- adapters ----------------------------------------------------------------------------------------------------
 
-def _shape(use: ImageUse) -> tuple[int, ...]:
-    return tuple(use.tiles.shape[1:])
+    @property
+    def has_adapters(self) -> bool:
+        return bool(adapter_names(self.model))
+
+    def adapter_of(self, name: str | None) -> str:
+        """The adapter that a request asks for: empty for the plain model; for None the one in force outside.
+
+        Raises:
+            PromptError: no such adapter.
+        """
+        names = adapter_names(self.model)
+        if name is None:
+            return adapter_set(self.model).default or "" if names else ""
+        if name and name not in names:
+            known = f"; known: {', '.join(names)}{nearest(name, names)}" if names else ", nor any other; leave it out"
+            raise PromptError(f'this model has no adapter "{name}"{known}')
+        return name
+
+    def _adapters(self, segments: Sequence[Segment]) -> AbstractContextManager[None]:
+        """Each token's own adapter in force; the same one for all where they agree, which is faster."""
+        chosen = {job.adapter for job, _, _ in segments}
+        if len(chosen) == 1:
+            return self._adapter(chosen.pop() or None)
+        place = {"": -1, **{name: i for i, name in enumerate(adapter_names(self.model))}}
+        index = [place[job.adapter] for job, first, end in segments for _ in range(first, end)]
+        return self._adapter(torch.tensor([index]))
+
+    def _adapter(self, choice: Any) -> AbstractContextManager[None]:
+        merged = self.has_adapters and adapter_set(self.model).merged  # it is in the weights, and nothing is chosen
+        return use_adapter(self.model, choice) if self.has_adapters and not merged else nullcontext()
