@@ -154,7 +154,11 @@ def test_several_rows_are_several_requests() -> None:
 def finishing_order(config: EngineConfig, priorities: list[int]) -> list[int]:
     engine = Engine(model("text"), None, config)
     requests = [
-        Request(inputs=prompt("text", [60, 1 + i]), params=SamplingParams(max_new_tokens=3, temperature=1, seed=i), priority=p)
+        Request(
+            inputs=prompt("text", [60, 1 + i]),
+            params=SamplingParams(max_new_tokens=3, temperature=1, seed=i),
+            priority=p,
+        )
         for i, p in enumerate(priorities)
     ]
     return [event.index for event in engine.stream(requests) if event.finish_reason]

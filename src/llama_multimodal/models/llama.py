@@ -115,7 +115,12 @@ class SelfAttentionBlock(nn.Module):
         cache: SelfAttentionCache | PagedCache | None,
         layer: int,
     ) -> Tensor:
-        if isinstance(cache, SelfAttentionCache) and x.shape[1] == 1 and (packed := self._packed()) is not None:
+        if isinstance(cache, PagedCache):
+            if not cache.reads.runs and (packed := self._packed()) is not None:  # every token is a row of its own
+                cos, sin = (angle[0] for angle in angles)
+                caches, reads = (cache.keys[layer], cache.values[layer]), cache.reads
+                return ops.paged_decode_block(x[0], packed, cos, sin, *caches, reads.table, reads.lengths)[None]
+        elif cache is not None and x.shape[1] == 1 and (packed := self._packed()) is not None:
             cos, sin = (angle[:, 0] for angle in angles)
             lengths = (positions[:, 0] + 1).to(torch.int32)
             return ops.decode_block(x[:, 0], packed, cos, sin, *cache.layer(layer), lengths)[:, None]

@@ -4,7 +4,7 @@ from ._dispatch import BACKENDS, available, use_backend
 from .attention import attention
 from .cross_attention import KeyRanges, Span, cross_attention
 from .decode_attention import decode_attention, kv_write, paged_decode_attention
-from .decode_block import DecoderBlock, PackedProduct, decode_block
+from .decode_block import DecoderBlock, PackedProduct, decode_block, paged_decode_block
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_gelu import Approximation, linear_gelu
@@ -52,6 +52,7 @@ __all__ = [
     "packed_linear",
     "paged_attention",
     "paged_decode_attention",
+    "paged_decode_block",
     "prepare_weight",
     "restore_weight",
     "rms_norm",
