@@ -16,13 +16,13 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 _TEXT_PER_PICTURE = 1024  # tokens; what the cache is shared out for, where pictures have keys and values of their own
 _TILES_PER_PICTURE = 4  # where the model's configuration does not say
 _PICTURES_PER_REQUEST = 8  # that one may look at together, where nothing bounds the memory
-_CPU_SHARE, _GPU_SHARE = 0.25, 0.8  # of the memory that is free, where nothing is asked for
+_CPU_SHARE, _GPU_SHARE = 0.5, 0.8  # of the memory that is free, where nothing is asked for
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """cache_memory: bytes, or text such as "4GiB", for keys, values and images; None takes what `max_requests` of the
-    whole context need, but at most a quarter of a CPU's free memory or 80 % of a GPU's.
+    whole context need, but at most half of a CPU's free memory or 80 % of a GPU's.
 
     max_tokens_in_batch: of one step, all rows together; a longer prompt is read in chunks.
     max_requests: that are worked on at a time. max_tiles_in_batch: that are encoded in a step, but at least a picture.
