@@ -288,37 +288,36 @@ def test_answers_cannot_steer_the_terminal():
 
 
 class Script:
-    """Stands in for `generate`: says what it is told to, and keeps what it was asked."""
+    """Stands in for the engine's `stream`: says what it is told to, and keeps what it was asked."""
 
     def __init__(self, *answers: object) -> None:
-        self.answers, self.prompts, self.images, self.caches = list(answers), [], [], []
+        self.answers, self.prompts, self.images = list(answers), [], []
 
-    def __call__(self, model, inputs, params, *, stream, images):
-        assert stream
-        self.caches.append(images)
+    def __call__(self, engine, requests):
+        [request] = requests
+        inputs = engine.processor(request.messages)
         row = inputs.tokens[0, : inputs.lengths[0]].tolist()
-        self.prompts.append(self.tokenizer.decode(row))
+        self.prompts.append(engine.processor.decode(row))
         self.images.append(len(inputs.images))
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
-            raise answer
+            yield SimpleNamespace(error=answer, text="", finish_reason="error")
+            return
         for piece in answer:
             if piece is signal.SIGINT:
                 signal.raise_signal(signal.SIGINT)
                 continue
-            yield SimpleNamespace(text=piece, token_id=0, finish_reason="stop" if piece is answer[-1] else None)
+            yield SimpleNamespace(error=None, text=piece, finish_reason="stop" if piece is answer[-1] else None)
 
-    def install(self, monkeypatch, checkpoint: Path) -> Script:
-        import llama_multimodal.generate  # noqa: F401
-        from llama_multimodal.processing.tokenizer import Tokenizer
+    def install(self, monkeypatch) -> Script:
+        from llama_multimodal.engine import Engine
 
-        self.tokenizer = Tokenizer.load(checkpoint)
-        monkeypatch.setattr(sys.modules["llama_multimodal.generate"], "generate", self)
+        monkeypatch.setattr(Engine, "stream", lambda engine, requests: self(engine, requests))
         return self
 
 
 def test_chat_remembers_words_and_pictures(llama_mm, monkeypatch, photo, checkpoint):
-    script = Script(["Red", "."], ["Two."], ["Hello."]).install(monkeypatch, checkpoint)
+    script = Script(["Red", "."], ["Two."], ["Hello."]).install(monkeypatch)
     lines = f'What?\n/image "{photo}"\n\nAnd this?\n/clear\nHi\n/quit\nnever read\n'
     done = llama_mm("chat", "--image", photo, "--model", checkpoint, "--system", "Be brief.", lines=lines)
     assert done.code == 0, done.err
@@ -331,17 +330,25 @@ def test_chat_remembers_words_and_pictures(llama_mm, monkeypatch, photo, checkpo
     assert "photo.png, 80 x 40: 1 picture with your next message" in done.err
 
 
-def test_chat_encodes_a_picture_once(llama_mm, monkeypatch, photo, checkpoint):
-    script = Script(["One."], ["Two."], ["Three."], ["Four."]).install(monkeypatch, checkpoint)
-    lines = f"What?\nAnd?\n/image {photo}\nThis?\n/clear\nHi\n"
-    done = llama_mm("chat", "--image", photo, "--model", checkpoint, lines=lines)
-    assert done.code == 0, done.err
-    first, again, both, none = script.caches
-    assert first is again and len(both.image_starts) == 1 + 2 and none is None
+def test_chat_encodes_a_picture_once(llama_mm, monkeypatch, photo, checkpoint, tmp_path):
+    from llama_multimodal.engine import Engine
+
+    engines = []
+    stream = Engine.stream
+    monkeypatch.setattr(Engine, "stream", lambda engine, asked: (engines.append(engine), stream(engine, asked))[1])
+    other = tmp_path / "other.png"
+    Image.new("RGB", (60, 60), "blue").save(other)
+    lines = f"What?\nAnd?\n/image {other}\nThis?\n/image {photo}\nAgain?\n/clear\n/image {photo}\nHi\n"
+    done = llama_mm("chat", "--image", photo, "--model", checkpoint, "--max-new-tokens", "3", lines=lines)
+    assert done.code == 0 and "error" not in done.err, done.err
+    assert len(engines) == 5 and len(set(engines)) == 1
+    metrics = engines[0].metrics
+    assert metrics.encoded_images == 2  # two different ones, in five turns
+    assert metrics.cached_tokens > metrics.prompt_tokens / 4  # earlier turns are read once
 
 
 def test_chat_ctrl_c_stops_the_answer_only(llama_mm, monkeypatch, photo, checkpoint):
-    script = Script(["One", signal.SIGINT, "two"], [signal.SIGINT, "x"], ["Yes."]).install(monkeypatch, checkpoint)
+    script = Script(["One", signal.SIGINT, "two"], [signal.SIGINT, "x"], ["Yes."]).install(monkeypatch)
     lines = f"Count\n/image {photo}\nLook\nAgain\n"  # the end of the input is Ctrl-D
     done = llama_mm("chat", "--model", checkpoint, lines=lines)
     assert done.code == 0 and done.err.count("(stopped)") == 2
@@ -352,7 +359,7 @@ def test_chat_ctrl_c_stops_the_answer_only(llama_mm, monkeypatch, photo, checkpo
 
 
 def test_chat_goes_on_after_mistakes(llama_mm, monkeypatch, photo, checkpoint):
-    script = Script(CheckpointError("broken"), ["Fine."]).install(monkeypatch, checkpoint)
+    script = Script(CheckpointError("broken"), ["Fine."]).install(monkeypatch)
     lines = f"/image nope.png\n/image\n/imgae x\n/help\n{'long ' * 400}\nWhat?\nAnd now?\n"
     done = llama_mm("chat", "--model", checkpoint, lines=lines)
     assert done.code == 0 and done.out == "Fine.\n\n"

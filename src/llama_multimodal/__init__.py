@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .adapters.lora import apply_lora, merge_lora, unmerge_lora, use_adapter
     from .adapters.peft_format import load_adapter, save_adapter
     from .assemble import from_parts, from_preset
+    from .engine import AsyncEngine, Engine, EngineConfig, Request
     from .errors import UserError
     from .generate import GenerationEvent, GenerationOutput, generate
     from .loading import load, save
@@ -22,9 +23,13 @@ if TYPE_CHECKING:
     from .sampling import SamplingParams
 
 _HOMES = {
+    "AsyncEngine": ".engine",
+    "Engine": ".engine",
+    "EngineConfig": ".engine",
     "GenerationEvent": ".generate",
     "GenerationOutput": ".generate",
     "LoraConfig": ".adapters.config",
+    "Request": ".engine",
     "SamplingParams": ".sampling",
     "UserError": ".errors",
     "VisionLanguageModel": ".models",
@@ -43,9 +48,13 @@ _HOMES = {
     "use_adapter": ".adapters.lora",
 }
 __all__ = [
+    "AsyncEngine",
+    "Engine",
+    "EngineConfig",
     "GenerationEvent",
     "GenerationOutput",
     "LoraConfig",
+    "Request",
     "SamplingParams",
     "UserError",
     "VisionLanguageModel",

@@ -78,7 +78,7 @@ def generate(
         raise PromptError(f"the prompt must leave room for an answer in the context of {context} tokens; shorten it")
     if params.stop and inputs.decoder is None:
         raise PromptError("stop strings need a tokenizer, and this checkpoint has none; use the end tokens instead")
-    rows = [_Row(params, inputs, b, model.config.text.eos_token_ids, context) for b in range(inputs.num_rows)]
+    rows = [AnswerRow(params, inputs, b, model.config.text.eos_token_ids, context) for b in range(inputs.num_rows)]
     events = _events(model, inputs, rows, params, images)
     if stream:
         return events
@@ -92,7 +92,7 @@ def generate(
 def _events(
     model: LanguageModel,
     inputs: ModelInputs,
-    rows: list[_Row],
+    rows: list[AnswerRow],
     params: SamplingParams,
     images: ReadImages | None,
 ) -> Iterator[GenerationEvent]:
@@ -127,7 +127,7 @@ def _events(
         logits = model(step, images=images, self_cache=self_cache).logits[:, -1]
 
 
-class _Row:
+class AnswerRow:
     """One answer in the making."""
 
     def __init__(

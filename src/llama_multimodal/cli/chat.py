@@ -8,12 +8,15 @@ import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UserError
 from . import common
+
+if TYPE_CHECKING:
+    from ..engine import Engine
 
 _HELP = """\
 /image PATH   add a picture to the next message
@@ -39,6 +42,7 @@ def chat(
     common.bind_threads()
     # Python leaves Ctrl-C ignored where its parent did, as a script's background jobs do; a chat needs it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    from ..engine import Engine, EngineConfig
     from ..models import VisionLanguageModel
     from ..processing.images import open_image
 
@@ -47,7 +51,8 @@ def chat(
     loaded, processor = common.load_model(
         options.model, options.dtype, options.device, options.pack, options.int8_activations, options.adapter
     )
-    conversation = Conversation(loaded, processor, params, options.system, pictures)
+    engine = Engine(loaded, processor, EngineConfig(max_requests=1))
+    conversation = Conversation(engine, params, options.system, pictures)
     pictures_too = "/image PATH adds a picture, " if isinstance(loaded, VisionLanguageModel) else ""
     common.say(f"{options.model} is ready. {pictures_too}/help lists the commands, Ctrl-D ends the chat.")
     if pictures:
@@ -73,16 +78,16 @@ def chat(
 
 @dataclass
 class Conversation:
-    """What was said so far, with its pictures, and the pictures that wait for the next message."""
+    """What was said so far, with its pictures, and the pictures that wait for the next message.
 
-    model: Any
-    processor: Any
+    The engine keeps what it has read: a turn computes what is new, and encodes no picture twice.
+    """
+
+    engine: Engine
     params: Any
     system: str | None
     waiting: list[Any] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
-    seen: Any = None  # what the model read of the pictures so far: a turn without new ones encodes none
-    seen_pictures: int = 0
 
     def __post_init__(self) -> None:
         if not self.messages:
@@ -91,7 +96,6 @@ class Conversation:
     def clear(self, waiting: list[Any] | None = None) -> None:
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         self.waiting = list(waiting or ())
-        self.seen, self.seen_pictures = None, 0
 
     def ask(self, text: str) -> None:
         """Print the answer as it comes, and remember both.
@@ -99,26 +103,22 @@ class Conversation:
         A message that gets no answer (an error, or Ctrl-C before the first word) is taken back, and its pictures wait
         again. An answer that was stopped stays as far as it came: it is what the person has read.
         """
-        import torch
-
-        from ..generate import generate
+        from ..engine import Request
 
         content = [*({"type": "image", "image": picture} for picture in self.waiting), {"type": "text", "text": text}]
         message = {"role": "user", "content": content}
         answer = ""
         reason = None
         try:
-            inputs = self.processor([*self.messages, message])
-            if len(inputs.images) != self.seen_pictures:
-                self.seen, self.seen_pictures = None, 0
-                with torch.inference_mode():
-                    self.seen = self.model.read_images(inputs)
-                self.seen_pictures = len(inputs.images)
-            for event in generate(self.model, inputs, self.params, stream=True, images=self.seen):
-                answer += event.text
-                reason = event.finish_reason
-                sys.stdout.write(common.printable(event.text))
-                sys.stdout.flush()
+            request = Request([*self.messages, message], self.params)
+            with contextlib.closing(self.engine.stream([request])) as events:
+                for event in events:
+                    if event.error is not None:
+                        raise event.error
+                    answer += event.text
+                    reason = event.finish_reason
+                    sys.stdout.write(common.printable(event.text))
+                    sys.stdout.flush()
             print()
         finally:
             if answer or reason:

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..generate import generate
+from ..engine import Engine, EngineConfig, Request
 from ..models import VisionLanguageModel
 from ..processing.processor import Processor
 from ..sampling import SamplingParams
@@ -96,27 +96,29 @@ def evaluate(
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Ask `per_kind` held-out questions of every kind.
+    """Ask `per_kind` held-out questions of every kind, `batch_size` at a time.
 
     progress: called with (questions answered, questions in all).
     """
     questions = list(_questions(per_kind, first_seed))
-    # Neighbours of like length and picture keep a batch's padding small.
-    questions.sort(key=lambda q: (q.image is None, len(q.truth)))
-    scores: dict[str, Score] = defaultdict(Score)
     params = SamplingParams(max_new_tokens=64)
-    for start in range(0, len(questions), batch_size):
-        batch = questions[start : start + batch_size]
-        output = generate(model, processor([_conversation(q) for q in batch]), params)
-        for asked, answer in zip(batch, output.texts or []):
-            score = scores[asked.kind]
-            score.total += 1
-            if exact_match(answer, asked.truth):
-                score.right += 1
-            else:
-                score.failures.append(Failure(asked.seed, asked.question, asked.truth, answer))
-        if progress:
-            progress(min(start + batch_size, len(questions)), len(questions))
+    engine = Engine(model, processor, EngineConfig(max_requests=batch_size))
+    answers: dict[int, str] = {}
+    for event in engine.stream([Request(_conversation(asked), params) for asked in questions]):
+        if event.error is not None:
+            raise event.error
+        if event.answer is not None:
+            answers[event.index] = event.answer.text
+            if progress:
+                progress(len(answers), len(questions))
+    scores: dict[str, Score] = defaultdict(Score)
+    for number, asked in enumerate(questions):
+        score = scores[asked.kind]
+        score.total += 1
+        if exact_match(answers[number], asked.truth):
+            score.right += 1
+        else:
+            score.failures.append(Failure(asked.seed, asked.question, asked.truth, answers[number]))
     return Report({kind: scores[kind] for kind in KINDS if kind in scores})
 
 

@@ -14,7 +14,7 @@ from .. import ops
 from ..cache import CrossAttentionCache, SelfAttentionCache
 from ..config import TextConfig
 from ..errors import PromptError
-from ..ops import DecoderBlock, KeyRanges, Span
+from ..ops import DecoderBlock, KeyRanges, PagedCache, PagedReads, Span
 from .layers import Linear, Projections, RMSNorm, merge_heads, split_heads
 
 
@@ -34,7 +34,7 @@ class SelfAttention(nn.Module):
         angles: tuple[Tensor, Tensor],
         positions: Tensor,
         mask: Tensor | None,
-        cache: SelfAttentionCache | None,
+        cache: SelfAttentionCache | PagedCache | None,
         layer: int,
     ) -> Tensor:
         q, k, v = self.qkv(x)
@@ -43,6 +43,10 @@ class SelfAttention(nn.Module):
         q, k = ops.apply_rope(q, k, *angles)
         if cache is None:
             return self.o_proj(merge_heads(ops.attention(q, k, v, causal=mask is None, mask=mask)))
+        if isinstance(cache, PagedCache):
+            cache.write(layer, k, v)
+            keys, values = cache.keys[layer], cache.values[layer]
+            return self.o_proj(merge_heads(ops.paged_attention(q, keys, values, cache.reads)))
         k, v = cache.write(layer, k, v, positions)
         if mask is None:  # a whole prompt: nothing before it, so the fresh keys are all there is
             k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
@@ -72,8 +76,10 @@ class CrossAttention(nn.Module):
         k, v = (split_heads(x[None], self.num_kv_heads)[0] for x in self.kv(features))
         return self.k_norm(k), v
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges) -> Tensor:
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges | PagedReads) -> Tensor:
         q = self.q_norm(split_heads(self.q_proj(x), self.num_heads))  # [B, H, T, D]
+        if isinstance(ranges, PagedReads):
+            return self.o_proj(merge_heads(ops.paged_attention(q, k, v, ranges)))
         return self.o_proj(merge_heads(ops.cross_attention(q, k, v, ranges)))
 
 
@@ -106,10 +112,15 @@ class SelfAttentionBlock(nn.Module):
         angles: tuple[Tensor, Tensor],
         positions: Tensor,
         mask: Tensor | None,
-        cache: SelfAttentionCache | None,
+        cache: SelfAttentionCache | PagedCache | None,
         layer: int,
     ) -> Tensor:
-        if cache is not None and x.shape[1] == 1 and (packed := self._packed()) is not None:
+        if isinstance(cache, PagedCache):
+            if not cache.reads.runs and (packed := self._packed()) is not None:  # every token is a row of its own
+                cos, sin = (angle[0] for angle in angles)
+                caches, reads = (cache.keys[layer], cache.values[layer]), cache.reads
+                return ops.paged_decode_block(x[0], packed, cos, sin, *caches, reads.table, reads.lengths)[None]
+        elif cache is not None and x.shape[1] == 1 and (packed := self._packed()) is not None:
             cos, sin = (angle[:, 0] for angle in angles)
             lengths = (positions[:, 0] + 1).to(torch.int32)
             return ops.decode_block(x[:, 0], packed, cos, sin, *cache.layer(layer), lengths)[:, None]
@@ -141,7 +152,7 @@ class CrossAttentionBlock(nn.Module):
         self.mlp = MLP(config)
         self.mlp_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges, sees_image: Tensor) -> Tensor:
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges | PagedReads, sees_image: Tensor) -> Tensor:
         # `cross_attention` already returns zeros for tokens outside every span, and `o_proj` has no bias.
         x = x + self.attention_gate.tanh() * self.attention(self.input_norm(x), k, v, ranges)
         return x + self.mlp_gate.tanh() * self.mlp(self.post_attention_norm(x)) * sees_image
@@ -188,11 +199,14 @@ class LlamaDecoder(nn.Module):
         x: Tensor,  # [B, T, E], embeddings of tokens, or of images in their place
         positions: Tensor,  # [B, T]
         visible: Tensor,  # [B, T, 2], CPU
-        cross_cache: CrossAttentionCache | None = None,
-        self_cache: SelfAttentionCache | None = None,
+        cross_cache: CrossAttentionCache | PagedCache | None = None,
+        self_cache: SelfAttentionCache | PagedCache | None = None,
         last_token_of: Sequence[int] | None = None,
     ) -> Tensor:
         """Logits [B, T, vocab]; with `last_token_of` (one index a row) only that token's, [B, 1, vocab].
+
+        With paged caches the rows lie one after the other in a single one, B = 1, and `last_token_of` lists any of its
+        tokens: [tokens, 1, vocab]. Whoever made them has checked the positions.
 
         Raises:
             PromptError: a position past `max_position_embeddings` or past the cache.
@@ -206,18 +220,18 @@ class LlamaDecoder(nn.Module):
         x: Tensor,
         positions: Tensor,
         visible: Tensor,
-        cross_cache: CrossAttentionCache | None = None,
-        self_cache: SelfAttentionCache | None = None,
+        cross_cache: CrossAttentionCache | PagedCache | None = None,
+        self_cache: SelfAttentionCache | PagedCache | None = None,
         last_token_of: Sequence[int] | None = None,
         segments: Tensor | None = None,  # [B, T], without a cache only
     ) -> Tensor:
         """What the LM head reads, [B, T, E] or [B, 1, E]; arguments and errors are those of the whole decoder."""
-        mask = self._cache_mask(positions, self_cache)
+        mask = None if isinstance(self_cache, PagedCache) else self._cache_mask(positions, self_cache)
         if segments is not None:
             mask = segment_mask(segments)
         frequencies = ops.rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         angles = ops.rope_angles(positions, frequencies.to(x.device))
-        ranges = key_ranges(visible, cross_cache, x.device) if cross_cache else None
+        ranges = None if cross_cache is None else _ranges(visible, cross_cache, x.device)
         sees_image = (visible[..., 0] < visible[..., 1])[..., None].to(x.device, x.dtype)  # [B, T, 1]
         self_layer = cross_layer = 0
         for block in self.layers:
@@ -225,11 +239,11 @@ class LlamaDecoder(nn.Module):
                 x = block(x, angles, positions, mask, self_cache, self_layer)
                 self_layer += 1
             else:
-                if cross_cache is not None and ranges is not None and ranges.spans:
+                if cross_cache is not None and ranges is not None:
                     x = block(x, cross_cache.keys[cross_layer], cross_cache.values[cross_layer], ranges, sees_image)
                 cross_layer += 1
         if last_token_of is not None:
-            x = x[torch.arange(x.shape[0]), torch.as_tensor(last_token_of)][:, None]
+            x = x[torch.arange(x.shape[0]), torch.as_tensor(last_token_of, dtype=torch.int64)][:, None]
         return self.norm(x)
 
     def _cache_mask(self, positions: Tensor, cache: SelfAttentionCache | None) -> Tensor | None:
@@ -255,6 +269,16 @@ def segment_mask(segments: Tensor) -> Tensor:
     """Which tokens each token may read in rows of several segments: bool [B, 1, T, T]; earlier ones of its own."""
     alike = segments[:, None, :, None] == segments[:, None, None, :]
     return alike.tril()
+
+
+def _ranges(
+    visible: Tensor, cache: CrossAttentionCache | PagedCache, device: torch.device
+) -> KeyRanges | PagedReads | None:
+    """What each token reads of the images; None where none of them reads any."""
+    if isinstance(cache, PagedCache):
+        return cache.reads
+    ranges = key_ranges(visible, cache, device)
+    return ranges if ranges.spans else None
 
 
 def key_ranges(visible: Tensor, cache: CrossAttentionCache, device: torch.device) -> KeyRanges:

@@ -4,7 +4,7 @@ from ._dispatch import BACKENDS, available, use_backend
 from .attention import attention
 from .cross_attention import KeyRanges, Span, cross_attention
 from .decode_attention import decode_attention, kv_write, paged_decode_attention
-from .decode_block import DecoderBlock, PackedProduct, decode_block
+from .decode_block import DecoderBlock, PackedProduct, decode_block, paged_decode_block
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_gelu import Approximation, linear_gelu
@@ -19,6 +19,7 @@ from .packed_linear import (
     round_activations,
     unpack_weight,
 )
+from .paged_attention import PagedCache, PagedReads, PagedRun, paged_attention
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import apply_rope, rope_angles, rope_frequencies
 from .swiglu import swiglu
@@ -32,6 +33,9 @@ __all__ = [
     "KeyRanges",
     "PackedProduct",
     "PackedWeight",
+    "PagedCache",
+    "PagedReads",
+    "PagedRun",
     "Span",
     "add_rms_norm",
     "apply_rope",
@@ -46,7 +50,9 @@ __all__ = [
     "linear_gelu",
     "pack_weight",
     "packed_linear",
+    "paged_attention",
     "paged_decode_attention",
+    "paged_decode_block",
     "prepare_weight",
     "restore_weight",
     "rms_norm",

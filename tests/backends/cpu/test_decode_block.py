@@ -1,6 +1,8 @@
-"""decode_block on CPUs against the same block out of the other ops' references, on every instruction set.
+"""decode_block and paged_decode_block on CPUs against the same block out of the other ops' references, on every
+instruction set.
 
 Shapes: B rows · E hidden size · H query heads · Hkv key heads · D head dim · F feed-forward size · C slots of a row
+N blocks · S slots of a block
 """
 
 from __future__ import annotations
@@ -166,6 +168,73 @@ def test_what_it_does_not_take(cpu: None, guards: Guards) -> None:
             ops.decode_block(block=other, **arguments)
 
 
+# --- over blocks -----------------------------------------------------------------------------------------------------
+
+BLOCK = 7  # slots, which do not divide SLOTS
+
+
+def paged(given: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """The same keys and values in blocks, in no order, among blocks that are nobody's; and the order of a row's slots
+    [B, S·M] in the caches' N·S."""
+    rows, kv_heads, slots, dim = given["k_cache"].shape
+    each = -(-slots // BLOCK)
+    table = torch.randperm(rows * each + 3, generator=torch.Generator().manual_seed(4))[: rows * each].view(rows, each)
+    order = (table[:, :, None] * BLOCK + torch.arange(BLOCK)).flatten(1)
+    made = {**given, "block_table": table.to(torch.int32)}
+    for name in ("k_cache", "v_cache"):
+        cache = torch.full((rows * each + 3, BLOCK, kv_heads, dim), torch.nan, dtype=given["x"].dtype)
+        cache.view(-1, kv_heads, dim)[order[:, :slots]] = given[name].transpose(1, 2)
+        made[name] = cache
+    return made, order
+
+
+@each_dtype
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("formats", [("int4", "int8", "int8", "int4"), ("bf16",) * 4], ids=["ints", "bf16"])
+def test_blocks_hold_the_same(
+    instruction_set: str, guards: Guards, dtype: torch.dtype, rows: int, formats: Any
+) -> None:
+    """What rows of one piece give, and each new key and value in its block."""
+    block = block_of(guards, dtype, formats)
+    rows = min(rows, 2) if formats[0] == "bf16" else rows
+    given = inputs_of(block, rows, dtype)
+    dense, k_dense, v_dense = run(block, given, "cpu")
+    made, order = paged(given)
+    before = {name: made[name].clone() for name in ("k_cache", "v_cache")}
+    with ops.use_backend("cpu"):
+        out = ops.paged_decode_block(made["x"], block, **{name: made[name] for name in made if name != "x"})
+    torch.testing.assert_close(out, dense, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    for name, expected in (("k_cache", k_dense), ("v_cache", v_dense)):
+        flat, old = (cache.view(-1, *cache.shape[2:]) for cache in (made[name], before[name]))
+        for row, length in enumerate(given["lengths"].tolist()):
+            slot = order[row, length - 1]
+            assert torch.equal(flat[slot], expected[row, :, length - 1])
+            flat[slot] = old[slot]
+        assert torch.equal(flat.nan_to_num(7.0), old.nan_to_num(7.0))
+
+
+def test_the_reference_over_blocks(guards: Guards, cpu: None) -> None:
+    block = block_of(guards, torch.float32)
+    given = inputs_of(block, 3, torch.float32)
+    expected, *_ = run(block, given, "torch")
+    made, _ = paged(given)
+    made = {name: value.nan_to_num() for name, value in made.items()}
+    with ops.use_backend("torch"):
+        out = ops.paged_decode_block(made.pop("x"), block, **made)
+    torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("what, value", [("lengths", 0), ("lengths", 43), ("block_table", -1), ("block_table", 99)])
+def test_a_block_out_of_range_writes_nothing(cpu: None, guards: Guards, what: str, value: int) -> None:
+    block = block_of(guards, torch.float32)
+    made, _ = paged(inputs_of(block, 2, torch.float32))
+    made[what][1] = value
+    before = made["k_cache"].clone()
+    with pytest.raises(ValueError, match="row 1: its length must be from 1 to 42, and its blocks from 0 to 14"):
+        ops.paged_decode_block(made.pop("x"), block, **made)
+    assert torch.equal(made["k_cache"].nan_to_num(7.0), before.nan_to_num(7.0))
+
+
 def test_torch_knows_the_operator(attached: None, guards: Guards) -> None:
     block = block_of(guards, torch.float32, int8_activations=True)
     given = inputs_of(block, 2, torch.float32)
@@ -175,6 +244,6 @@ def test_torch_knows_the_operator(attached: None, guards: Guards) -> None:
         (
             given["x"], tensors, numbers, block.input_norm, block.post_attention_norm, block.eps, block.heads,
             block.kv_heads, given["cos"], given["sin"], given["k_cache"].nan_to_num(), given["v_cache"].nan_to_num(),
-            given["lengths"],
+            None, given["lengths"],
         ),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from ..references import randn
 
 OPS = [
     "cross_attention", "decode_attention", "decode_block", "kv_write", "packed_linear", "paged_decode_attention",
-    "prepare_weight",
+    "paged_decode_block", "prepare_weight",
 ]  # fmt: skip
 
 

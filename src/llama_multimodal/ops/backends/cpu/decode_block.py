@@ -1,6 +1,7 @@
-"""`decode_block` on CPUs: the block's products, and what lies between them, in one call.
+"""`decode_block` and `paged_decode_block` on CPUs: the block's products, and what lies between them, in one call.
 
-Shapes: B rows · E hidden size · Hkv key heads · D head dim · C slots of a row
+Shapes: B rows · E hidden size · Hkv key heads · D head dim · C slots of a row · N blocks · S slots of a block
+M blocks of a row, at most
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ _PRODUCT = struct.Struct("@PPPPqqqii")  # LlamaMmProduct of csrc/decode_block.cp
 _BLOCK = struct.Struct("@PPfiqqq")  # LlamaMmBlock behind its four products
 
 
-def _refuses(
+def _refuses_block(
     x: Tensor, block: DecoderBlock, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor
 ) -> str | None:
+    """Why not, whatever shapes the caches have."""
     norms = {"input_norm": block.input_norm, "post_attention_norm": block.post_attention_norm}
     if why := refuses_dtype(x) or refuses_tensors(x=x, k_cache=k_cache, v_cache=v_cache, lengths=lengths, **norms):
         return why
@@ -40,12 +42,40 @@ def _refuses(
             return f"takes weights on the CPU with biases in {x.dtype}"
     if x.ndim != 2 or not 1 <= len(x) <= most:
         return f"x has shape {list(x.shape)}; takes [B, E] of {most} rows at most"
-    shape = (len(x), block.kv_heads, k_cache.shape[2], block.head_dim)
-    if k_cache.shape != shape or v_cache.shape != shape or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
-        return f"the caches have shapes {list(k_cache.shape)} and {list(v_cache.shape)}; takes {list(shape)}, dense"
     if cos.shape != (len(x), block.head_dim // 2) or sin.shape != cos.shape or cos.dtype != torch.float32:
         return f"cos and sin have shapes {list(cos.shape)} and {list(sin.shape)}; takes fp32 [B, D/2]"
     return None
+
+
+def _refuses_caches(k_cache: Tensor, v_cache: Tensor, shape: tuple[int, ...]) -> str | None:
+    if k_cache.shape != shape or v_cache.shape != shape or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+        return f"the caches have shapes {list(k_cache.shape)} and {list(v_cache.shape)}; takes {list(shape)}, dense"
+    return None
+
+
+def _refuses(
+    x: Tensor, block: DecoderBlock, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor
+) -> str | None:
+    if why := _refuses_block(x, block, cos, sin, k_cache, v_cache, lengths):
+        return why
+    return _refuses_caches(k_cache, v_cache, (len(x), block.kv_heads, k_cache.shape[2], block.head_dim))
+
+
+def _refuses_paged(
+    x: Tensor,
+    block: DecoderBlock,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+) -> str | None:
+    if why := _refuses_block(x, block, cos, sin, k_cache, v_cache, lengths):
+        return why
+    if block_table.ndim != 2 or len(block_table) != len(x) or not block_table.is_cpu:
+        return f"block_table has shape {list(block_table.shape)}; takes [B, M] on the CPU"
+    return _refuses_caches(k_cache, v_cache, (*k_cache.shape[:2], block.kv_heads, block.head_dim))
 
 
 @_dispatch.register("decode_block", "cpu", refuses=_refuses)
@@ -53,10 +83,38 @@ def decode_block(
     x: Tensor, block: DecoderBlock, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor
 ) -> Tensor:
     """Raises ValueError where a length is below 1 or past the cache's slots; the caches stay as they are then."""
+    return _run(x, block, cos, sin, k_cache, v_cache, None, lengths)
+
+
+@_dispatch.register("paged_decode_block", "cpu", refuses=_refuses_paged)
+def paged_decode_block(
+    x: Tensor,
+    block: DecoderBlock,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+) -> Tensor:
+    """Raises ValueError where a length or a block that it needs is out of range; the caches stay as they are then."""
+    return _run(x, block, cos, sin, k_cache, v_cache, block_table, lengths)
+
+
+def _run(
+    x: Tensor,
+    block: DecoderBlock,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor | None,
+    lengths: Tensor,
+) -> Tensor:
     tensors, numbers = flattened(block)
     return cpu_decode_block(
         x, tensors, numbers, block.input_norm, block.post_attention_norm, block.eps, block.heads, block.kv_heads,
-        cos, sin, k_cache, v_cache, lengths,
+        cos, sin, k_cache, v_cache, block_table, lengths,
     )  # fmt: skip
 
 
@@ -86,9 +144,10 @@ def cpu_decode_block(
     sin: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    block_table: Tensor | None,
     lengths: Tensor,
 ) -> Tensor:
-    """tensors, numbers: of `flattened`."""
+    """tensors, numbers: of `flattened`; block_table: where the caches are in blocks."""
     x, cos, sin, lengths = x.contiguous(), cos.contiguous(), sin.contiguous(), lengths.to(torch.int32).contiguous()
     out = torch.empty_like(x)
     pointers = [pointer(tensor) or 0 for tensor in tensors]
@@ -99,10 +158,18 @@ def cpu_decode_block(
     described.append(
         _BLOCK.pack(*(norm.data_ptr() for norm in norms), eps, DTYPES[x.dtype], heads, kv_heads, k_cache.shape[3])
     )
-    status = functions().decode_block(
+    first = (
         b"".join(described), x.data_ptr(), len(x), cos.data_ptr(), sin.data_ptr(),
-        k_cache.data_ptr(), strides(k_cache), v_cache.data_ptr(), strides(v_cache), k_cache.shape[2],
-        lengths.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+        k_cache.data_ptr(), strides(k_cache), v_cache.data_ptr(), strides(v_cache),
     )  # fmt: skip
-    raise_for("decode_block", status, f"its length must be from 1 to the cache's {k_cache.shape[2]} slots")
+    last = lengths.data_ptr(), out.data_ptr(), torch.get_num_threads()
+    if block_table is None:
+        status = functions().decode_block(*first, k_cache.shape[2], *last)
+        raise_for("decode_block", status, f"its length must be from 1 to the cache's {k_cache.shape[2]} slots")
+        return out
+    block_table = block_table.to(torch.int32).contiguous()
+    blocks, slots, most = *k_cache.shape[:2], block_table.shape[1]
+    status = functions().paged_decode_block(*first, blocks, slots, block_table.data_ptr(), most, *last)
+    wanted = f"its length must be from 1 to {most * slots}, and its blocks from 0 to {blocks - 1}"
+    raise_for("paged_decode_block", status, wanted)
     return out

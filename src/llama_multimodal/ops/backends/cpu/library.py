@@ -36,6 +36,10 @@ _SIGNATURES = {  # without the llama_mm_cpu_ that every name begins with
     "unpack_tiles": ([*_WEIGHT, _SIZE, _SIZE, _SIZE, _INT, _POINTER, _INT], None),
     "decode_attention": ([*_QUERIES, *_KEYS, _SIZE, _POINTER, _POINTER, _POINTER, _INT], _INT),
     "decode_block": ([_TEXT, _POINTER, _INT, _POINTER, _POINTER, *_KEYS, _SIZE, _POINTER, _POINTER, _INT], _INT),
+    "paged_decode_block": (
+        [_TEXT, _POINTER, _INT, _POINTER, _POINTER, *_KEYS, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _INT],
+        _INT,
+    ),
     "paged_decode_attention": (
         [*_QUERIES, *_KEYS, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _INT],
         _INT,

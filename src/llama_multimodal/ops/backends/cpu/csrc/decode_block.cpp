@@ -2,6 +2,7 @@
 // interpreter and in waking threads, is a third of a small model's time.
 //
 // Shapes: B rows · E hidden size · H query heads · Hkv key heads · D head dim · F feed-forward size · C slots of a row
+// N blocks · S slots of a block · M blocks of a row, at most
 #include <cstring>
 
 #include "drivers.h"
@@ -39,14 +40,37 @@ static int multiply(const LlamaMmProduct& p, const void* x, int dtype, int rows,
                                     p.scales, p.zeros, p.int4, p.group, p.bias, dtype, p.outputs, out, threads);
 }
 
-// x, out: [B, E]; cos, sin: [B, D/2]; caches: [B, Hkv, C, D] in x's dtype, to which the new token's key and value are
-// added at lengths[b] - 1. Returns 0, -1 without memory, or 1 + the first row whose length is out of range; nothing is
-// written then.
-int llama_mm_cpu_decode_block(const LlamaMmBlock* block, const void* x, int rows, const float* cos, const float* sin,
-                              void* k_cache, const int64_t* k_strides, void* v_cache, const int64_t* v_strides,
-                              int64_t capacity, const int32_t* lengths, void* out, int threads) {
+// Where rows keep their keys and values: [B, Hkv, C, D]; with a table [B, M] in blocks, [N, S, Hkv, D].
+struct Caches {
+  void* k;
+  const int64_t* k_strides;
+  void* v;
+  const int64_t* v_strides;
+  const int32_t* table;                      // null: dense
+  int64_t capacity, blocks, blocks_of_row;   // C, 0, 0; or S, N, M
+};
+
+static bool out_of_range(const Caches& c, int row, int32_t length) {
+  if (!c.table) return length < 1 || length > c.capacity;
+  if (length < 1 || length > c.blocks_of_row * c.capacity) return true;
+  for (int64_t i = 0; i * c.capacity < length; i++) {
+    const int32_t block = c.table[row * c.blocks_of_row + i];
+    if (block < 0 || block >= c.blocks) return true;
+  }
+  return false;
+}
+
+// Elements before a row's token at `slot`, for one key head.
+static int64_t place(const Caches& c, const int64_t* strides, int row, int64_t head, int64_t slot) {
+  if (!c.table) return row * strides[0] + head * strides[1] + slot * strides[2];
+  const int64_t block = c.table[row * c.blocks_of_row + slot / c.capacity];
+  return block * strides[0] + slot % c.capacity * strides[1] + head * strides[2];
+}
+
+static int run_block(const LlamaMmBlock* block, const void* x, int rows, const float* cos, const float* sin,
+                     const Caches& caches, const int32_t* lengths, void* out, int threads) {
   for (int row = 0; row < rows; row++)
-    if (lengths[row] < 1 || lengths[row] > capacity) return row + 1;
+    if (out_of_range(caches, row, lengths[row])) return row + 1;
   const LlamaMmBlock& b = *block;
   const DType type = static_cast<DType>(b.dtype);
   const Elementwise& use = kernels()->elementwise[type];
@@ -69,15 +93,19 @@ int llama_mm_cpu_decode_block(const LlamaMmBlock* block, const void* x, int rows
     memcpy(narrow.memory + t * q_row, q, static_cast<size_t>(q_row));
     for (int64_t h = 0; h < b.kv_heads; h++) {
       const int64_t slot = lengths[t] - 1;
-      memcpy(static_cast<char*>(k_cache) + (t * k_strides[0] + h * k_strides[1] + slot * k_strides[2]) * bytes,
+      memcpy(static_cast<char*>(caches.k) + place(caches, caches.k_strides, t, h, slot) * bytes,
              q + q_row + h * head, static_cast<size_t>(head));
-      memcpy(static_cast<char*>(v_cache) + (t * v_strides[0] + h * v_strides[1] + slot * v_strides[2]) * bytes,
+      memcpy(static_cast<char*>(caches.v) + place(caches, caches.v_strides, t, h, slot) * bytes,
              q + q_row + kv_row + h * head, static_cast<size_t>(head));
     }
   }
   // The attention's result takes the place of the queries, keys and values.
-  if (llama_mm_cpu_decode_attention(narrow.memory, type, rows, b.heads, b.kv_heads, b.dim, k_cache, k_strides, v_cache,
-                                    v_strides, capacity, lengths, nullptr, wide.memory, threads))
+  const Caches& c = caches;
+  if (c.table ? llama_mm_cpu_paged_decode_attention(narrow.memory, type, rows, b.heads, b.kv_heads, b.dim, c.k,
+                                                    c.k_strides, c.v, c.v_strides, c.blocks, c.capacity, c.table,
+                                                    c.blocks_of_row, lengths, wide.memory, threads)
+              : llama_mm_cpu_decode_attention(narrow.memory, type, rows, b.heads, b.kv_heads, b.dim, c.k, c.k_strides,
+                                              c.v, c.v_strides, c.capacity, lengths, nullptr, wide.memory, threads))
     return -1;
   if (multiply(b.output, wide.memory, type, rows, product.memory, threads)) return -1;
   for (int t = 0; t < rows; t++) {
@@ -94,6 +122,24 @@ int llama_mm_cpu_decode_block(const LlamaMmBlock* block, const void* x, int rows
     use.add(sum.memory + t * row_bytes, product.memory + t * row_bytes, hidden,
             static_cast<char*>(out) + t * row_bytes);
   return 0;
+}
+
+// x, out: [B, E]; cos, sin: [B, D/2]; caches in x's dtype, to which the new token's key and value are added at
+// lengths[b] - 1. Returns 0, -1 without memory, or 1 + the first row whose length (or block) is out of range; nothing is
+// written then.
+int llama_mm_cpu_decode_block(const LlamaMmBlock* block, const void* x, int rows, const float* cos, const float* sin,
+                              void* k_cache, const int64_t* k_strides, void* v_cache, const int64_t* v_strides,
+                              int64_t capacity, const int32_t* lengths, void* out, int threads) {
+  const Caches caches = {k_cache, k_strides, v_cache, v_strides, nullptr, capacity, 0, 0};
+  return run_block(block, x, rows, cos, sin, caches, lengths, out, threads);
+}
+
+int llama_mm_cpu_paged_decode_block(const LlamaMmBlock* block, const void* x, int rows, const float* cos,
+                                    const float* sin, void* k_cache, const int64_t* k_strides, void* v_cache,
+                                    const int64_t* v_strides, int64_t blocks, int64_t slots, const int32_t* table,
+                                    int64_t blocks_of_row, const int32_t* lengths, void* out, int threads) {
+  const Caches caches = {k_cache, k_strides, v_cache, v_strides, table, slots, blocks, blocks_of_row};
+  return run_block(block, x, rows, cos, sin, caches, lengths, out, threads);
 }
 
 }  // extern "C"

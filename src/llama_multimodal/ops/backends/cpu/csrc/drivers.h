@@ -16,4 +16,8 @@ int llama_mm_cpu_decode_attention(const void* q, int dtype, int64_t rows, int64_
                                   const void* k, const int64_t* k_strides, const void* v, const int64_t* v_strides,
                                   int64_t capacity, const int32_t* lengths, const float* key_bias, void* out,
                                   int threads);
+int llama_mm_cpu_paged_decode_attention(const void* q, int dtype, int64_t rows, int64_t heads, int64_t kv_heads,
+                                        int64_t dim, const void* k, const int64_t* k_strides, const void* v,
+                                        const int64_t* v_strides, int64_t blocks, int64_t slots, const int32_t* table,
+                                        int64_t blocks_of_row, const int32_t* lengths, void* out, int threads);
 }

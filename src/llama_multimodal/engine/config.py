@@ -1,0 +1,141 @@
+"""How an engine is set up, and how its memory is shared out."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+
+from ..config import AnyModelConfig, ModelConfig, TiledVisionConfig
+from ..config.checks import require
+from ..errors import ConfigError
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_TEXT_PER_PICTURE = 1024  # tokens; what the cache is shared out for, where pictures have keys and values of their own
+_TILES_PER_PICTURE = 4  # where the model's configuration does not say
+_PICTURES_PER_REQUEST = 8  # that one may look at together, where nothing bounds the memory
+_CPU_SHARE, _GPU_SHARE = 0.5, 0.8  # of the memory that is free, where nothing is asked for
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """cache_memory: bytes, or text such as "4GiB", for keys, values and images; None takes what `max_requests` of the
+    whole context need, but at most half of a CPU's free memory or 80 % of a GPU's.
+
+    max_tokens_in_batch: of one step, all rows together; a longer prompt is read in chunks.
+    max_requests: that are worked on at a time. max_tiles_in_batch: that are encoded in a step, but at least a picture.
+    image_share: of the cache's memory; None goes by the model.
+    patience: by how many places in the queue one step of priority moves a request forward, and no further.
+    prefix_cache: whether equal beginnings of prompts are computed once.
+    overlap_images: encode pictures in a thread beside the decoding of others.
+    """
+
+    max_tokens_in_batch: int = 4096
+    max_requests: int = 32
+    max_tiles_in_batch: int = 16
+    cache_memory: int | str | None = None
+    block_size: int = 16
+    image_share: float | None = None
+    patience: int = 64
+    prefix_cache: bool = True
+    overlap_images: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens_in_batch", "max_requests", "max_tiles_in_batch", "block_size", "patience"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}", self)
+        batch, rows = self.max_tokens_in_batch, self.max_requests
+        require(batch >= rows, f"max_tokens_in_batch must be at least max_requests, {rows}, not {batch}", self)
+        share = self.image_share
+        require(share is None or 0 <= share < 1, f"image_share must be from 0 to under 1, not {share}", self)
+        if self.cache_memory is not None:
+            parse_bytes(self.cache_memory)
+
+
+def parse_bytes(size: int | str) -> int:
+    """ "4GiB", "512 MB" or a number as bytes.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    if isinstance(size, int) and size > 0:
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    if (
+        match is None
+        or match[2].upper() not in _UNITS
+        or not (found := int(float(match[1]) * _UNITS[match[2].upper()]))
+    ):
+        raise ConfigError(f'cache_memory must be bytes or text such as "4GiB", not {size!r}')
+    return found
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """num_blocks: of `block_size` tokens of text. num_units: of images, `unit_tokens` of them each."""
+
+    block_size: int
+    num_blocks: int
+    block_bytes: int
+    num_units: int
+    unit_tokens: int
+    unit_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_blocks * self.block_bytes + self.num_units * self.unit_bytes
+
+
+def plan_cache(config: AnyModelConfig, engine: EngineConfig, dtype: torch.dtype, device: torch.device) -> CachePlan:
+    """How many blocks and units fit in the cache's memory.
+
+    Raises:
+        ConfigError: not even a block of text and a picture fit.
+    """
+    text, size = config.text, dtype.itemsize
+    each = 2 * text.num_key_value_heads * text.head_dim * size  # a token's key and value in one layer
+    token_bytes = each * len(text.self_attention_layers)
+    block_bytes, context = token_bytes * engine.block_size, text.max_position_embeddings
+    unit_tokens, unit_bytes, picture_units, request_units, share = 1, 0, 0, 0, 0.0
+    if isinstance(config, ModelConfig):
+        tokens = config.num_tokens(config.vision.image_size, config.vision.image_size)
+        if config.fusion == "cross_attention":
+            unit_tokens, unit_bytes = tokens, each * len(text.cross_attention_layers) * tokens
+            tiled = isinstance(config.vision, TiledVisionConfig)
+            picture_units = config.tiled.max_num_tiles if tiled else _TILES_PER_PICTURE
+            request_units = _PICTURES_PER_REQUEST * picture_units
+            share = picture_units * unit_bytes / (picture_units * unit_bytes + _TEXT_PER_PICTURE * token_bytes)
+        else:  # an embedding for each token of text that there is room for
+            unit_bytes, picture_units, request_units = text.hidden_size * size, tokens, context
+            share = unit_bytes / (unit_bytes + token_bytes)
+        share = share if engine.image_share is None else engine.image_share
+    if engine.cache_memory is None:
+        blocks = engine.max_requests * -(-context // engine.block_size)
+        units = engine.max_requests * request_units
+        memory = _free_share(device)
+        if blocks * block_bytes + units * unit_bytes <= memory:
+            return CachePlan(engine.block_size, blocks, block_bytes, units, unit_tokens, unit_bytes)
+    else:
+        memory = parse_bytes(engine.cache_memory)
+    units = 0
+    if unit_bytes and share:
+        units = max(int(memory * share) // unit_bytes, picture_units)  # a whole picture in any case
+    blocks = (memory - units * unit_bytes) // block_bytes
+    if blocks < 1:
+        least = block_bytes + units * unit_bytes
+        raise ConfigError(f"a cache_memory of {memory} bytes is too little for this model; give at least {least}")
+    return CachePlan(engine.block_size, blocks, block_bytes, units, unit_tokens, unit_bytes)
+
+
+def _free_share(device: torch.device) -> int:
+    """What an engine takes of a device's memory where nobody says how much, in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * _GPU_SHARE)
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        free = int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):  # not Linux
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return int(free * _CPU_SHARE)

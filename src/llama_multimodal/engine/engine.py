@@ -1,0 +1,324 @@
+"""Continuous batching: requests join and leave between any two steps. A step is schedule → run → postprocess."""
+
+from __future__ import annotations
+
+import contextvars
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..errors import PromptError
+from ..inputs import ModelInputs
+from ..models import LanguageModel
+from ..sampling import sample
+from .block_manager import BlockManager, ImageEntry, ImagePool
+from .config import EngineConfig, plan_cache
+from .metrics import EngineMetrics
+from .request import Answer, Event, FinishReason, ImageUse, Job, Request
+from .runner import Runner, Segment
+from .scheduler import Scheduler, Step
+
+Prepare = Callable[[Sequence[object]], ModelInputs]
+"""A processor: from messages to what the model reads."""
+
+
+class Engine:
+    """Answers many requests at a time, each as `generate` answers it alone.
+
+    One thread uses it at a time; `AsyncEngine` is for servers.
+    """
+
+    def __init__(
+        self, model: LanguageModel, processor: Prepare | None = None, config: EngineConfig | None = None
+    ) -> None:
+        """processor: may be left out where every request brings its `inputs`.
+
+        Raises:
+            ConfigError: the cache's memory is too little for the model.
+        """
+        self.model, self.processor, self.config = model, processor, config or EngineConfig()
+        spliced = isinstance(model.config, ModelConfig) and model.config.fusion == "splice"
+        self._spliced_token = model.config.image_token_id if spliced else None
+        self.plan = plan_cache(model.config, self.config, model.dtype, model.device)
+        self.blocks = BlockManager(self.plan.num_blocks, self.plan.block_size)
+        self.images = ImagePool(self.plan.num_units)
+        self.metrics = EngineMetrics(self.blocks, self.images)
+        self.scheduler = Scheduler(self.config, self.blocks, self.images, self.metrics)
+        self.runner = Runner(model, self.plan, spliced=spliced)
+        self._numbers = itertools.count()
+        self._torn = False
+        self._flights: list[tuple[Future[list[list[Tensor] | Exception]], list[ImageEntry]]] = []
+        self._beside = ThreadPoolExecutor(1, "images") if self.config.overlap_images else None
+        cuda = model.device.type == "cuda" and self._beside is not None
+        self._stream = torch.cuda.Stream(model.device) if cuda else None
+
+    # --- what callers use --------------------------------------------------------------------------------------------
+
+    def generate(self, requests: Sequence[Request]) -> list[Answer]:
+        """All answers, in the order asked. A request that fails has its `error`; nothing is raised for it."""
+        jobs = [self.add(request, index) for index, request in enumerate(requests)]
+        try:
+            while any(job.answer is None for job in jobs):
+                self.step()
+        finally:
+            for job in jobs:
+                self.cancel(job)
+        return [job.answer for job in jobs if job.answer is not None]
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
+        """Each token as it is chosen, of all requests. Whoever stops reading cancels what is left."""
+        jobs = [self.add(request, index) for index, request in enumerate(requests)]
+        try:
+            while True:
+                done = all(job.answer is not None for job in jobs)
+                for job in jobs:
+                    while job.events:
+                        yield job.events.popleft()
+                if done:
+                    return
+                self.step()
+        finally:
+            for job in jobs:
+                self.cancel(job)
+
+    def add(self, request: Request, index: int = 0) -> Job:
+        """Queue a request; `step` works on it. Its tokens come in `job.events`, at its end there is `job.answer`."""
+        job = Job(next(self._numbers), request, index, self.config.patience)
+        self._mend()
+        self.scheduler.add(job)
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """End a request, wherever it is; what it had is its answer. One that has ended stays as it is."""
+        if job.answer is None:
+            self._mend()
+            with self._books():
+                self._end(job, "cancelled")
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def clear_cache(self) -> None:
+        """Forget every prefix and every image, as after a change of the weights. Requests go on, from the beginning."""
+        self._torn = True
+        self._mend()
+
+    def close(self) -> None:
+        """Cancel what is left and end the thread that encodes images."""
+        for job in (*self.scheduler.running, *self.scheduler.waiting):
+            self.cancel(job)
+        if self._beside is not None:
+            self._beside.shutdown()
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Compute the next tokens of as many requests as fit."""
+        self._mend()
+        started = time.monotonic()
+        self._prepare_waiting()
+        self._land(wait=False)
+        with self._books():
+            step = self.scheduler.schedule()
+        self._encode(step)
+        segments = [(job, *span) for job, span in step.segments.items() if job.answer is None]
+        if segments:
+            for job, end, logits in self._run(segments):
+                with self._books():
+                    self._take(job, end, logits)
+        elif self._flights:
+            self._land(wait=True)
+        elif self.scheduler.has_work and not step.images:
+            raise RuntimeError("the scheduler has requests and gives none a token")
+        self.metrics.stepped(time.monotonic() - started, sum(end - first for _, first, end in segments))
+
+    def _prepare_waiting(self) -> None:
+        """Tokens and pixels of the requests that may begin in this step."""
+        tokens = 0
+        for job in self.scheduler.waiting[: self.config.max_requests]:
+            if job.row is None:
+                try:
+                    self._prepare(job)
+                except Exception as error:
+                    self._end(job, "error", error)
+            tokens += job.remaining
+            if tokens >= self.config.max_tokens_in_batch:
+                return
+
+    def _prepare(self, job: Job) -> None:
+        """Raises:
+        UserError: the request cannot be answered, or never fits in the cache.
+        """
+        request, text = job.request, self.model.config.text
+        adapter = self.runner.adapter_of(request.adapter)
+        inputs = request.inputs
+        if inputs is None:
+            if request.messages is None:
+                raise PromptError("a request has neither messages nor inputs; give one of them")
+            if self.processor is None:
+                raise PromptError("this engine has no processor; give one, or requests with their inputs")
+            inputs = self.processor(request.messages)
+        context, token = text.max_position_embeddings, self._spliced_token
+        job.prepare(inputs, text.eos_token_ids, context, spliced_token=token, adapter=adapter)
+        last = min(job.prompt_length + request.params.max_new_tokens, context) - 1
+        if self.blocks.blocks_for(last) > self.blocks.num_blocks:
+            room = self.blocks.num_blocks * self.blocks.block_size
+            raise PromptError(
+                f"{job.prompt_length} tokens and an answer of {request.params.max_new_tokens} never fit in the cache of"
+                f" {room}; lower max_new_tokens, shorten the prompt, or give the engine more cache_memory"
+            )
+        if (units := job.most_units_at_once()) > self.images.num_units:
+            raise PromptError(
+                f"images of {units} units are looked at together and never fit in the cache of {self.images.num_units};"
+                " use fewer or smaller images, or give the engine more cache_memory or a larger image_share"
+            )
+        for use in job.images:
+            self.runner.check_image(use)
+
+    def _run(self, segments: list[Segment]) -> Iterator[tuple[Job, int, Tensor | None]]:
+        """Each request, the end of its tokens that were computed, and the logits of its last token if that is among
+        them. Where the whole batch fails, each request is tried alone, and those that fail end."""
+        try:
+            found = [self.runner.forward(segments)]
+        except Exception as error:
+            found = []
+            for segment in list(segments):
+                try:
+                    found.append(self.runner.forward([segment]))
+                except Exception as alone:
+                    segments.remove(segment)
+                    self._end(segment[0], "error", alone if len(segments) else error)
+        logits = {job: row for jobs, rows in found for job, row in zip(jobs, rows, strict=True)}
+        for job, _, end in segments:
+            yield job, end, logits.get(job)
+
+    def _take(self, job: Job, end: int, logits: Tensor | None) -> None:
+        """Note what was computed, and choose the next token where the logits are there."""
+        self.scheduler.computed(job, end)
+        if logits is None:
+            return
+        row = job.row
+        assert row is not None
+        try:
+            token = sample(logits, job.request.params, row.seen, row.generator)
+            event = row.take(job.index, token)
+        except Exception as error:
+            self._end(job, "error", error)
+            return
+        job.tokens.append(token)
+        self.metrics.token(job)
+        if event.finish_reason:
+            self._end(job, "stop" if event.finish_reason == "stop" else "length", token=token, text=event.text)
+        else:
+            job.events.append(Event(job.index, token, event.text))
+
+    def _end(
+        self,
+        job: Job,
+        reason: FinishReason,
+        error: Exception | None = None,
+        *,
+        token: int | None = None,
+        text: str = "",
+    ) -> None:
+        """A request's answer is as it is now; token, text: its last event's. Nothing where it has ended already."""
+        if job.answer is not None:
+            return
+        if job.queued:
+            self.scheduler.remove(job)
+        self.metrics.finished(job, reason)
+        whole, tokens = ("", []) if job.row is None else (job.row.text, list(job.row.answer))
+        job.answer = Answer(whole, tokens, reason, error, job.metrics)
+        job.events.append(Event(job.index, token, text, reason, error, job.answer))
+
+    # --- images ------------------------------------------------------------------------------------------------------
+
+    def _encode(self, step: Step) -> None:
+        """Bring the step's images into the cache, or begin to in the other thread."""
+        if not step.images:
+            return
+        entries, uses = list(step.images), list(step.images.values())
+        if self._beside is None or self.runner.has_adapters:  # one thread at a time chooses an adapter
+            self._store(entries, self._features(uses))
+            return
+        with self._books():
+            for entry in entries:
+                entry.started = True
+                entry.references += 1  # its place is not given away while it is on its way
+            run = contextvars.copy_context().run
+            self._flights.append((self._beside.submit(run, self._features, uses), entries))
+
+    def _features(self, uses: Sequence[ImageUse]) -> list[list[Tensor] | Exception]:
+        """What the cache keeps of each image, or why there is nothing. One that fails does not stop the others."""
+        with torch.cuda.stream(self._stream):  # does nothing without one
+            found: list[list[Tensor] | Exception] = []
+            try:
+                found += self.runner.encode(uses)
+            except Exception:
+                for use in uses:
+                    try:
+                        found += self.runner.encode([use])
+                    except Exception as error:
+                        found.append(error)
+            if self._stream is not None:
+                self._stream.synchronize()
+        return found
+
+    def _land(self, *, wait: bool) -> None:
+        """Store what the other thread has encoded; with `wait` at least one batch of it."""
+        while self._flights and (wait or self._flights[0][0].done()):
+            future, entries = self._flights[0]
+            features = future.result()
+            self._flights.pop(0)
+            self._store(entries, features)
+            with self._books():
+                for entry in entries:
+                    self.images.release(entry)
+            wait = False
+
+    def _store(self, entries: Sequence[ImageEntry], features: Sequence[list[Tensor] | Exception]) -> None:
+        failed = {}
+        for entry, found in zip(entries, features, strict=True):
+            if isinstance(found, Exception):
+                failed[entry] = found
+                self.images.fail(entry, found)
+                continue
+            if self._stream is not None:
+                for tensor in found:
+                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+            self.runner.store(entry.units, found)
+            entry.ready = True
+            self.metrics.encoded_images += 1
+        for job in list(self.scheduler.running) if failed else ():
+            causes = [failed[use.entry] for use in job.images if use.entry in failed]
+            if causes:
+                self._end(job, "error", causes[0])
+
+    # --- interruptions -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _books(self) -> Iterator[None]:
+        """Around what must not be left half done: an interruption inside is noticed by `_mend`."""
+        self._torn = True
+        yield
+        self._torn = False
+
+    def _mend(self) -> None:
+        """Begin with an empty cache where bookkeeping was cut off (Ctrl-C); requests start again where they were."""
+        if not self._torn:
+            return
+        for future, _ in self._flights:
+            future.exception()
+        self._flights = []
+        self.blocks.clear()
+        self.images.clear()
+        self.scheduler.restart()
+        self._torn = False
