@@ -172,9 +172,12 @@ def _step(
         raise TrainingError(guard.explain_loss(recipe, task, micro, totals, step, group))
     for optimizer in state.optimizers:
         state.scaler.unscale_(optimizer)
-    norm = float(nn.utils.clip_grad_norm_(state.parameters, recipe.optim.clip_norm))
+    total_norm = nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
+    norm = float(total_norm)
     values = {**task.measures(counted, totals, step), "learning_rate": rate, "gradient_norm": norm}
-    if not math.isfinite(norm):
+    if math.isfinite(norm):
+        nn.utils.clip_grads_with_norm_(state.parameters, recipe.optim.clip_norm, total_norm)
+    else:
         if not state.scaler.is_enabled() or state.scaler.get_scale() < _LEAST_SCALE:
             raise TrainingError(guard.explain_gradient(recipe, task, step))
         values |= {"skipped": 1.0, "gradient_norm": 0.0}  # float16's range was left: a smaller scale, and no step
