@@ -229,16 +229,18 @@ def test_whoever_stops_reading_cancels() -> None:
     untouched(engine.generate(good()))
 
 
-@pytest.mark.parametrize("place", ["take", "schedule", "forward", "allocate"])
+@pytest.mark.parametrize("place", ["take", "schedule", "forward", "allocate", "token", "admitted", "finished"])
 def test_an_interruption_anywhere_leaves_a_working_engine(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the middle of a step: requests that nobody gave up go on, with the same answers."""
     engine = Engine(model(KIND), None, SMALL)
     owner, name = {
         "take": (engine, "_take"), "schedule": (engine.scheduler, "computed"), "forward": (engine.runner, "forward"),
-        "allocate": (engine.blocks, "allocate"),
+        "allocate": (engine.blocks, "allocate"), "token": (engine.metrics, "token"),
+        "admitted": (engine.metrics, "admitted"), "finished": (engine.metrics, "finished"),
     }[place]  # fmt: skip
     jobs = [engine.add(one) for one in good()]
-    engine.step()
+    if place != "admitted":
+        engine.step()
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):

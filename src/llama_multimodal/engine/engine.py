@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextvars
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from .request import Answer, Event, FinishReason, ImageUse, Job, Request
 from .runner import Runner, Segment
 from .scheduler import Scheduler, Step
 
-Prepare = Callable[[Sequence[object]], ModelInputs]
+Prepare = Callable[[Any], ModelInputs]
 """A processor: from messages to what the model reads."""
 
 
@@ -52,6 +53,7 @@ class Engine:
         self.scheduler = Scheduler(self.config, self.blocks, self.images, self.metrics)
         self.runner = Runner(model, self.plan, spliced=spliced)
         self._numbers = itertools.count()
+        self._jobs: set[Job] = set()  # that have no answer yet
         self._torn = False
         self._flights: list[tuple[Future[list[list[Tensor] | Exception]], list[ImageEntry]]] = []
         self._beside = ThreadPoolExecutor(1, "images") if self.config.overlap_images else None
@@ -71,7 +73,7 @@ class Engine:
                 self.cancel(job)
         return [job.answer for job in jobs if job.answer is not None]
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
+    def stream(self, requests: Sequence[Request]) -> Generator[Event, None, None]:
         """Each token as it is chosen, of all requests. Whoever stops reading cancels what is left."""
         jobs = [self.add(request, index) for index, request in enumerate(requests)]
         try:
@@ -89,17 +91,17 @@ class Engine:
 
     def add(self, request: Request, index: int = 0) -> Job:
         """Queue a request; `step` works on it. Its tokens come in `job.events`, at its end there is `job.answer`."""
-        job = Job(next(self._numbers), request, index, self.config.patience)
         self._mend()
-        self.scheduler.add(job)
+        job = Job(next(self._numbers), request, index, self.config.patience)
+        with self._books():
+            self._jobs.add(job)
+            self.scheduler.add(job)
         return job
 
     def cancel(self, job: Job) -> None:
         """End a request, wherever it is; what it had is its answer. One that has ended stays as it is."""
-        if job.answer is None:
-            self._mend()
-            with self._books():
-                self._end(job, "cancelled")
+        self._mend()
+        self._end(job, "cancelled")
 
     @property
     def has_work(self) -> bool:
@@ -112,7 +114,7 @@ class Engine:
 
     def close(self) -> None:
         """Cancel what is left and end the thread that encodes images."""
-        for job in (*self.scheduler.running, *self.scheduler.waiting):
+        for job in list(self._jobs):
             self.cancel(job)
         if self._beside is not None:
             self._beside.shutdown()
@@ -232,12 +234,13 @@ class Engine:
         """A request's answer is as it is now; token, text: its last event's. Nothing where it has ended already."""
         if job.answer is not None:
             return
-        if job.queued:
+        with self._books():
             self.scheduler.remove(job)
-        self.metrics.finished(job, reason)
-        whole, tokens = ("", []) if job.row is None else (job.row.text, list(job.row.answer))
-        job.answer = Answer(whole, tokens, reason, error, job.metrics)
-        job.events.append(Event(job.index, token, text, reason, error, job.answer))
+            self.metrics.finished(job, reason)
+            whole, tokens = ("", []) if job.row is None else (job.row.text, list(job.row.answer))
+            job.answer = Answer(whole, tokens, reason, error, job.metrics)
+            job.events.append(Event(job.index, token, text, reason, error, job.answer))
+            self._jobs.discard(job)
 
     # --- images ------------------------------------------------------------------------------------------------------
 
@@ -307,12 +310,12 @@ class Engine:
     @contextmanager
     def _books(self) -> Iterator[None]:
         """Around what must not be left half done: an interruption inside is noticed by `_mend`."""
-        self._torn = True
+        before, self._torn = self._torn, True
         yield
-        self._torn = False
+        self._torn = before
 
     def _mend(self) -> None:
-        """Begin with an empty cache where bookkeeping was cut off (Ctrl-C); requests start again where they were."""
+        """Begin with an empty cache where bookkeeping was cut off (Ctrl-C); requests go on from what they have said."""
         if not self._torn:
             return
         for future, _ in self._flights:
@@ -320,5 +323,8 @@ class Engine:
         self._flights = []
         self.blocks.clear()
         self.images.clear()
-        self.scheduler.restart()
+        self.scheduler.restart(job for job in self._jobs if job.answer is None)
         self._torn = False
+        for job in self.scheduler.waiting.copy():
+            if job.row is not None and job.row.finish_reason is not None:
+                self._end(job, "stop" if job.row.finish_reason == "stop" else "length")

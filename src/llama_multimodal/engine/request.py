@@ -109,7 +109,7 @@ class Job:
         self.events: deque[Event] = deque()
         self.answer: Answer | None = None
         self.tokens: list[int] = []
-        self.running = self.queued = False  # queued: the scheduler has it, running or not
+        self.running = False
         self.computed = 0
         self.blocks: list[int] = []
         self.images: list[ImageUse] = []
@@ -163,6 +163,14 @@ class Job:
             size = image.num_tiles if spliced_token is None else image.num_tokens
             key = _image_key(self._root, image, tiles)
             self.images.append(ImageUse(key, image, tiles, first, last, size, adapter))
+
+    def restart(self) -> None:
+        """As if nothing of it was in the cache; what it has said stays said."""
+        self.running, self.blocks, self.computed = False, [], 0
+        for use in self.images:
+            use.entry = None
+        if self.row is not None:
+            self.tokens = [*self.tokens[: self.prompt_length], *self.row.answer]
 
     @property
     def prompt_length(self) -> int:

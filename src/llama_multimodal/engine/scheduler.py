@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .block_manager import BlockManager, ImageEntry, ImagePool
@@ -41,7 +42,6 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, job: Job) -> None:
-        job.queued = True
         bisect.insort(self.waiting, job, key=_rank)
 
     def schedule(self) -> Step:
@@ -75,19 +75,16 @@ class Scheduler:
             if use.last < end:
                 self._let_go(use)
 
-    def restart(self) -> None:
-        """Nothing is in the cache any more: every request waits for its turn and begins again."""
-        self.waiting = sorted((*self.waiting, *self.running), key=_rank)
-        self.running = []
+    def restart(self, jobs: Iterable[Job]) -> None:
+        """Nothing is in the cache any more: these requests wait for their turn and begin again."""
+        self.waiting, self.running = sorted(jobs, key=_rank), []
         for job in self.waiting:
-            job.running, job.blocks, job.computed = False, [], 0
-            for use in job.images:
-                use.entry = None
+            job.restart()
 
     def remove(self, job: Job) -> None:
         """A request has ended, wherever it was."""
         (self.running if job.running else self.waiting).remove(job)
-        job.running = job.queued = False
+        job.running = False
         self._release(job)
 
     def _admit(self, job: Job, step: Step) -> bool:

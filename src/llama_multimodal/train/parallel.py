@@ -7,6 +7,8 @@ so gradients are added up, never averaged, and any number of processes takes the
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +166,21 @@ def _start(run: Run, recipe: Recipe, report: Report) -> None:
             process.terminate()
 
 
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone. Killed, that one cannot end it, and workers that
+    went on would write into the same run as the next ones."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _worker(rank: int, run: Run, recipe: Recipe, messages: Any, meeting: str) -> None:
+    end_with_parent()
     os.environ["LOCAL_RANK"] = str(rank)
     _take_device()
     dist.init_process_group(_backend(), init_method=f"file://{meeting}", rank=rank, world_size=recipe.processes)
