@@ -75,7 +75,7 @@ def test_plain_weights_are_freed() -> None:
 
 
 def test_bad_requests() -> None:
-    with pytest.raises(ConfigError, match="32 columns cannot be packed as int8 in groups of 24; choose another group"):
+    with pytest.raises(ConfigError, match="groups of 24 do not divide the 32 inputs of layers"):
         pack(random_model(), Packing("int8", 24))
     with pytest.raises(ConfigError, match="packed already"):
         pack(pack(random_model(), "bf16"), "int8")

@@ -17,7 +17,7 @@ from ..errors import CheckpointError, ConfigError, DeviceError, UserError
 from ..models import LanguageModel, build_model
 from ..ops import PackedWeight
 from ..ops.huge_pages import empty_parameter
-from ..quant.pack import Packing, pack_layer, packable_layers, put_packed
+from ..quant.pack import LM_HEAD, Packing, layers_to_pack, pack_layer, packable_layers, put_packed
 from .families import hf_rules, meta_rules
 from .gguf import GGUFFile, gguf_rules, read_gguf_config
 from .io import SafetensorsFile, TensorInfo, read_json
@@ -343,7 +343,7 @@ def read_model(
         raise ConfigError(f"the weights in {checkpoint.folder} are packed already; load them without `pack`")
     model = build_on_meta(checkpoint.config)
     layers = packable_layers(model)
-    waiting = {path: set(names) for path, names in layers.items()} if packing is not None else {}
+    waiting = {path: set(layers[path]) for path in layers_to_pack(model, packing)} if packing is not None else {}
     owner = {name: path for path, names in layers.items() for name in names}
     stored_packed = {owner[name] for name in checkpoint.packed if name in owner}
     total = sum(dtype.itemsize * _numel(shape) for shape in checkpoint.shapes.values())
@@ -358,8 +358,8 @@ def read_model(
             set_parameter(model, rule.ours, value)
             if model.config.text.tie_word_embeddings and rule.ours == "decoder.embedding.weight":
                 model.decoder.tie_lm_head()
-                if packing is not None:
-                    pack_layer(model, "decoder.lm_head", packing)
+                if packing is not None and LM_HEAD in waiting:
+                    pack_layer(model, LM_HEAD, packing)
         elif rule.ours == layers[path][0]:  # the first of its layer brings the others
             weight = _read_packed(checkpoint, layers[path], device)
             with _allocating(device, dtype, total):

@@ -21,7 +21,7 @@ from ..config import AnyModelConfig, ModelConfig, config_to_hf
 from ..errors import CheckpointError
 from ..models import LanguageModel
 from ..ops import PackedWeight
-from ..quant.pack import PackedLinear
+from ..quant.pack import LM_HEAD, PackedLinear
 from .checkpoint import INDEX, SINGLE, Layout, find_layout, parameter_shapes
 from .families import hf_rules, meta_rules
 from .io import TensorInfo, flush, write_json, write_safetensors
@@ -101,7 +101,7 @@ def _weights_of(model: LanguageModel, rules: Sequence[Rule], unpacked: bool) -> 
     theirs = {rule.ours: rule.theirs[0] for rule in rules}
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, PackedLinear)}
     if model.config.text.tie_word_embeddings:
-        layers.pop("decoder.lm_head", None)  # files hold the embedding it was packed from
+        layers.pop(LM_HEAD, None)  # files hold the embedding it was packed from
     places: dict[str, tuple[str, str]] = {}  # of a layer, and of the parameter within it
     packed: dict[str, StoredPacked] = {}
     for path, layer in layers.items():
