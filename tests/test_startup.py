@@ -54,10 +54,18 @@ def test_importing_the_command_line_imports_typer_alone():
 def test_help_does_not_wait_for_torch():
     out, imported = imported_by(["--help"], *([command, "--help"] for command in COMMANDS))
     assert not imported
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 8
     for command in COMMANDS:
         assert f"llama-mm {command} [OPTIONS]" in out, command
-    for option in ("--max-new-tokens", "--temperature", "--pack", "--per-kind", "--export-only", "--layout"):
+    for option in (
+        "--max-new-tokens",
+        "--temperature",
+        "--pack",
+        "--per-kind",
+        "--export-only",
+        "--layout",
+        "--calibration",
+    ):
         assert option in out, option
 
 

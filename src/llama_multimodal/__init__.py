@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .generate import GenerationEvent, GenerationOutput, generate
     from .loading import load, save
     from .models import VisionLanguageModel, register_encoder, register_projector
+    from .quantize import quantize
     from .sampling import SamplingParams
 
 _HOMES = {
@@ -27,6 +28,7 @@ _HOMES = {
     "from_parts": ".assemble",
     "generate": ".generate",
     "load": ".loading",
+    "quantize": ".quantize",
     "register_encoder": ".models",
     "register_projector": ".models",
     "save": ".loading",
@@ -40,6 +42,7 @@ __all__ = [
     "from_parts",
     "generate",
     "load",
+    "quantize",
     "register_encoder",
     "register_projector",
     "save",

@@ -1,4 +1,4 @@
-"""The command line: `llama-mm describe`, `chat`, `doctor`, `zoo`, `train`, `eval`, `convert`.
+"""The command line: `llama-mm describe`, `chat`, `doctor`, `zoo`, `train`, `eval`, `convert`, `quantize`.
 
 torch is imported inside the commands only, so that `--help` and a mistyped option answer at once.
 """
@@ -17,6 +17,7 @@ from .. import __version__
 from ..errors import UserError
 from . import chat, describe, doctor, evaluate, train, zoo
 from . import convert as convert_command
+from . import quantize as quantize_command
 
 EXIT_UNEXPECTED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -36,6 +37,7 @@ app.command("zoo")(zoo.zoo)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("convert")(convert_command.convert)
+app.command("quantize")(quantize_command.quantize)
 
 
 def _show_version(wanted: bool) -> None:

@@ -157,7 +157,9 @@ def _check_groups(model: LanguageModel, paths: list[str], packing: Packing) -> N
         where = "; ".join(f"the {width} inputs of {', '.join(kinds)}" for width, kinds in wrong.items())
         groups = [str(group) for group in (16, 32, 64, 96, 128) if not any(w % group for w in widths.values())]
         choice = f"choose {' or '.join(groups)}" if groups else "choose another group"
-        raise ConfigError(f"groups of {packing.group} do not divide {where}; {choice}, or keep those layers as they are")
+        raise ConfigError(
+            f"groups of {packing.group} do not divide {where}; {choice}, or keep those layers as they are"
+        )
 
 
 def _linears(model: LanguageModel, path: str) -> list[Linear]:

@@ -296,8 +296,8 @@ def check_tensors(
     Raises:
         CheckpointError: tensors that are missing, unknown, misshaped or of another kind; one error lists them all.
     """
-    integers = {name: info for stored in packed.values() for name, info in stored.infos().items()}
-    wanted = {name: info.shape for name, info in integers.items()}
+    parts = {name: info for stored in packed.values() for name, info in stored.infos().items()}
+    wanted = {name: info.shape for name, info in parts.items()}
     for rule in rules:
         if rule.ours not in packed:
             wanted |= dict(zip(rule.theirs, rule.shapes(shapes[rule.ours]), strict=True))
@@ -309,15 +309,20 @@ def check_tensors(
             continue
         if info.shape != shape and not (info.num_bytes == info.dtype.itemsize and shape == (1,)):
             problems.append(f"misshaped {name}: {list(info.shape)} found, {list(shape)} expected")
-        elif name in integers and not integers[name].dtype.is_floating_point:
-            if info.dtype != integers[name].dtype:
-                problems.append(f"wrong dtype {name}: {info.dtype} found, {integers[name].dtype} expected")
-        elif not info.dtype.is_floating_point or info.dtype.itemsize == 1:
+        elif name in parts and not _is_plain(parts[name].dtype):
+            if info.dtype != parts[name].dtype:
+                problems.append(f"wrong dtype {name}: {info.dtype} found, {parts[name].dtype} expected")
+        elif not _is_plain(info.dtype):
             problems.append(f"quantized {name}: {info.dtype} found, a floating-point dtype expected")
     if problems:
         rest = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
         lines = "\n  ".join([*problems[:_LISTED], *rest])
         raise CheckpointError(f"{folder} does not fit its configuration ({len(problems)} tensors):\n  {lines}")
+
+
+def _is_plain(dtype: torch.dtype) -> bool:
+    """Whether a tensor of it needs nothing besides to be a weight."""
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 # --- reading weights -------------------------------------------------------------------------------------------------
