@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from small_model import CONFIG, random_model
+from small_model import CONFIG, make_inputs, random_model
 
 from llama_multimodal import load, quantize
 from llama_multimodal.calibration import calibration_rows
+from llama_multimodal.config import LanguageModelConfig
 from llama_multimodal.errors import CheckpointError, ConfigError, PromptError
+from llama_multimodal.models import LanguageModel, build_model
 from llama_multimodal.models.layers import PackedLinear
 from llama_multimodal.ops import Format
 from llama_multimodal.processing import Processor
@@ -26,13 +28,22 @@ from llama_multimodal.weights.save import save_checkpoint
 from llama_multimodal.zoo.tokenizer import build_tokenizer
 
 WIDER = replace(CONFIG, text=replace(CONFIG.text, intermediate_size=64))  # whole groups of 32 everywhere
-TIED = replace(WIDER, text=replace(WIDER.text, tie_word_embeddings=True))
 
 
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
     save_checkpoint(random_model(config=WIDER), tmp_path / "plain")
     return tmp_path / "plain"
+
+
+def text_model(tied: bool) -> LanguageModel:
+    """A decoder alone, of random weights."""
+    text = replace(WIDER.text, cross_attention_layers=(), num_extra_embeddings=0, tie_word_embeddings=tied)
+    torch.manual_seed(0)
+    model = build_model(LanguageModelConfig(text))
+    for value in model.parameters():
+        torch.nn.init.normal_(value, std=0.3)
+    return model
 
 
 def formats(model: Any) -> dict[str, str]:
@@ -81,7 +92,7 @@ def test_int4_spares_the_lm_head_and_the_cross_attention(plain: Path) -> None:
 
 
 def test_an_lm_head_that_is_the_embedding_stays(tmp_path: Path) -> None:
-    save_checkpoint(random_model(config=TIED), tmp_path / "plain")
+    save_checkpoint(text_model(tied=True), tmp_path / "plain")
     done = quantize(tmp_path / "plain", tmp_path / "small", "int8")
     small, _ = load(done.folder)
     assert done.tied and small.decoder.lm_head.weight is small.decoder.embedding.weight
@@ -119,17 +130,7 @@ def test_the_configuration_names_what_is_packed_and_how(plain: Path, format: For
 def test_transformers_reads_it(plain: Path, format: Format) -> None:
     pytest.importorskip("compressed_tensors")
     transformers = pytest.importorskip("transformers")
-    from small_model import make_inputs
-
-    text = replace(WIDER.text, cross_attention_layers=(), num_extra_embeddings=0)
-    from llama_multimodal.config import LanguageModelConfig
-    from llama_multimodal.models import build_model
-
-    torch.manual_seed(0)
-    model = build_model(LanguageModelConfig(text))
-    for value in model.parameters():
-        torch.nn.init.normal_(value, std=0.3)
-    save_checkpoint(model, plain.parent / "text")
+    save_checkpoint(text_model(tied=False), plain.parent / "text")
     folder = quantize(plain.parent / "text", plain.parent / "small", format, keep=["layers.0.mlp.*"]).folder
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = torch.tensor([[1, 2, 3, 4, 5]])

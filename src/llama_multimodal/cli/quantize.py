@@ -68,8 +68,8 @@ def quantize(
         done = run(
             model, common.expand(target), chosen[0], group=32 if group is None else group,
             symmetric=symmetric is not False, lm_head=cast("Format | None", lm_head),
-            keep=None if keep is None else [glob for glob in keep if glob != _NONE], method=method, calibration=calibration,
-            rows=rows, device=common.choose_device(device), progress=progress,
+            keep=None if keep is None else [glob for glob in keep if glob != _NONE], method=method,
+            calibration=calibration, rows=rows, device=common.choose_device(device), progress=progress,
         )  # fmt: skip
     if done.tied:
         common.say("the LM head is the embedding's own table and stays as it is")

@@ -50,6 +50,7 @@ def gptq(weight: Tensor, squares: Tensor, format: Format, *, group: int, symmetr
     """
     if not bool(torch.isfinite(weight).all()) or not bool(torch.isfinite(squares).all()):
         raise ValueError("gptq: the weight or its inputs hold values that are not finite")
+    squares = _as_if_seen(squares)
     left = weight.float().clone()  # what is still to be rounded, with the losses so far made up for
     groups = left.view(len(left), -1, group)
     grid = best_grid(groups, squares.diagonal().view(-1, group), format, symmetric)
@@ -88,13 +89,17 @@ def _one_group(grid: Grid, index: int) -> Grid:
     return Grid(grid.format, grid.symmetric, grid.scales[:, index, None], grid.zeros[:, index, None])
 
 
-def _factor(squares: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped squares; more damping where it takes that."""
+def _as_if_seen(squares: Tensor) -> Tensor:
+    """Inputs that were never there count as much as others do on average: not at all would let go of their weights."""
     squares = squares.clone()
     diagonal = squares.diagonal()
-    never = diagonal == 0
-    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
-    diagonal[never] = mean
+    diagonal[diagonal == 0] = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return squares
+
+
+def _factor(squares: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse of the damped squares; more damping where it takes that."""
+    mean = squares.diagonal().mean()
     damping = _DAMPING
     while True:
         damped = squares + damping * mean * torch.eye(len(squares), device=squares.device)
