@@ -19,6 +19,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -41,27 +42,36 @@ from llama_multimodal.zoo.world import sample
 
 MARK = "quantization"
 SMALL = "SmolLM2-135M-Instruct"
+
+
 # Neither model's widths (576 and 1536, 192 and 512) are multiples of 128; of 64 they are.
-SMOL: dict[str, tuple[Packing, bool]] = {  # with calibration or without
-    "int8, groups of 32": (Packing("int8"), False),
-    "fp8": (Packing("fp8"), False),
-    "int4, groups of 32": (Packing("int4"), False),
-    "int4, groups of 32, asymmetric": (Packing("int4", symmetric=False), False),
-    "int4, groups of 64": (Packing("int4", 64), False),
-    "int4, groups of 32, gptq": (Packing("int4"), True),
+@dataclass(frozen=True)
+class Scheme:
+    """calibrated: by GPTQ. asked: whether it answers questions too, which takes longest."""
+
+    packing: Packing
+    calibrated: bool = False
+    asked: bool = False
+
+
+SMOL = {
+    "int8, groups of 32": Scheme(Packing("int8", keep=(LM_HEAD,))),
+    "fp8": Scheme(Packing("fp8", keep=(LM_HEAD,))),
+    "int4, groups of 32": Scheme(Packing("int4", keep=(LM_HEAD,))),
+    "int4, groups of 32, asymmetric": Scheme(Packing("int4", symmetric=False, keep=(LM_HEAD,))),
+    "int4, groups of 64": Scheme(Packing("int4", 64, keep=(LM_HEAD,))),
+    "int4, groups of 32, gptq": Scheme(Packing("int4", keep=(LM_HEAD,)), calibrated=True),
 }
-TINY: dict[str, tuple[Packing, bool]] = {
-    "int8, groups of 32": (Packing("int8"), False),
-    "fp8": (Packing("fp8"), False),
-    "int4, groups of 32, nothing spared": (Packing("int4"), False),
-    "int4, groups of 32, LM head int8": (Packing("int4", lm_head="int8"), False),
-    "int4, groups of 32, as recommended": (Packing("int4", lm_head="int8", keep=("cross_attention.*",)), False),
-    "int4, groups of 64, as recommended": (Packing("int4", 64, True, "int8", ("cross_attention.*",)), False),
-    "int4, groups of 32, as recommended, asymmetric": (
-        Packing("int4", 32, False, "int8", ("cross_attention.*",)),
-        False,
-    ),
-    "int4, groups of 32, as recommended, gptq": (Packing("int4", 32, True, "int8", ("cross_attention.*",)), True),
+_SPARED: dict[str, Any] = {"lm_head": "int8", "keep": ("cross_attention.*",)}
+TINY = {
+    "int8, groups of 32": Scheme(Packing("int8"), asked=True),
+    "fp8": Scheme(Packing("fp8"), asked=True),
+    "int4, groups of 32": Scheme(Packing("int4", **_SPARED), asked=True),
+    "int4, groups of 32, gptq": Scheme(Packing("int4", **_SPARED), calibrated=True, asked=True),
+    "int4, groups of 32, asymmetric": Scheme(Packing("int4", symmetric=False, **_SPARED)),
+    "int4, groups of 64": Scheme(Packing("int4", 64, **_SPARED)),
+    "int4, groups of 32, cross-attention too": Scheme(Packing("int4", lm_head="int8")),
+    "int4, groups of 32, cross-attention and LM head too": Scheme(Packing("int4")),
 }
 
 
@@ -105,8 +115,7 @@ def text_model(count: int, calibration: int) -> dict[str, Any]:
         losses = [F.cross_entropy(x[:-1], row.tokens[0, 1:]) for x, row in zip(logits, rows)]
         return math.exp(sum(map(float, losses)) / len(losses))
 
-    schemes = {name: (Packing(p.format, p.group, p.symmetric, keep=(LM_HEAD,)), c) for name, (p, c) in SMOL.items()}
-    found = compare(path, schemes, rows, theirs, lambda model, logits: {"perplexity": perplexity(logits)})
+    found = compare(path, SMOL, rows, theirs, lambda model, logits, _: {"perplexity": perplexity(logits)})
     return {"tokens": count * 256, "calibration_tokens": calibration * 256, "schemes": found}
 
 
@@ -115,7 +124,9 @@ def picture_model(pictures: int, per_kind: int) -> dict[str, Any]:
     rows = [processor(conversation(seed)) for seed in range(pictures)]
     theirs = calibration_rows(WORLD, processor, 128).rows
 
-    def answers(model: Any, logits: list[Tensor]) -> dict[str, Any]:
+    def answers(model: Any, _: list[Tensor], asked: bool) -> dict[str, Any]:
+        if not asked:
+            return {}
         scores = evaluate(model, processor, per_kind=per_kind).scores
         return {"right": {kind: score.right for kind, score in scores.items()}}
 
@@ -125,24 +136,28 @@ def picture_model(pictures: int, per_kind: int) -> dict[str, Any]:
 
 def compare(
     path: Path | str,
-    schemes: dict[str, tuple[Packing, bool]],
+    schemes: dict[str, Scheme],
     rows: list[ModelInputs],
     calibration: list[ModelInputs],
-    more: Callable[[LanguageModel, list[Tensor]], dict[str, Any]],
+    more: Callable[[LanguageModel, list[Tensor], bool], dict[str, Any]],
 ) -> dict[str, Any]:
     """By scheme: megabytes, the error of the logits, and what `more` says."""
     model, _ = load(path, dtype="fp32")
     plain = logits_of(model, rows)
-    found = {"plain": {"megabytes": megabytes(model), "error": 0.0, **more(model, plain)}}
-    for name, (packing, calibrated) in schemes.items():
+    found = {"plain": {"megabytes": megabytes(model), "error": 0.0, **more(model, plain, True)}}
+    for name, scheme in schemes.items():
         model, _ = load(path, dtype="fp32")
-        if calibrated:
-            pack_calibrated(model, packing, calibration)
+        if scheme.calibrated:
+            pack_calibrated(model, scheme.packing, calibration)
         else:
-            pack(model, packing)
+            pack(model, scheme.packing)
         logits = logits_of(model, rows)
-        found[name] = {"megabytes": megabytes(model), "error": error(logits, plain), **more(model, logits)}
-        print(name, {key: value for key, value in found[name].items() if key != "right"}, flush=True)
+        found[name] = {
+            "megabytes": megabytes(model),
+            "error": error(logits, plain),
+            **more(model, logits, scheme.asked),
+        }
+        print(name, found[name], flush=True)
     return found
 
 
@@ -224,13 +239,17 @@ def _tiny(found: dict[str, Any]) -> str:
         "|---" * (5 + len(columns)) + "|",
     ]
     for name, one in found["schemes"].items():
-        right = one["right"]
-        cells = [f"{one['megabytes']:.1f}", f"{100 * one['error']:.1f} %", f"{sum(right.values())}"]
-        changes = [(sum(right.values()) - sum(plain.values())) / total]
-        for column in columns:
-            within = [kind for kind in plain if kinds[kind] == column]
-            changes.append(sum(right[k] - plain[k] for k in within) / (found["per_kind"] * len(within)))
-        cells += ["–" if name == "plain" else f"{100 * change:+.1f}" for change in changes]
+        right = one.get("right")
+        cells = [f"{one['megabytes']:.1f}", f"{100 * one['error']:.1f} %"]
+        if right is None:
+            cells += ["–"] * (2 + len(columns))
+        else:
+            changes = [(sum(right.values()) - sum(plain.values())) / total]
+            for column in columns:
+                within = [kind for kind in plain if kinds[kind] == column]
+                changes.append(sum(right[k] - plain[k] for k in within) / (found["per_kind"] * len(within)))
+            cells.append(f"{sum(right.values())}")
+            cells += ["–" if name == "plain" else f"{100 * change:+.1f}" for change in changes]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -15,8 +15,8 @@ from .config import AnyModelConfig, nearest
 from .errors import CheckpointError, ConfigError
 from .ops import Format
 from .quant.calibrate import pack_calibrated
-from .quant.pack import LM_HEAD, Packing
-from .weights.checkpoint import Checkpoint, find_layout, open_checkpoint
+from .quant.pack import LM_HEAD, Packing, bytes_of, layers_to_pack, plain_weight
+from .weights.checkpoint import Checkpoint, build_on_meta, find_layout, open_checkpoint
 from .weights.save import save_checkpoint
 
 METHODS = ("rtn", "gptq")
@@ -97,9 +97,7 @@ def quantize(
     if format == "bf16":
         raise ConfigError("bf16 is no quantization; choose int8, int4 or fp8")
     _check_target(target, checkpoint)
-    small, _ = loading.load(place, device="meta", pack=packing)
-    needed = sum(tensor.nbytes for tensor in (*small.parameters(), *small.buffers()))
-    _check_room(target, needed)
+    _check_room(target, _bytes_needed(checkpoint, packing))
 
     def step(done: int, total: int, first: int, last: int) -> None:
         if progress is not None:
@@ -136,6 +134,16 @@ def _check_target(target: Path, checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{target} holds the source itself; choose another folder for the result")
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and find_layout(target) is None):
         raise CheckpointError(f"{target} is there and holds no checkpoint; choose a new folder")
+
+
+def _bytes_needed(checkpoint: Checkpoint, packing: Packing) -> int:
+    """Of the result, about; and whether the packing goes with the model is seen before hours are spent on it."""
+    model = build_on_meta(checkpoint.config)
+    total = checkpoint.dtype.itemsize * sum(value.numel() for value in model.parameters())
+    for path in layers_to_pack(model, packing):
+        rows, columns = plain_weight(model, path).shape
+        total -= rows * columns * checkpoint.dtype.itemsize - bytes_of(rows, columns, packing, path)
+    return total
 
 
 def _check_room(target: Path, needed: int) -> None:

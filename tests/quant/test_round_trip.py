@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llama_multimodal import ops
 from llama_multimodal.ops import Format
+from llama_multimodal.quant.pack import Packing, bytes_of
 
 _HALF = 0.5 + 1e-3  # of a step; scales are rounded to fp16, which cuts the outermost values off by this much at most
 
@@ -34,8 +35,7 @@ def test_whole_numbers(format: Format, steps: int, sides: int, group: int, symme
         off = (1 + 1e-3) * step
     off = off + steps * step * 2.0**-11  # the scale itself, in fp16
     assert ((ops.unpack_weight(packed).view_as(groups) - groups).abs() <= off).all()
-    bits = 8 if format == "int8" else 4
-    assert packed.nbytes == 24 * 256 * bits // 8 + 24 * (256 // group) * (2 if symmetric else 3)
+    assert packed.nbytes == bytes_of(24, 256, Packing(format, group, symmetric), "")
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
@@ -57,6 +57,7 @@ def test_fp8() -> None:
     weight[3] = 0
     weight[4, 0] = 1e-30
     packed = ops.pack_weight(weight, "fp8")
+    assert packed.nbytes == bytes_of(24, 100, Packing("fp8"), "")
     assert packed.scales is not None and packed.scales.shape == (24, 1) and packed.values.dtype == torch.float8_e4m3fn
     # Three bits behind the leading one, and 2⁻⁹ of a step where numbers have run out of exponents.
     off = torch.maximum(weight.abs() * 2.0**-4, packed.scales * 2.0**-10) * (1 + 1e-5)

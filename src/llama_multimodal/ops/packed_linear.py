@@ -21,6 +21,7 @@ INTEGERS: tuple[Format, ...] = ("int8", "int4")
 """The formats in groups, which kernels read; fp8 is widened by torch, block by block."""
 _LIMITS = {"int8": (-128, 127), "int4": (0, 15)}  # of what is stored
 _MIDDLE = {"int8": 0, "int4": 8}  # what a symmetric weight's zero is stored as
+_VALUES_AT_ONCE = 1 << 20  # of a weight that are rounded together
 _FP8 = torch.float8_e4m3fn
 _FP8_LARGEST = torch.finfo(_FP8).max  # 448
 ACTIVATION_BLOCK = 32
@@ -76,6 +77,23 @@ def pack_weight(weight: Tensor, format: Format, *, group: int = 32, symmetric: b
     """
     if weight.ndim != 2:
         raise ValueError(f"pack_weight takes a matrix [N, K], not shape {tuple(weight.shape)}")
+    columns = weight.shape[1]
+    if not divides(columns, format, group):
+        raise ValueError(f"pack_weight: {columns} columns cannot be packed as {format} in groups of {group}")
+    # A share of the rows at a time: an LM head in fp32, several times over, would be more than the rest of the model.
+    shares = weight.split(max(1, _VALUES_AT_ONCE // max(1, columns)))
+    packed = _pack_rows(shares[0], format, group, symmetric)
+    if len(shares) == 1:
+        return packed
+    whole = packed.mapped(lambda tensor: tensor.new_empty(len(weight), *tensor.shape[1:]))
+    for i, rows in enumerate(shares):
+        share = _pack_rows(rows, format, group, symmetric).tensors()
+        for name, tensor in whole.tensors().items():
+            tensor[i * len(shares[0]) :][: len(rows)] = share[name]
+    return replace(whole, shape=(len(weight), columns))
+
+
+def _pack_rows(weight: Tensor, format: Format, group: int, symmetric: bool) -> PackedWeight:
     rows, columns = weight.shape
     if not weight.is_meta and not bool(torch.isfinite(weight).all()):
         raise ValueError("pack_weight: the weight holds values that are not finite")
@@ -85,8 +103,6 @@ def pack_weight(weight: Tensor, format: Format, *, group: int = 32, symmetric: b
         steps = (weight.float().abs().amax(1, keepdim=True) / _FP8_LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
         values = (weight.float() / steps).clamp(-_FP8_LARGEST, _FP8_LARGEST).to(_FP8)
         return PackedWeight("fp8", (rows, columns), values, steps, group=columns)
-    if not divides(columns, format, group):
-        raise ValueError(f"pack_weight: {columns} columns cannot be packed as {format} in groups of {group}")
     groups = weight.float().view(rows, -1, group)  # [N, K/G, G]
     grid = Grid.of(groups, format, symmetric)
     if not weight.is_meta and bool(torch.isinf(grid.scales).any()):

@@ -175,6 +175,15 @@ def _outermost(model: LanguageModel) -> Iterator[tuple[str, Linear | Projections
             yield path, module
 
 
+def bytes_of(rows: int, columns: int, packing: Packing, path: str) -> int:
+    """What the weight [rows, columns] of one of `packable_layers` takes once it is packed."""
+    format = packing.format_of(path)
+    if format not in INTEGERS:
+        return 2 * rows * columns if format == "bf16" else rows * (columns + 4)
+    bits, of_group = 8 if format == "int8" else 4, 2 if packing.symmetric else 3
+    return rows * (columns * bits // 8 + columns // packing.group * of_group)
+
+
 def plain_weight(model: LanguageModel, path: str) -> Tensor:
     """The weight [N, K] of one of `packable_layers`; of several that run as one product, side by side."""
     weights = [linear.weight.detach() for linear in _linears(model, path)]
