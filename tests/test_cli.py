@@ -581,3 +581,35 @@ def test_convert_there_and_back(llama_mm, tmp_path, checkpoint):
     done = llama_mm("convert", tmp_path / "meta", tmp_path / "hf", "--layout", "hf")
     assert done.code == 0, done.err
     assert (tmp_path / "hf/model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
+
+
+# --- quantize --------------------------------------------------------------------------------------------------------
+
+
+def test_quantize(llama_mm, checkpoint, photo, tmp_path):
+    done = llama_mm("quantize", checkpoint, "--int4", tmp_path / "small", "--asymmetric", "--keep", "down_proj")
+    assert done.code == 0 and str(tmp_path / "small") in done.out and "%" in done.out
+    config = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
+    assert not config["config_groups"]["group_0"]["weights"]["symmetric"]
+    assert any("down_proj" in ignored for ignored in config["ignore"])
+    answer = llama_mm("describe", photo, QUESTION, "--model", tmp_path / "small", "--max-new-tokens", "3", "--json")
+    assert answer.code == 0 and len(json.loads(answer.out)["token_ids"]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "choose one of --int8, --int4 and --fp8"),
+        (("--int4", "--int8"), "choose one of --int8, --int4 and --fp8"),
+        (("--fp8", "--group", "32"), "--fp8 has a scale a row and no groups"),
+        (("--int4", "--group", "48"), "groups of 48 do not divide the 32 inputs of"),
+        (("--int4", "--keep", "lm_haed"), 'no layer is called "lm_haed"'),
+        (("--int4", "--method", "awq"), 'unknown method "awq"'),
+        (("--int4", "--method", "gptq"), "give it calibration rows"),
+        (("--int4", "--method", "gptq", "--calibration", "missing.jsonl"), "missing.jsonl is not there"),
+    ],
+)
+def test_quantize_with_wrong_options(llama_mm, checkpoint, tmp_path, options, message):
+    done = llama_mm("quantize", checkpoint, tmp_path / "small", *options)
+    assert done.code == 2 and done.err.count("\n") == 1 and message in done.err
+    assert not (tmp_path / "small").exists()

@@ -18,7 +18,7 @@ SOURCE = Path(llama_multimodal.__file__).parent
 BASE = {"errors", "config", "inputs", "cache"}
 MODEL = BASE | {"ops", "models"}
 BUILT = MODEL | {"planning", "processing", "weights", "adapters", "quant", "distributed", "zoo"}
-RUN = BUILT | {"loading", "assemble", "sampling", "generate"}
+RUN = BUILT | {"loading", "assemble", "calibration", "quantize", "sampling", "generate"}
 TOP = RUN | {"engine", "train", "eval", "server", "integrations"}
 
 ALLOWED: dict[str, set[str]] = {
@@ -37,6 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": MODEL,
     "loading": BUILT,
     "assemble": BUILT | {"loading"},
+    "calibration": {"errors", "inputs", "processing", "zoo"},
+    "quantize": BUILT | {"loading", "calibration"},
     "generate": BASE | {"models", "sampling"},
     "engine": RUN,
     "train": RUN | {"eval"},

@@ -17,7 +17,7 @@ from llama_multimodal.errors import ConfigError
 from llama_multimodal.models import VisionLanguageModel
 from llama_multimodal.models.layers import Linear
 from llama_multimodal.ops import Format
-from llama_multimodal.quant.pack import PackedLinear, Packing, pack, use_int8_activations
+from llama_multimodal.quant.pack import PackedLinear, Packing, pack, packable_layers, use_int8_activations
 from llama_multimodal.weights.save import save_checkpoint
 
 WIDER = replace(CONFIG, text=replace(CONFIG.text, intermediate_size=64))  # whole groups of 32 everywhere
@@ -39,7 +39,7 @@ def rounded(format: Format, group: int, symmetric: bool, lm_head: Format) -> tor
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
-    ("format", "lm_head"), [("int8", "int8"), ("int4", "int8"), ("int4", "int4"), ("bf16", "bf16")]
+    ("format", "lm_head"), [("int8", "int8"), ("int4", "int8"), ("int4", "int4"), ("bf16", "bf16"), ("fp8", "fp8")]
 )
 def test_packed_logits_are_those_of_the_rounded_weights(format: Format, lm_head: Format, symmetric: bool) -> None:
     packed = pack(random_model(), Packing(format, 16, symmetric, lm_head))
@@ -74,8 +74,30 @@ def test_plain_weights_are_freed() -> None:
     assert plain() is None
 
 
+@pytest.mark.parametrize(
+    ("glob", "kept"),
+    [
+        ("lm_head", {"lm_head"}),
+        ("decoder.layers.0.attention.o_proj", {"layers.0.attention.o_proj"}),
+        ("layers.1.cross_attention.*", {f"layers.1.attention.{name}" for name in ("q_proj", "kv", "o_proj")}),
+        ("up_proj", {f"layers.{i}.mlp.gate_up" for i in range(5)}),  # runs with the gate, so both stay
+    ],
+)
+def test_layers_that_are_kept(glob: str, kept: set[str]) -> None:
+    model = pack(random_model(), Packing("int8", 16, keep=(glob,)))
+    stay = {path for path in packable_layers(random_model()) if path.removeprefix("decoder.") in kept}
+    assert len(stay) == len(kept)
+    for path in packable_layers(random_model()):
+        assert isinstance(model.get_submodule(path), PackedLinear) != (path in stay)
+    assert torch.isfinite(model(INPUTS).logits).all()
+
+
 def test_bad_requests() -> None:
-    with pytest.raises(ConfigError, match="32 columns cannot be packed as int8 in groups of 24; choose another group"):
+    with pytest.raises(ConfigError, match="no layer is called "):
+        pack(random_model(), Packing("int8", 16, keep=("lm_heads",)))
+    with pytest.raises(ConfigError, match="no file holds fp8 and whole numbers"):
+        Packing("fp8", lm_head="int8")
+    with pytest.raises(ConfigError, match="groups of 24 do not divide the 32 inputs of layers"):
         pack(random_model(), Packing("int8", 24))
     with pytest.raises(ConfigError, match="packed already"):
         pack(pack(random_model(), "bf16"), "int8")
@@ -115,7 +137,7 @@ def test_8_bit_activations_are_the_rounded_inputs_of_the_packed_layers(format: F
 
 
 def test_8_bit_activations_are_refused_where_they_do_not_go() -> None:
-    for model in (random_model(), pack(random_model(), "bf16")):
+    for model in (random_model(), pack(random_model(), "bf16"), pack(random_model(), "fp8")):
         with pytest.raises(ConfigError, match="go with int8 or int4 weights, which the model lacks; pack it as one"):
             use_int8_activations(model)
     model = pack(random_model(), Packing("int4", 16, lm_head="bf16"))

@@ -54,7 +54,7 @@ def test_importing_the_command_line_imports_typer_alone():
 def test_help_does_not_wait_for_torch():
     out, imported = imported_by(["--help"], *([command, "--help"] for command in COMMANDS), ["data", "check", "--help"])
     assert not imported
-    assert len(COMMANDS) == 8  # data has commands of its own
+    assert len(COMMANDS) == 9  # data has commands of its own
     for command in COMMANDS:
         assert f"llama-mm {command} [OPTIONS]" in out, command
     for option in (
@@ -66,6 +66,7 @@ def test_help_does_not_wait_for_torch():
         "--export-only",
         "--layout",
         "--max-length",
+        "--calibration",
     ):
         assert option in out, option
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .generate import GenerationEvent, GenerationOutput, generate
     from .loading import load, save
     from .models import VisionLanguageModel, register_encoder, register_projector
+    from .quantize import quantize
     from .sampling import SamplingParams
 
 _HOMES = {
@@ -40,6 +41,7 @@ _HOMES = {
     "load": ".loading",
     "load_adapter": ".adapters.peft_format",
     "merge_lora": ".adapters.lora",
+    "quantize": ".quantize",
     "register_encoder": ".models",
     "register_projector": ".models",
     "save": ".loading",
@@ -65,6 +67,7 @@ __all__ = [
     "load",
     "load_adapter",
     "merge_lora",
+    "quantize",
     "register_encoder",
     "register_projector",
     "save",

@@ -2,6 +2,7 @@
 
 python load_memory.py make FOLDER hf|meta MEGABYTES
 python load_memory.py load FOLDER float32|bfloat16
+python load_memory.py quantize FOLDER TARGET
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from llama_multimodal import load
+from llama_multimodal import load, quantize
 from llama_multimodal.config import ModelConfig, TextConfig, TiledVisionConfig
 from llama_multimodal.weights.checkpoint import parameter_shapes
 from llama_multimodal.weights.io import TensorInfo
@@ -74,8 +75,18 @@ def measure(folder: Path, dtype: str) -> dict[str, float]:
     return {"weights": weights, "peak": peak, "ratio": peak / weights, "seconds": seconds}
 
 
+def measure_quantize(folder: Path, target: Path) -> dict[str, float]:
+    """Peak memory above what the process had before, and the sizes of the files."""
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    done = quantize(folder, target, "int4", lm_head="int4", keep=())
+    return {"peak": status("VmHWM") - before, "plain": done.bytes_before, "packed": done.bytes_after}
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "make":
         make(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    elif sys.argv[1] == "quantize":
+        print(json.dumps(measure_quantize(Path(sys.argv[2]), Path(sys.argv[3]))))
     else:
         print(json.dumps(measure(Path(sys.argv[2]), sys.argv[3])))

@@ -1,4 +1,5 @@
-"""The command line: `llama-mm describe`, `chat`, `doctor`, `zoo`, `plan`, `train`, `eval`, `convert`, `data`.
+"""The command line: `llama-mm describe`, `chat`, `doctor`, `zoo`, `plan`, `train`, `eval`, `convert`, `quantize`,
+`data`.
 
 torch is imported inside the commands only, so that `--help` and a mistyped option answer at once.
 """
@@ -17,6 +18,7 @@ from .. import __version__
 from ..errors import UserError
 from . import chat, data, describe, doctor, evaluate, plan, train, zoo
 from . import convert as convert_command
+from . import quantize as quantize_command
 
 EXIT_UNEXPECTED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -38,6 +40,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("convert")(convert_command.convert)
 app.add_typer(data.app)
+app.command("quantize")(quantize_command.quantize)
 
 
 def _show_version(wanted: bool) -> None:

@@ -35,8 +35,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps. auto: a
 Pack = Annotated[
     str,
     typer.Option(
-        help="bf16, int8 or int4: pack the weights while they load, for faster answers. auto: bf16 for a bf16 model on"
-        " a CPU, which loses nothing; none: never."
+        help="bf16, int8, int4 or fp8: pack the weights while they load, for faster answers. auto: bf16 for a bf16"
+        " model on a CPU, which loses nothing; none: never."
     ),
 ]
 Int8Activations = Annotated[

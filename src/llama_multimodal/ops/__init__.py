@@ -10,8 +10,11 @@ from .linear_cross_entropy import linear_cross_entropy
 from .linear_gelu import Approximation, linear_gelu
 from .packed_linear import (
     ACTIVATION_BLOCK,
+    INTEGERS,
     Format,
+    Grid,
     PackedWeight,
+    divides,
     pack_weight,
     packed_linear,
     prepare_weight,
@@ -27,9 +30,11 @@ from .swiglu import swiglu
 __all__ = [
     "ACTIVATION_BLOCK",
     "BACKENDS",
+    "INTEGERS",
     "Approximation",
     "DecoderBlock",
     "Format",
+    "Grid",
     "KeyRanges",
     "PackedProduct",
     "PackedWeight",
@@ -44,6 +49,7 @@ __all__ = [
     "cross_attention",
     "decode_attention",
     "decode_block",
+    "divides",
     "kv_write",
     "linear",
     "linear_cross_entropy",

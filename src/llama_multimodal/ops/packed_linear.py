@@ -1,4 +1,5 @@
-"""Linear layers whose weights are packed once: bf16, or int8 and int4 with a scale for every group of a row.
+"""Linear layers whose weights are packed once: bf16; int8 and int4 with a scale for every group of a row; fp8 with one
+for every row.
 
 Shapes: N outputs · K inputs · G values of a group · T rows of x
 """
@@ -15,9 +16,14 @@ from torch import Tensor
 from . import _dispatch
 from .linear import linear
 
-Format = Literal["bf16", "int8", "int4"]
+Format = Literal["bf16", "int8", "int4", "fp8"]
+INTEGERS: tuple[Format, ...] = ("int8", "int4")
+"""The formats in groups, which kernels read; fp8 is widened by torch, block by block."""
 _LIMITS = {"int8": (-128, 127), "int4": (0, 15)}  # of what is stored
 _MIDDLE = {"int8": 0, "int4": 8}  # what a symmetric weight's zero is stored as
+_VALUES_AT_ONCE = 1 << 20  # of a weight that are rounded together
+_FP8 = torch.float8_e4m3fn
+_FP8_LARGEST = torch.finfo(_FP8).max  # 448
 ACTIVATION_BLOCK = 32
 """Inputs that share a step where activations are rounded to 8 bits; groups are then of a multiple of it."""
 
@@ -26,9 +32,9 @@ ACTIVATION_BLOCK = 32
 class PackedWeight:
     """A weight [N, K], value = (stored - zero) · scale, in the plain layout or in one that a kernel prefers.
 
-    values: plain: bf16 [N, K] · int8 [N, K] · int4: uint8 [N, K/2], the even column in the low four bits.
-    scales: fp16 [N, K/G]; None for bf16. zeros: int8 or uint8 [N, K/G], as stored; None where every zero is the
-    middle (0 for int8, 8 for int4).
+    values: plain: bf16 [N, K] · int8 [N, K] · int4: uint8 [N, K/2], the even column in the low four bits · fp8:
+    float8_e4m3fn [N, K]. scales: fp16 [N, K/G]; fp32 [N, 1] for fp8; None for bf16. zeros: int8 or uint8 [N, K/G], as
+    stored; None where every zero is the middle (0 for int8 and fp8, 8 for int4).
     layout: "plain", or the name that a backend gave what it laid out for itself.
     """
 
@@ -62,7 +68,8 @@ def pack_weight(weight: Tensor, format: Format, *, group: int = 32, symmetric: b
     """Round a weight [N, K] to `format`, in the plain layout.
 
     group: values of a row that share a scale; K must be a multiple of it. symmetric: the zero is the middle of the
-    range, and the scale is set by the largest magnitude; otherwise by the group's least and largest values.
+    range, and the scale is set by the largest magnitude; otherwise by the group's least and largest values. fp8 has
+    a scale a row and is symmetric, whatever these two say.
 
     Raises:
         ValueError: not a matrix, K not a multiple of `group`, an odd K for int4, a value that is not finite, or a
@@ -70,35 +77,95 @@ def pack_weight(weight: Tensor, format: Format, *, group: int = 32, symmetric: b
     """
     if weight.ndim != 2:
         raise ValueError(f"pack_weight takes a matrix [N, K], not shape {tuple(weight.shape)}")
+    columns = weight.shape[1]
+    if not divides(columns, format, group):
+        raise ValueError(f"pack_weight: {columns} columns cannot be packed as {format} in groups of {group}")
+    # A share of the rows at a time: an LM head in fp32, several times over, would be more than the rest of the model.
+    shares = weight.split(max(1, _VALUES_AT_ONCE // max(1, columns)))
+    packed = _pack_rows(shares[0], format, group, symmetric)
+    if len(shares) == 1:
+        return packed
+    whole = packed.mapped(lambda tensor: tensor.new_empty(len(weight), *tensor.shape[1:]))
+    for i, rows in enumerate(shares):
+        share = _pack_rows(rows, format, group, symmetric).tensors()
+        for name, tensor in whole.tensors().items():
+            tensor[i * len(shares[0]) :][: len(rows)] = share[name]
+    return replace(whole, shape=(len(weight), columns))
+
+
+def _pack_rows(weight: Tensor, format: Format, group: int, symmetric: bool) -> PackedWeight:
     rows, columns = weight.shape
     if not weight.is_meta and not bool(torch.isfinite(weight).all()):
         raise ValueError("pack_weight: the weight holds values that are not finite")
     if format == "bf16":
         return PackedWeight("bf16", (rows, columns), weight.to(torch.bfloat16).contiguous())
-    if group < 1 or columns % group or (format == "int4" and columns % 2):
-        raise ValueError(f"pack_weight: {columns} columns cannot be packed as {format} in groups of {group}")
-    low, high = _LIMITS[format]
-    grouped = weight.float().view(rows, -1, group)  # [N, K/G, G]
-    if symmetric:
-        middle = _MIDDLE[format]
-        scales = grouped.abs().amax(-1) / (high - middle)
-    else:
-        least, most = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-        scales = (most - least) / (high - low)
-    if not weight.is_meta and bool((scales > torch.finfo(torch.float16).max).any()):
+    if format == "fp8":
+        steps = (weight.float().abs().amax(1, keepdim=True) / _FP8_LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+        values = (weight.float() / steps).clamp(-_FP8_LARGEST, _FP8_LARGEST).to(_FP8)
+        return PackedWeight("fp8", (rows, columns), values, steps, group=columns)
+    groups = weight.float().view(rows, -1, group)  # [N, K/G, G]
+    grid = Grid.of(groups, format, symmetric)
+    if not weight.is_meta and bool(torch.isinf(grid.scales).any()):
         raise ValueError("pack_weight: the weight's values are too large for a scale in fp16")
-    scales = scales.to(torch.float16)
-    step = scales.float().clamp(min=torch.finfo(torch.float16).tiny)[..., None]
-    if symmetric:
-        zeros, zero = None, float(middle)
-        stored = (grouped / step).round() + zero
-    else:
-        shift = (low - least[..., None] / step).round().clamp(low, high)
-        zeros = shift[..., 0].to(torch.int8 if format == "int8" else torch.uint8)
-        stored = (grouped / step).round() + shift
-    stored = stored.clamp(low, high).view(rows, columns)
-    values = stored.to(torch.int8) if format == "int8" else join_nibbles(stored.to(torch.uint8))
-    return PackedWeight(format, (rows, columns), values.contiguous(), scales, zeros, group)
+    return grid.packed(grid.stored(groups))
+
+
+def divides(columns: int, format: Format, group: int) -> bool:
+    """Whether rows of `columns` values can be packed as `format` in groups of `group`."""
+    if format not in INTEGERS:
+        return True
+    return group >= 1 and columns % group == 0 and not (format == "int4" and columns % 2)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that int8 or int4 can hold for each group of a weight: (whole number - zero) · scale.
+
+    scales: fp16 [N, K/G] · zeros: fp32 [N, K/G], whole numbers as they are stored
+    """
+
+    format: Format
+    symmetric: bool
+    scales: Tensor
+    zeros: Tensor
+
+    @classmethod
+    def of(cls, groups: Tensor, format: Format, symmetric: bool, shrink: Tensor | float = 1.0) -> Grid:
+        """The grid that reaches as far as the values of groups [N, K/G, G].
+
+        shrink: a factor to that reach, one for all or [N, K/G]; below 1 the outermost values are cut off
+        """
+        low, high = _LIMITS[format]
+        if symmetric:
+            middle = _MIDDLE[format]
+            scales = (groups.abs().amax(-1) / (high - middle) * shrink).to(torch.float16)
+            return cls(format, True, scales, torch.full_like(scales, middle, dtype=torch.float32))
+        least, most = groups.amin(-1).clamp(max=0) * shrink, groups.amax(-1).clamp(min=0) * shrink
+        scales = ((most - least) / (high - low)).to(torch.float16)
+        grid = cls(format, False, scales, torch.zeros_like(scales, dtype=torch.float32))
+        return replace(grid, zeros=(low - least / grid.steps).round().clamp(low, high))
+
+    @property
+    def steps(self) -> Tensor:
+        """What is divided by: the scales, in fp32 and above zero."""
+        return self.scales.float().clamp(min=torch.finfo(torch.float16).tiny)
+
+    def stored(self, groups: Tensor) -> Tensor:
+        """The nearest whole numbers for values [N, K/G, G], in fp32."""
+        whole = (groups / self.steps[..., None]).round() + self.zeros[..., None]
+        return whole.clamp(*_LIMITS[self.format])
+
+    def values(self, stored: Tensor) -> Tensor:
+        """What they stand for."""
+        return (stored - self.zeros[..., None]) * self.scales.float()[..., None]
+
+    def packed(self, stored: Tensor) -> PackedWeight:
+        """A weight in the plain layout from whole numbers [N, K/G, G]."""
+        rows, groups, group = stored.shape
+        stored, small = stored.reshape(rows, -1), torch.int8 if self.format == "int8" else torch.uint8
+        values = stored.to(small) if self.format == "int8" else join_nibbles(stored.to(small))
+        zeros = None if self.symmetric else self.zeros.to(small)
+        return PackedWeight(self.format, (rows, groups * group), values.contiguous(), self.scales, zeros, group)
 
 
 def join_nibbles(values: Tensor) -> Tensor:
@@ -117,6 +184,8 @@ def unpack_weight(packed: PackedWeight) -> Tensor:
     if packed.scales is None:
         return packed.values.float()
     values = packed.values
+    if packed.format == "fp8":
+        return values.float() * packed.scales
     if packed.format == "int4":
         values = split_nibbles(values)
     grouped = values.float().view(packed.shape[0], -1, packed.group)

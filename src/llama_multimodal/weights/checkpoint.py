@@ -17,7 +17,7 @@ from ..errors import CheckpointError, ConfigError, DeviceError, UserError
 from ..models import LanguageModel, build_model
 from ..ops import PackedWeight
 from ..ops.huge_pages import empty_parameter
-from ..quant.pack import Packing, pack_layer, packable_layers, put_packed
+from ..quant.pack import LM_HEAD, Packing, layers_to_pack, pack_layer, packable_layers, put_packed
 from .families import hf_rules, meta_rules
 from .gguf import GGUFFile, gguf_rules, read_gguf_config
 from .io import SafetensorsFile, TensorInfo, read_json
@@ -297,8 +297,8 @@ def check_tensors(
     Raises:
         CheckpointError: tensors that are missing, unknown, misshaped or of another kind; one error lists them all.
     """
-    integers = {name: info for stored in packed.values() for name, info in stored.infos().items()}
-    wanted = {name: info.shape for name, info in integers.items()}
+    parts = {name: info for stored in packed.values() for name, info in stored.infos().items()}
+    wanted = {name: info.shape for name, info in parts.items()}
     for rule in rules:
         if rule.ours not in packed:
             wanted |= dict(zip(rule.theirs, rule.shapes(shapes[rule.ours]), strict=True))
@@ -310,15 +310,20 @@ def check_tensors(
             continue
         if info.shape != shape and not (info.num_bytes == info.dtype.itemsize and shape == (1,)):
             problems.append(f"misshaped {name}: {list(info.shape)} found, {list(shape)} expected")
-        elif name in integers and not integers[name].dtype.is_floating_point:
-            if info.dtype != integers[name].dtype:
-                problems.append(f"wrong dtype {name}: {info.dtype} found, {integers[name].dtype} expected")
-        elif not info.dtype.is_floating_point or info.dtype.itemsize == 1:
+        elif name in parts and not _is_plain(parts[name].dtype):
+            if info.dtype != parts[name].dtype:
+                problems.append(f"wrong dtype {name}: {info.dtype} found, {parts[name].dtype} expected")
+        elif not _is_plain(info.dtype):
             problems.append(f"quantized {name}: {info.dtype} found, a floating-point dtype expected")
     if problems:
         rest = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
         lines = "\n  ".join([*problems[:_LISTED], *rest])
         raise CheckpointError(f"{folder} does not fit its configuration ({len(problems)} tensors):\n  {lines}")
+
+
+def _is_plain(dtype: torch.dtype) -> bool:
+    """Whether a tensor of it needs nothing besides to be a weight."""
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 # --- reading weights -------------------------------------------------------------------------------------------------
@@ -344,7 +349,7 @@ def read_model(
         raise ConfigError(f"the weights in {checkpoint.folder} are packed already; load them without `pack`")
     model = build_on_meta(checkpoint.config)
     layers = packable_layers(model)
-    waiting = {path: set(names) for path, names in layers.items()} if packing is not None else {}
+    waiting = {path: set(layers[path]) for path in layers_to_pack(model, packing)} if packing is not None else {}
     owner = {name: path for path, names in layers.items() for name in names}
     stored_packed = {owner[name] for name in checkpoint.packed if name in owner}
     total = sum(dtype.itemsize * _numel(shape) for shape in checkpoint.shapes.values())
@@ -359,8 +364,8 @@ def read_model(
             set_parameter(model, rule.ours, value)
             if model.config.text.tie_word_embeddings and rule.ours == "decoder.embedding.weight":
                 model.decoder.tie_lm_head()
-                if packing is not None:
-                    pack_layer(model, "decoder.lm_head", packing)
+                if packing is not None and LM_HEAD in waiting:
+                    pack_layer(model, LM_HEAD, packing)
         elif rule.ours == layers[path][0]:  # the first of its layer brings the others
             weight = _read_packed(checkpoint, layers[path], device)
             with _allocating(device, dtype, total):

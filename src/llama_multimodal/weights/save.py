@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +21,12 @@ from ..config import AnyModelConfig, ModelConfig, config_to_hf
 from ..errors import CheckpointError
 from ..models import LanguageModel
 from ..ops import PackedWeight
-from ..quant.pack import PackedLinear
+from ..quant.pack import LM_HEAD, PackedLinear
 from .checkpoint import INDEX, SINGLE, Layout, find_layout, parameter_shapes
 from .families import hf_rules, meta_rules
 from .io import TensorInfo, flush, write_json, write_safetensors
 from .meta_params import config_to_meta
-from .packed import StoredPacked, quantization_config
+from .packed import StoredPacked, is_linear, quantization_config, stored_as
 from .rules import Rule, TileGrid
 
 TOKENIZER_FILES = (
@@ -104,7 +104,7 @@ def _weights_of(model: LanguageModel, rules: Sequence[Rule], unpacked: bool) -> 
     theirs = {rule.ours: rule.theirs[0] for rule in rules}
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, PackedLinear)}
     if model.config.text.tie_word_embeddings:
-        layers.pop("decoder.lm_head", None)  # files hold the embedding it was packed from
+        layers.pop(LM_HEAD, None)  # files hold the embedding it was packed from
     places: dict[str, tuple[str, str]] = {}  # of a layer, and of the parameter within it
     packed: dict[str, StoredPacked] = {}
     for path, layer in layers.items():
@@ -116,7 +116,7 @@ def _weights_of(model: LanguageModel, rules: Sequence[Rule], unpacked: bool) -> 
             elif unpacked:
                 infos[name] = TensorInfo(shape, model.dtype)
             else:
-                packed[name] = StoredPacked(theirs[name], layer.format, shape, layer.group, layer.zeros is None)
+                packed[name] = stored_as(theirs[name], replace(layer.weight, shape=shape))
 
     @functools.lru_cache(maxsize=1)  # what is cut from one layer is asked for in a row
     def weights_in(path: str) -> dict[str, PackedWeight]:
@@ -257,9 +257,14 @@ def _write_hf(
     if len(dtypes) == 1:
         raw["torch_dtype"] = str(dtypes.pop()).removeprefix("torch.")
     if weights.packed:
-        raw["quantization_config"] = quantization_config(list(weights.packed.values()))
+        kept = [rule.theirs[0] for rule in rules if _is_kept(rule.ours, weights)]
+        raw["quantization_config"] = quantization_config(list(weights.packed.values()), kept)
     write_json(folder / "config.json", raw)
     write_json(folder / "generation_config.json", _generation(config))
+
+
+def _is_kept(ours: str, weights: Weights) -> bool:
+    return ours not in weights.packed and is_linear(ours, weights.infos[ours].shape)
 
 
 def _their_tensor(rule: Rule, get: Callable[[str], Tensor]) -> Tensor:

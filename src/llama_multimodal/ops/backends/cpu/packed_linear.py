@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ... import _dispatch
 from ...linear import cpu_multiplies, linear, linear_in_blocks
-from ...packed_linear import RESTORED, PackedWeight, join_nibbles, split_nibbles, unpack_weight
+from ...packed_linear import INTEGERS, RESTORED, PackedWeight, join_nibbles, split_nibbles, unpack_weight
 from ..operators import define
 from .library import DTYPES, functions, instruction_set, pointer
 
@@ -42,7 +42,7 @@ def prepare_weight(values: Tensor, packed: PackedWeight) -> PackedWeight:
     values: [N/16, K/4, 16, 4] for int8, with 128 added; [N/16, K/8, 16, 4] for int4, inputs 0 to 3 of each eight in the
     low four bits. scales, zeros: [N/16, K/G, 16]. The rows that fill the last tile are zeros.
     """
-    if packed.layout != "plain" or packed.scales is None or packed.group % _BLOCK:
+    if packed.layout != "plain" or packed.scales is None or packed.format not in INTEGERS or packed.group % _BLOCK:
         return packed
     rows, columns = packed.shape
     missing = -rows % _TILE

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._dispatch import register
-from ...packed_linear import PackedWeight
+from ...packed_linear import INTEGERS, PackedWeight
 from ..operators import define, more_rows_than, multiprocessors
 from .library import DTYPES, INT, INT64, POINTER, Launcher, refused
 
@@ -25,7 +25,7 @@ _launch = Launcher("packed_linear", *[POINTER] * 6, *[INT64] * 6, INT, INT)
 def _refuses(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, int8_activations: bool = False) -> str | None:
     if int8_activations:
         return "takes activations as they are, not rounded to 8 bits"
-    if packed.format == "bf16" or packed.layout != "plain" or packed.scales is None:
+    if packed.format not in INTEGERS or packed.layout != "plain" or packed.scales is None:
         return f'packed has format "{packed.format}" in layout "{packed.layout}"; takes int8 and int4 in the plain one'
     outputs, inputs = packed.shape
     if x.ndim == 0 or x.shape[-1] != inputs:

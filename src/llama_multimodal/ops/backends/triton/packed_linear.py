@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._dispatch import register
-from ...packed_linear import PackedWeight
+from ...packed_linear import INTEGERS, PackedWeight
 from ..operators import define, more_rows_than, multiprocessors
 from .library import WIDE, launch, power, refused, upcasts, widen
 
@@ -182,7 +182,7 @@ def triton_packed_linear(
 def _refuses(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, int8_activations: bool = False) -> str | None:
     if int8_activations:
         return "takes activations as they are, not rounded to 8 bits"
-    if packed.format == "bf16" or packed.layout != "plain" or packed.scales is None:
+    if packed.format not in INTEGERS or packed.layout != "plain" or packed.scales is None:
         return f'packed has format "{packed.format}" in layout "{packed.layout}"; takes int8 and int4 in the plain one'
     if x.ndim == 0 or x.shape[-1] != packed.shape[1]:
         return f"x has shape {tuple(x.shape)}; takes [..., K] for a weight of {packed.shape}"

@@ -1,0 +1,165 @@
+"""`quantize`: from a checkpoint to a smaller one that loads like any other."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import loading
+from .calibration import calibration_rows
+from .config import AnyModelConfig, nearest
+from .errors import CheckpointError, ConfigError
+from .ops import Format
+from .quant.calibrate import pack_calibrated
+from .quant.pack import LM_HEAD, Packing, bytes_of, layers_to_pack, plain_weight
+from .weights.checkpoint import Checkpoint, build_on_meta, find_layout, open_checkpoint
+from .weights.save import save_checkpoint
+
+METHODS = ("rtn", "gptq")
+_WEIGHTS = {"hf": "model*.safetensors", "meta": "consolidated*.pth", "gguf": "*.gguf"}
+_WHOLE, _READING = 100, 10  # steps of the bar, and those for reading where calibration follows
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` wrote.
+
+    bytes_before, bytes_after: of the files that hold weights. rows: calibrated on. skipped: why others were not.
+    tied: the LM head is the embedding's table, which stays as it is.
+    """
+
+    folder: Path
+    bytes_before: int
+    bytes_after: int
+    rows: int
+    skipped: tuple[str, ...]
+    tied: bool
+
+
+def recommended(format: Format, config: AnyModelConfig) -> Packing:
+    """A packing that spares what rounding to `format` hurts most, as docs/quantization.md measures it: with int4 the LM
+    head is int8, and the projections of gated cross-attention stay as they are."""
+    if format != "int4":
+        return Packing(format)
+    return Packing(format, lm_head="int8", keep=("cross_attention.*",) if config.text.cross_attention_layers else ())
+
+
+def quantize(
+    source: str | Path,
+    target: str | Path,
+    format: Format,
+    *,
+    group: int = 32,
+    symmetric: bool = True,
+    lm_head: Format | None = None,
+    keep: Iterable[str] | None = None,
+    method: str = "rtn",
+    calibration: str | Path | None = None,
+    rows: int = 256,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Quantized:
+    """Write a checkpoint with packed weights into the folder `target`; all of it or nothing.
+
+    source: as `load` takes it. format: "int8", "int4" or "fp8"
+    group, symmetric, lm_head, keep: see `quant.pack.Packing`; None takes what is `recommended` for the format
+    method: "rtn" rounds to the nearest, each layer as it is read, so that the plain weights are never all in memory;
+        "gptq" rounds so that outputs change least on the calibration rows, and begins with all of the plain weights
+    calibration: for gptq: a `.jsonl` file, a folder or "world", see `calibration`; `rows` of them at most
+
+    Raises:
+        CheckpointError: the source cannot be read or is quantized already; the target cannot be written or is
+            something else.
+        ConfigError: a packing that does not go with this model, an unknown method, or no calibration rows.
+    """
+    if method not in METHODS:
+        raise ConfigError(f'unknown method "{method}"{nearest(method, METHODS)}; choose {" or ".join(METHODS)}')
+    if (method == "gptq") != (calibration is not None):
+        raise ConfigError(
+            "gptq rounds by what the model reads: give it calibration rows (a .jsonl file, a folder or world)"
+            if method == "gptq"
+            else "rounding to the nearest takes no calibration rows; leave them out, or choose the method gptq"
+        )
+    place = loading.locate(source)
+    checkpoint, target = open_checkpoint(place), Path(target).expanduser()
+    if checkpoint.packed:
+        raise CheckpointError(f"{place} is quantized already; quantize the checkpoint that it was made from")
+    tied = checkpoint.config.text.tie_word_embeddings
+    spared = recommended(format, checkpoint.config)
+    kept = spared.keep if keep is None else tuple(keep)
+    if tied:  # files hold the embedding, and the LM head is made of it
+        kept = (*kept, LM_HEAD)
+    packing = Packing(format, group, symmetric, lm_head or spared.lm_head, kept)
+    if format == "bf16":
+        raise ConfigError("bf16 is no quantization; choose int8, int4 or fp8")
+    _check_target(target, checkpoint)
+    _check_room(target, _bytes_needed(checkpoint, packing))
+
+    def step(done: int, total: int, first: int, last: int) -> None:
+        if progress is not None:
+            progress(first + (last - first) * done // max(1, total), _WHOLE)
+
+    found = None
+    if calibration is None:
+        model, processor = loading.load(
+            place, device=device, pack=packing, progress=lambda done, total: step(done, total, 0, _WHOLE)
+        )
+    else:
+        model, processor = loading.load(
+            place, device=device, progress=lambda done, total: step(done, total, 0, _READING)
+        )
+        found = calibration_rows(calibration, processor, rows)
+        pack_calibrated(model, packing, found.rows, lambda done, total: step(done, total, _READING, _WHOLE))
+    from_files = checkpoint.layout != "gguf"
+    save_checkpoint(
+        model, target,
+        tokenizer_from=checkpoint.folder if from_files else None, beside=None if from_files else processor.save,
+    )  # fmt: skip
+    return Quantized(
+        target,
+        _size(_files(checkpoint)),
+        _size(target.glob(_WEIGHTS["hf"])),
+        0 if found is None else len(found.rows),
+        () if found is None else tuple(found.skipped),
+        tied,
+    )
+
+
+def _check_target(target: Path, checkpoint: Checkpoint) -> None:
+    if target.exists() and target.resolve() in (checkpoint.folder.resolve(), checkpoint.folder.resolve().parent):
+        raise CheckpointError(f"{target} holds the source itself; choose another folder for the result")
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and find_layout(target) is None):
+        raise CheckpointError(f"{target} is there and holds no checkpoint; choose a new folder")
+
+
+def _bytes_needed(checkpoint: Checkpoint, packing: Packing) -> int:
+    """Of the result, about; and whether the packing goes with the model is seen before hours are spent on it."""
+    model = build_on_meta(checkpoint.config)
+    total = checkpoint.dtype.itemsize * sum(value.numel() for value in model.parameters())
+    for path in layers_to_pack(model, packing):
+        rows, columns = plain_weight(model, path).shape
+        total -= rows * columns * checkpoint.dtype.itemsize - bytes_of(rows, columns, packing, path)
+    return total
+
+
+def _check_room(target: Path, needed: int) -> None:
+    there = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise CheckpointError(
+            f"the quantized model takes {needed / 1e9:.1f} GB, and the disk of {there} has {free / 1e9:.1f} GB left;"
+            " free some space or choose another folder"
+        )
+
+
+def _files(checkpoint: Checkpoint) -> Iterable[Path]:
+    place = checkpoint.folder
+    return [place] if place.is_file() else place.glob(_WEIGHTS[checkpoint.layout])
+
+
+def _size(files: Iterable[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
