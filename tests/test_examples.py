@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -15,8 +16,10 @@ import pytest
 
 import llama_multimodal
 import llama_multimodal as lmm
+from llama_multimodal.zoo.world import COLORS, SHAPES
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.append(str(EXAMPLES))
 TESTED = {
     "batch", "captioning", "compat_quick_start", "custom_dataset", "lora", "profiling", "quick_start", "training_loop",
     "visual_question_answering",
@@ -34,7 +37,7 @@ def run(name: str, *arguments: str) -> str:
 
 
 def test_every_example_is_tested() -> None:
-    assert {file.stem for file in EXAMPLES.glob("*.py")} == TESTED | {"draw_images"}
+    assert {file.stem for file in EXAMPLES.glob("*.py")} == TESTED | {"draw_images", "new_task"}
 
 
 @pytest.mark.parametrize("name", sorted(TESTED))
@@ -123,3 +126,17 @@ def test_lora(tmp_path: Path) -> None:
     assert {file.name for file in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors",
     }  # fmt: skip
+
+
+def test_new_task() -> None:
+    """Every answer of the new task that the old one does not know comes with its picture; the known ones are known."""
+    task = importlib.import_module("new_task")
+    pictures = [task.example(seed) for seed in range(30)]
+    answers = {answer for _, _, answer in pictures}
+    assert {"heart", "pink"} < answers <= {"heart", "pink", *COLORS, *SHAPES}
+    again, question, answer = task.example(7)
+    assert (question, answer) == pictures[7][1:] and list(again.getdata()) == list(pictures[7][0].getdata())
+    for seed in range(5):
+        image, messages = task.known(seed)
+        assert messages[0]["content"] and [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
+        assert image is None or image.mode == "RGB"

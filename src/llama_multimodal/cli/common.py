@@ -43,6 +43,7 @@ Int8Activations = Annotated[
     bool,
     typer.Option("--int8-activations", help="With int8 or int4 weights on a CPU: round activations to 8 bits too."),
 ]
+Adapter = Annotated[str | None, typer.Option(help="A folder with a LoRA adapter, as PEFT or save_adapter writes it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 _SMALL = 2 * 2**30  # bytes of weights
@@ -57,9 +58,7 @@ class AnswerOptions:
     device: Device = "auto"
     pack: Pack = "auto"
     int8_activations: Int8Activations = False
-    adapter: Annotated[
-        str | None, typer.Option(help="A folder with a LoRA adapter, as PEFT or save_adapter writes it.")
-    ] = None
+    adapter: Adapter = None
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256
     temperature: Annotated[
         float, typer.Option(help="0 takes the likeliest token; 1 draws as the model was trained.")

@@ -23,6 +23,7 @@ def evaluate(
     device: common.Device = "auto",
     pack: common.Pack = "auto",
     int8_activations: common.Int8Activations = False,
+    adapter: common.Adapter = None,
     as_json: common.AsJson = False,
 ) -> None:
     """Ask held-out questions of every kind and print the share of exact answers, with 95 % intervals."""
@@ -32,7 +33,7 @@ def evaluate(
     from ..zoo.world.fonts import faces
 
     faces()  # without the fonts there are no pictures to ask about; say so before the model is loaded
-    loaded, processor = common.load_model(model, dtype, device, pack, int8_activations)
+    loaded, processor = common.load_model(model, dtype, device, pack, int8_activations, adapter)
     if not isinstance(loaded, VisionLanguageModel):
         raise PromptError(f"{model} reads text only, and the questions are about pictures; take a vision model")
     with common.progress_bar("answering") as progress:
@@ -40,7 +41,11 @@ def evaluate(
             loaded, processor, per_kind=per_kind, first_seed=seed, batch_size=batch_size, progress=progress
         )  # fmt: skip
     if as_json:
-        print(json.dumps({"model": model, "per_kind": per_kind, "seed": seed, **report.as_dict()}, indent=2))
+        print(
+            json.dumps(
+                {"model": model, "adapter": adapter, "per_kind": per_kind, "seed": seed, **report.as_dict()}, indent=2
+            )
+        )
     else:
         _print(report)
 
