@@ -135,7 +135,7 @@ def test_new_task() -> None:
     answers = {answer for _, _, answer in pictures}
     assert {"heart", "pink"} < answers <= {"heart", "pink", *COLORS, *SHAPES}
     again, question, answer = task.example(7)
-    assert (question, answer) == pictures[7][1:] and list(again.getdata()) == list(pictures[7][0].getdata())
+    assert (question, answer) == pictures[7][1:] and again.tobytes() == pictures[7][0].tobytes()
     for seed in range(5):
         image, messages = task.known(seed)
         assert messages[0]["content"] and [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
