@@ -44,9 +44,10 @@ def apply_lora(model: LanguageModel, config: LoraConfig, name: str = "default") 
         for place, rank, alpha in chosen.values():
             lora = _lora_at(model, place, adapters)
             dtype = torch.float32 if config.dtype == "float32" else model.dtype
-            pair = LowRank(place.shape, config, rank, alpha, model.device, dtype)
+            base = _base_at(model, place)
+            pair = LowRank(place.shape, config, rank, alpha, base.tensors()[0].device, dtype)
             if config.dora:
-                pair.add_magnitude(_base_at(model, place))
+                pair.add_magnitude(base)
             lora[name] = pair.train(lora.training)
     adapters.configs[name] = config
     if adapters.default is None:
@@ -126,7 +127,7 @@ class _Merged:
 def merge_lora(model: LanguageModel, name: str | None = None) -> LanguageModel:
     """Put an adapter into the weights, so that the model is a plain one and as fast; it can be saved, or packed.
 
-    The weights before are kept for `unmerge_lora`. name: None takes the one in force.
+    The weights before are kept for `unmerge_lora`. name: None takes the first that came.
 
     Raises:
         ConfigError: no such adapter, one is merged already, or weights that are packed or tied and cannot hold it.
