@@ -78,7 +78,7 @@ def test_custom_dataset(tmp_path: Path) -> None:
     first, second = run("custom_dataset", "--data", str(tmp_path / "mine.json")).splitlines()
     assert "learnt ['3', '5']" in first and "learnt ['3']" in second
     right, wrong = (float(line.split("loss ")[1]) for line in (second, first))
-    assert right < 0.1 < 1 < wrong
+    assert right < 0.5 < 1 < wrong
 
 
 def test_training_loop(tmp_path: Path) -> None:

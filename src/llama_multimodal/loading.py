@@ -180,7 +180,8 @@ def locate(source: str | Path) -> Path:
         raise CheckpointError(f"{str(source)[:80]!r} is not a folder: {str(error)[:80]}") from error
     if isinstance(source, str) and re.fullmatch(r"\w[\w.-]{0,95}/[\w.-]{1,96}", source):
         return _download(source)
-    hint = _hint(str(source)) or f"; known: {', '.join(known.name for known in checkpoints())}"
+    first = ", ".join(known.name for known in checkpoints()[:2])
+    hint = _hint(str(source)) or f"; known: {first} and others, which `llama-mm zoo` lists"
     raise CheckpointError(f"there is no folder and no model {str(source)[:200]!r}{hint}")
 
 
