@@ -210,8 +210,12 @@ class Engine:
         row = job.row
         assert row is not None
         try:
+            if job.constraint is not None:
+                logits = job.constraint.allow(logits)
             token = sample(logits, job.request.params, row.seen, row.generator)
             event = row.take(job.index, token)
+            if job.constraint is not None and event.finish_reason is None:
+                job.constraint.take([token])
         except Exception as error:
             self._end(job, "error", error)
             return
