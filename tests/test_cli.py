@@ -253,6 +253,33 @@ def test_8_bit_activations(command, llama_mm, monkeypatch, photo, checkpoint):
         assert chosen == formats
 
 
+@pytest.mark.parametrize("command", ["describe", "chat"])
+def test_an_adapter(command, llama_mm, monkeypatch, tmp_path, photo, checkpoint):
+    """It answers as the model with the adapter does; a folder without one shows before the model is loaded."""
+    import llama_multimodal as lmm
+    from llama_multimodal import loading
+    from llama_multimodal.adapters.lora import adapter_names, adapter_pairs
+
+    model, processor = lmm.load(checkpoint, dtype="fp32")
+    lmm.apply_lora(model, lmm.LoraConfig(rank=4, targets="self"))
+    for pair in adapter_pairs(model, "default").values():
+        pair.B.data.normal_()
+    lmm.save_adapter(model, tmp_path / "adapter")
+    given = (command, photo, "What?") if command == "describe" else (command, "--image", photo)
+    options = ("--model", str(checkpoint), "--max-new-tokens", "5")
+    answer = llama_mm(*given, *options, "--adapter", tmp_path / "adapter", lines="What?\n")
+    assert answer.code == 0, answer.err
+    content = [{"type": "image", "image": photo}, {"type": "text", "text": "What?"}]
+    inputs = processor([{"role": "user", "content": content}])
+    assert adapter_names(model) == ("default",)
+    [expected] = lmm.generate(model, inputs, lmm.SamplingParams(max_new_tokens=5)).texts or []
+    assert answer.out.strip() == common.printable(expected).strip()
+    assert answer.out != llama_mm(*given, *options, lines="What?\n").out
+    monkeypatch.setattr(loading, "load", None)
+    wrong = llama_mm(*given, *options, "--adapter", tmp_path / "nowhere")
+    assert wrong.code == 2 and "nowhere holds no adapter: there is no adapter_config.json" in wrong.err
+
+
 def test_answers_cannot_steer_the_terminal():
     assert common.printable("a\x1b[2Jb\x9bc\r\x07d\ne\tü") == "a[2Jbcd\ne\tü"
 

@@ -57,7 +57,15 @@ def test_help_does_not_wait_for_torch():
     assert len(COMMANDS) == 7
     for command in COMMANDS:
         assert f"llama-mm {command} [OPTIONS]" in out, command
-    for option in ("--max-new-tokens", "--temperature", "--pack", "--per-kind", "--export-only", "--layout"):
+    for option in (
+        "--max-new-tokens",
+        "--temperature",
+        "--pack",
+        "--adapter",
+        "--per-kind",
+        "--export-only",
+        "--layout",
+    ):
         assert option in out, option
 
 

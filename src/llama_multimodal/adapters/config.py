@@ -16,8 +16,8 @@ AdapterDtype = Literal["float32", "model"]
 class LoraConfig:
     """LoRA (Hu et al. 2021): every chosen weight W [N, K] gets `alpha / rank · B·A` with A [rank, K] and B [N, rank].
 
-    targets: one or several of the presets in `targets.PRESETS`, or globs over this project's module paths: "*.q_proj",
-        "decoder.layers.3.*". A glob may leave out the beginning of a path.
+    targets: one or several of the presets in `targets.PRESETS`, or globs over this project's module paths: "q_proj",
+        "decoder.layers.*.mlp", "decoder.layers.3". A glob means a path or its end, and all that lies beneath.
     dropout: of the layers' inputs, on the adapter's way only and while training only
     rslora: divide alpha by √rank instead (Kalajdzievski 2023)
     dora: learn the length of each row of W + B·A apart from its direction (Liu et al. 2024)
@@ -40,9 +40,9 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         ranks, alphas = {"": self.rank, **self.rank_pattern}, {"": self.alpha, **self.alpha_pattern}
-        whole = all(isinstance(rank, int) and rank >= 1 for rank in ranks.values())
+        whole = all(type(rank) is int and rank >= 1 for rank in ranks.values())
         require(whole, f"ranks must be whole numbers of at least 1, not {[*ranks.values()]}", self)
-        finite = all(math.isfinite(alpha) for alpha in alphas.values())
+        finite = all(isinstance(alpha, int | float) and math.isfinite(alpha) for alpha in alphas.values())
         require(finite, f"alpha must be finite, not {[*alphas.values()]}", self)
         require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}", self)
         require(all(self.patterns), 'targets must name at least one preset or glob, such as "self"', self)

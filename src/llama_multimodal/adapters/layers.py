@@ -6,9 +6,9 @@ Shapes: B rows · K inputs · N outputs · R rank · S sum of the ranks of sever
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,10 @@ from .. import ops
 from ..errors import ConfigError
 from ..models.layers import Linear, PackedLinear
 from ..ops import PackedProduct
+from ..quant.nf4 import Nf4Linear
 from .config import LoraConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +56,9 @@ class BaseLayer(Protocol):
 
     @property
     def bias(self) -> Tensor | None: ...
+
+    def tensors(self) -> list[Tensor]:
+        """Those that hold its weight."""
 
     def dense(self) -> Tensor:
         """Its weight [N, K] as plain numbers."""
@@ -114,7 +120,15 @@ class Lora(nn.ModuleDict):
     def __init__(self, adapters: AdapterSet, shape: tuple[int, int], path: str, reads_images: bool) -> None:
         super().__init__()
         self.adapters, self.shape, self.path, self.reads_images = adapters, shape, path, reads_images
-        self._joined: tuple[Any, _Joined] | None = None
+        self._kept: dict[Any, tuple[Any, Any]] = {}
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self._kept.clear()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Lora:
+        self._kept.clear()
+        return super()._apply(*args, **kwargs)
 
     def __getitem__(self, name: str) -> LowRank:
         found = super().__getitem__(name)
@@ -144,7 +158,7 @@ class Lora(nn.ModuleDict):
         product = _without_bias(out, base)
         if pair.dropout and self.training:  # the paper's own code drops inputs of everything but the plain layer
             product = base.times(dropped.to(x.dtype))
-        factor = pair.stretch(base, wide.dtype)
+        factor = self._stretch(pair, base, wide.dtype)
         return (out + (factor - 1) * product + factor * added).to(out.dtype)
 
     def _by_row(self, x: Tensor, out: Tensor, base: BaseLayer, rows: Rows) -> Tensor:
@@ -171,15 +185,27 @@ class Lora(nn.ModuleDict):
         factor = joined.factors[place.squeeze(-1)].to(wide)  # [..., N]; -1 is the last
         return (out + (factor - 1) * _without_bias(out, base) + factor * added).to(out.dtype)
 
-    def _join(self, names: Sequence[str], base: BaseLayer) -> _Joined:
-        """Kept between calls, as long as no parameter changes, where no gradient is wanted."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._join_now(names, base)
-        parameters = (p for name in names if name in self for p in self[name].parameters())
-        state = (tuple(names), tuple((p.data_ptr(), p._version) for p in parameters))
-        if self._joined is None or self._joined[0] != state:
-            self._joined = state, self._join_now(names, base)
-        return self._joined[1]
+    def _stretch(self, pair: LowRank, base: BaseLayer, dtype: torch.dtype) -> Tensor:
+        """`LowRank.stretch`, which reads the whole weight."""
+        tensors = (*pair.parameters(), *base.tensors())
+        return self._keep((id(pair), dtype), tensors, lambda: pair.stretch(base, dtype))
+
+    def _join(self, names: tuple[str, ...], base: BaseLayer) -> _Joined:
+        pairs = [self[name] for name in names if name in self]
+        tensors: list[Tensor] = [parameter for pair in pairs for parameter in pair.parameters()]
+        if any(pair.magnitude is not None for pair in pairs):
+            tensors += base.tensors()
+        return self._keep(_Joined, (*tensors,), lambda: self._join_now(names, base), names)
+
+    def _keep(self, key: Any, tensors: tuple[Tensor, ...], make: Callable[[], T], *more: Any) -> T:
+        """What `make` gives, kept between calls for as long as no tensor is written to; where a gradient may be
+        wanted it is made each time."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
+            return make()
+        state = (more, [(tensor.data_ptr(), tensor._version) for tensor in tensors])
+        if key not in self._kept or self._kept[key][0] != state:
+            self._kept[key] = state, make()
+        return self._kept[key][1]
 
     def _join_now(self, names: Sequence[str], base: BaseLayer) -> _Joined:
         pairs = [(i, self[name]) for i, name in enumerate(names) if name in self]
@@ -214,6 +240,10 @@ class _Joined:
     factors: Tensor | None  # DoRA's [adapters + 1, N], 1 for the others and for none
 
 
+def _tensors(layer: nn.Module) -> list[Tensor]:
+    return [*layer.parameters(), *layer.buffers()]
+
+
 def _without_bias(out: Tensor, base: BaseLayer) -> Tensor:
     return out if base.bias is None else out - base.bias
 
@@ -236,6 +266,9 @@ class LoraLinear(nn.Module):
         """A packed layer's, while nothing is added to it."""
         return None if self.lora.active else getattr(self.base, "product", None)
 
+    def tensors(self) -> list[Tensor]:
+        return _tensors(self.base)
+
     def dense(self) -> Tensor:
         return dense(self.base)
 
@@ -249,7 +282,7 @@ class LoraLinear(nn.Module):
         """The layer and the GELU behind it."""
         if self.lora.active:
             return F.gelu(self(x), approximate=approximate)
-        assert isinstance(self.base, Linear)
+        assert isinstance(self.base, Linear | Nf4Linear)
         return self.base.gelu(x, approximate)
 
 
@@ -273,33 +306,35 @@ class LoraProjections(nn.Module):
         assert self.base.parts is not None
         outs = self.base(x)
         return tuple(
-            self.lora[name](x, out, self.part(name)) if name in self.lora else out
+            self.lora[name](x, out, Part(self.base, name)) if name in self.lora else out
             for name, out in zip(self.base.parts, outs, strict=True)
         )
 
-    def part(self, name: str) -> BaseLayer:
-        """One of the layers."""
-        assert self.base.parts is not None
-        return _Part(self.base, name, list(self.base.parts).index(name))
-
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class Part:
+    """One of the layers that are packed together."""
+
     packed: PackedLinear
     name: str
-    place: int
     bias: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        return _tensors(self.packed)
 
     def dense(self) -> Tensor:
         return ops.unpack_weight(self.packed.weights()[f"{self.name}.weight"])
 
     def times(self, x: Tensor) -> Tensor:
-        return self.packed(x)[self.place]
+        assert self.packed.parts is not None
+        return self.packed(x)[list(self.packed.parts).index(self.name)]
 
 
 def dense(layer: nn.Module) -> Tensor:
     """The weight [N, K] of a linear layer as plain numbers."""
     if isinstance(layer, PackedLinear):
         return ops.unpack_weight(layer.weight)
+    if isinstance(layer, Nf4Linear):
+        return layer.dense()
     assert isinstance(layer.weight, Tensor)
     return layer.weight

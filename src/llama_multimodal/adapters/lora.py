@@ -22,8 +22,9 @@ from ..config import nearest
 from ..errors import ConfigError
 from ..models import LanguageModel
 from ..models.layers import PackedLinear
+from ..quant.nf4 import Nf4Linear
 from .config import LoraConfig
-from .layers import AdapterSet, BaseLayer, Choice, Lora, LoraLinear, LoraProjections, LowRank, Rows
+from .layers import AdapterSet, BaseLayer, Choice, Lora, LoraLinear, LoraProjections, LowRank, Part, Rows
 from .targets import Place, resolve
 
 
@@ -43,10 +44,11 @@ def apply_lora(model: LanguageModel, config: LoraConfig, name: str = "default") 
         for place, rank, alpha in chosen.values():
             lora = _lora_at(model, place, adapters)
             dtype = torch.float32 if config.dtype == "float32" else model.dtype
-            pair = LowRank(place.shape, config, rank, alpha, model.device, dtype)
+            base = _base_at(model, place)
+            pair = LowRank(place.shape, config, rank, alpha, base.tensors()[0].device, dtype)
             if config.dora:
-                pair.add_magnitude(_base_at(model, place))
-            lora[name] = pair
+                pair.add_magnitude(base)
+            lora[name] = pair.train(lora.training)
     adapters.configs[name] = config
     if adapters.default is None:
         adapters.default = adapters.choice = name
@@ -125,7 +127,7 @@ class _Merged:
 def merge_lora(model: LanguageModel, name: str | None = None) -> LanguageModel:
     """Put an adapter into the weights, so that the model is a plain one and as fast; it can be saved, or packed.
 
-    The weights before are kept for `unmerge_lora`. name: None takes the one in force.
+    The weights before are kept for `unmerge_lora`. name: None takes the first that came.
 
     Raises:
         ConfigError: no such adapter, one is merged already, or weights that are packed or tied and cannot hold it.
@@ -163,8 +165,9 @@ def unmerge_lora(model: LanguageModel) -> LanguageModel:
     adapters = adapter_set(model)
     if not adapters.merged:
         raise ConfigError("no adapter is merged into this model")
+    modules = dict(model.named_modules())
     for one in adapters.merged:
-        if model.get_submodule(one.path) is not one.wrapper.base:
+        if modules.get(one.path) is not one.wrapper.base:
             raise ConfigError(f"{one.path} was replaced since the adapter was merged; load the model again")
     for one in adapters.merged:
         base = one.wrapper.base
@@ -204,13 +207,13 @@ class ParameterCount(NamedTuple):
 def count_parameters(model: nn.Module) -> ParameterCount:
     """A tied weight counts once, a packed one as many values as it stands for."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    packed = sum(
-        rows * columns
-        for module in model.modules()
-        if isinstance(module, PackedLinear)
-        for rows, columns in module.shapes.values()
-    )
-    return ParameterCount(trainable, packed + sum(p.numel() for p in model.parameters()))
+    total = sum(p.numel() for p in model.parameters())
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            total += sum(rows * columns for rows, columns in module.shapes.values())
+        elif isinstance(module, Nf4Linear):
+            total += module.out_features * module.in_features
+    return ParameterCount(trainable, total)
 
 
 # --- the model's adapters ---------------------------------------------------------------------------------------------
@@ -274,7 +277,8 @@ def _choice(adapters: AdapterSet, choice: str | Sequence[str | None] | Tensor | 
         if choice.dtype != torch.int64 or choice.ndim not in (1, 2) or not inside:
             raise ConfigError(f"adapters by index are int64 [B] or [B, T], from -1 to {count - 1}, not {choice}")
         return Rows(tuple(adapters.configs), choice.to(device))
-    names = tuple(dict.fromkeys(_known(adapters, name) for name in choice if name is not None))
+    wanted = {_known(adapters, name) for name in choice if name is not None}
+    names = tuple(name for name in adapters.configs if name in wanted)
     if len(set(choice)) == 1:  # layers that read images can go on
         return choice[0]
     index = [-1 if name is None else names.index(name) for name in choice]
@@ -291,13 +295,19 @@ def _loras(model: LanguageModel) -> list[Lora]:
     return [module for module in model.modules() if isinstance(module, Lora)] + parked
 
 
+def base_weight(model: LanguageModel, place: Place) -> Tensor:
+    """The weight [N, K] that adapters add to, as plain numbers."""
+    return _base_at(model, place).dense()
+
+
 def _base_at(model: LanguageModel, place: Place) -> BaseLayer:
     module = model.get_submodule(place.module)
-    if isinstance(module, LoraProjections):
-        assert place.part is not None
-        return module.part(place.part)
-    assert isinstance(module, LoraLinear)
-    return module
+    if place.part is not None:
+        assert isinstance(module, LoraProjections | PackedLinear)
+        return Part(module.base if isinstance(module, LoraProjections) else module, place.part)
+    if isinstance(module, LoraLinear):
+        return module
+    return LoraLinear(module, Lora(AdapterSet(), place.shape, place.path, place.reads_images))
 
 
 def _lora_at(model: LanguageModel, place: Place, adapters: AdapterSet) -> Lora:

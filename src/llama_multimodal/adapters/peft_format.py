@@ -28,7 +28,7 @@ from ..weights.io import SafetensorsFile, TensorInfo, read_json, write_json, wri
 from ..weights.save import writing
 from .config import AdapterDtype, LoraConfig
 from .layers import LowRank
-from .lora import adapter_pairs, adapter_set, apply_lora
+from .lora import adapter_pairs, adapter_set, apply_lora, base_weight
 from .targets import Place, places
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -47,6 +47,8 @@ _HARMLESS = {
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Initial values that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and others move a part of it into the
 adapter, which is then one of another base, unless PEFT has converted it (and says true here)."""
+_BASE = "base_layer.weight"
+"""PEFT stores an adapted LM head's own weight along with the adapter."""
 _LISTED = 20  # problems named in one error
 
 
@@ -140,11 +142,10 @@ def load_adapter(
         ConfigError: a setting that is not implemented, or a name that is taken.
     """
     folder = Path(folder).expanduser()
-    raw = _read_config(folder)
+    raw = read_adapter_config(folder)
     file = SafetensorsFile(folder / TENSORS)
-    known = places(model)
-    found = _fit(folder, raw, file, known, hf_modules(model.config, known))
-    default = LoraConfig(
+    found = _fit(model, folder, raw, file)
+    config = LoraConfig(
         rank=raw["r"],
         alpha=raw.get("lora_alpha", 8),
         dropout=raw.get("lora_dropout") or 0.0,
@@ -155,7 +156,7 @@ def load_adapter(
         alpha_pattern={path: layer.alpha for path, layer in found.items()},
         dtype=dtype,
     )
-    apply_lora(model, default, name)
+    apply_lora(model, config, name)
     with torch.no_grad():
         for path, pair in adapter_pairs(model, name).items():
             for ours, value in found[path].tensors.items():
@@ -173,69 +174,80 @@ class _Layer:
     tensors: dict[str, Tensor]  # A, B and with DoRA the magnitude
 
 
-def _fit(
-    folder: Path, raw: Mapping[str, Any], file: SafetensorsFile, known: Mapping[str, Place],
-    modules: Mapping[str, tuple[str, ...]],
-) -> dict[str, _Layer]:  # fmt: skip
+def _fit(model: LanguageModel, folder: Path, raw: Mapping[str, Any], file: SafetensorsFile) -> dict[str, _Layer]:
     """What is found for each of our layers, in the model's order.
 
     Raises:
         CheckpointError: what does not fit the model or the configuration.
     """
-    by_name = {name: path for path, names in modules.items() for name in names}
-    parts: dict[str, dict[str, str]] = {}  # of a layer: its tensors' keys
-    named: dict[str, str] = {}
+    known = places(model)
+    by_name = {name: path for path, names in hf_modules(model.config, known).items() for name in names}
+    keys: dict[str, dict[str, str]] = {}  # of our layers: their tensors' keys by part
+    named: dict[str, str] = {}  # what they are called
     problems = []
     for key in file.entries:
         module, part = _split(key)
         path = by_name.get(module)
-        if path is None or part not in _PARTS:
-            problems.append(f"{key}: this model has no such layer" if path is None else f"{key}: not a part of LoRA")
-        else:
+        if path is None:
+            problems.append(f"{key}: this model has no such layer")
+        elif part != _BASE:
             named[path] = module
-            parts.setdefault(path, {})[_PARTS[part]] = key
+            keys.setdefault(path, {})[part] = key
+        elif not _same(file.tensor(key), base_weight(model, known[path]), model.dtype):
+            problems.append(f"{key}: it belongs to a model with another {module}")
     found = {}
-    for path, place in known.items():
-        if path not in parts:
-            continue
-        rank = int(_by_pattern(raw.get("rank_pattern"), named[path], raw["r"]))
-        alpha = float(_by_pattern(raw.get("alpha_pattern"), named[path], raw.get("lora_alpha", 8)))
-        wanted = {"A": (rank, place.shape[1]), "B": (place.shape[0], rank)}
-        if raw.get("use_dora"):
-            wanted["magnitude"] = (place.shape[0],)  # type: ignore[assignment]
-        keys = parts[path]
-        problems += [f"{named[path]}: {part} is missing" for part in wanted if part not in keys]
-        problems += [f"{key}: not in an adapter without DoRA" for part, key in keys.items() if part not in wanted]
-        for part in wanted.keys() & keys.keys():
-            info = file.entries[keys[part]]
-            if info.shape != wanted[part]:
-                problems.append(f"{keys[part]}: {list(info.shape)} found, {list(wanted[part])} expected")
-            elif not info.dtype.is_floating_point:
-                problems.append(f"{keys[part]}: {info.dtype} found, a floating-point dtype expected")
-        if not _layer_is_chosen(raw, named[path]):
+    for path in [path for path in known if path in keys]:
+        rank = _by_pattern(raw.get("rank_pattern"), named[path], raw["r"])
+        alpha = _by_pattern(raw.get("alpha_pattern"), named[path], raw.get("lora_alpha", 8))
+        problems += _misfits(known[path], rank, bool(raw.get("use_dora")), named[path], keys[path], file)
+        if not _is_chosen(raw, named[path]):
             problems.append(f"{named[path]}: not among layers_to_transform")
-        found[path] = (rank, alpha, keys)
-    if not file.entries:
+        found[path] = rank, alpha
+    if not found and not problems:
         problems.append("it holds no tensors")
     if problems:
         rest = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
         lines = "\n  ".join([*problems[:_LISTED], *rest])
         raise CheckpointError(f"the adapter in {folder} does not fit this model ({len(problems)} problems):\n  {lines}")
     layers = {}
-    for path, (rank, alpha, keys) in found.items():
-        tensors = {part: file.tensor(key) for part, key in keys.items()}
+    for path, (rank, alpha) in found.items():
+        tensors = {part: file.tensor(key) for part, key in keys[path].items()}
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
             raise CheckpointError(f"{folder / TENSORS}: {named[path]} holds values that are not finite")
         layers[path] = _Layer(rank, alpha, tensors)
     return layers
 
 
+def _misfits(
+    place: Place, rank: int, dora: bool, module: str, keys: Mapping[str, str], file: SafetensorsFile
+) -> list[str]:
+    """What of a layer's tensors is missing, too much or of another shape."""
+    outputs, inputs = place.shape
+    wanted: dict[str, tuple[int, ...]] = {"A": (rank, inputs), "B": (outputs, rank)}
+    if dora:
+        wanted["magnitude"] = (outputs,)
+    problems = [f"{module}: {part} is missing" for part in wanted if part not in keys]
+    for part, key in keys.items():
+        info = file.entries[key]
+        if part not in wanted:
+            problems.append(f"{key}: there without use_dora")
+        elif info.shape != wanted[part]:
+            problems.append(f"{key}: {list(info.shape)} found, {list(wanted[part])} expected")
+        elif not info.dtype.is_floating_point:
+            problems.append(f"{key}: {info.dtype} found, a floating-point dtype expected")
+    return problems
+
+
+def _same(stored: Tensor, ours: Tensor, dtype: torch.dtype) -> bool:
+    return stored.shape == ours.shape and torch.equal(stored.to(ours.device, dtype), ours.to(dtype))
+
+
 def _split(key: str) -> tuple[str, str]:
     """The module's name and the part of a tensor's key."""
-    for part in _PARTS:
-        if key.startswith(_PREFIX) and key.endswith(f".{part}"):
-            return key[len(_PREFIX) : -len(part) - 1], part
-    return key.removeprefix(_PREFIX), ""
+    for theirs, part in {**_PARTS, _BASE: _BASE}.items():
+        if key.startswith(_PREFIX) and key.endswith(f".{theirs}"):
+            return key[len(_PREFIX) : -len(theirs) - 1], part
+    return key, ""
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
@@ -246,7 +258,7 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -
     return default
 
 
-def _layer_is_chosen(raw: Mapping[str, Any], module: str) -> bool:
+def _is_chosen(raw: Mapping[str, Any], module: str) -> bool:
     chosen = raw.get("layers_to_transform")
     if chosen is None or chosen == []:
         return True
@@ -254,7 +266,7 @@ def _layer_is_chosen(raw: Mapping[str, Any], module: str) -> bool:
     return number is not None and int(number[1]) in ([chosen] if isinstance(chosen, int) else chosen)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json, checked.
 
     Raises:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from torch import nn
 
 from ..config import AnyModelConfig, nearest
+from ..config.checks import path_matches
 from ..errors import ConfigError
 from ..models import LanguageModel
 from ..models.layers import PackedLinear
+from ..quant.nf4 import Nf4Linear
 from .config import LoraConfig
 from .layers import LoraLinear, LoraProjections
 
@@ -69,11 +70,6 @@ def resolve(model: LanguageModel, config: LoraConfig) -> dict[str, tuple[Place, 
     }
 
 
-def matches(path: str, pattern: str) -> bool:
-    """Whether a glob means a path; it may leave out the path's beginning."""
-    return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
-
-
 def _matching(pattern: str, known: Mapping[str, Place]) -> list[str]:
     if pattern in PRESETS:
         found = [path for path, place in known.items() if place.group in PRESETS[pattern]]
@@ -84,7 +80,7 @@ def _matching(pattern: str, known: Mapping[str, Place]) -> list[str]:
     found = [
         path
         for path, place in known.items()
-        if matches(path, pattern) and (place.group not in _BY_NAME_ONLY or place.group in pattern)
+        if path_matches(path, pattern) and (place.group not in _BY_NAME_ONLY or place.group in pattern)
     ]
     if not found:
         names = {*PRESETS, *known, *(path.rpartition(".")[2] for path in known)}
@@ -96,7 +92,7 @@ def _matching(pattern: str, known: Mapping[str, Place]) -> list[str]:
 def _overrides(by_pattern: Mapping[str, Number], chosen: set[str]) -> dict[str, Number]:
     values: dict[str, Number] = {}
     for pattern, value in by_pattern.items():
-        found = [path for path in chosen if matches(path, pattern)]
+        found = [path for path in chosen if path_matches(path, pattern)]
         if not found:
             raise ConfigError(f'"{pattern}" gives a rank or alpha for no target{nearest(pattern, chosen)}')
         for path in found:
@@ -108,9 +104,9 @@ def _outermost(model: LanguageModel) -> Iterator[tuple[str, nn.Module]]:
     """Linear layers, plain, packed or with adapters already."""
     within = "\0"
     for path, module in model.named_modules():
-        if path.startswith(within) or path.endswith("patch_embedding") or path.startswith("vision.head."):
-            continue  # a convolution in everybody else's code; what a decoder never reads
-        if isinstance(module, nn.Linear | PackedLinear | LoraLinear | LoraProjections):
+        if path.startswith(within) or path.endswith("patch_embedding") or path == "vision.head.in_proj":
+            continue  # a convolution, and the parameter of an attention, in everybody else's code
+        if isinstance(module, nn.Linear | PackedLinear | Nf4Linear | LoraLinear | LoraProjections):
             within = path + "."
             yield path, module
 
@@ -130,7 +126,7 @@ def _places_of(path: str, module: nn.Module, config: AnyModelConfig) -> Iterator
     elif isinstance(layer, PackedLinear):
         yield place(layer.shape)
     else:
-        assert isinstance(layer, nn.Linear)
+        assert isinstance(layer, nn.Linear | Nf4Linear)
         yield place((layer.out_features, layer.in_features))
 
 
@@ -138,9 +134,10 @@ def _group(path: str, config: AnyModelConfig) -> str:
     part, _, rest = path.partition(".")
     words = rest.split(".")
     if part == "vision":
-        read = getattr(getattr(config, "vision", None), "num_blocks", None)  # a hidden state may be read before the end
-        unread = read is not None and words[0] == "layers" and int(words[1]) >= int(read)
-        return "unread" if unread else "vision"
+        # SigLIP's pooling head is not read, nor what lies behind the hidden state that is.
+        read = getattr(getattr(config, "vision", None), "num_blocks", None)
+        behind = read is not None and words[0] == "layers" and int(words[1]) >= int(read)
+        return "unread" if behind or words[0] == "head" else "vision"
     if part != "decoder" or words[0] != "layers":
         return part if part != "decoder" else words[0]
     if words[2] == "mlp":

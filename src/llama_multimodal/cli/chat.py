@@ -49,7 +49,7 @@ def chat(
     pictures = [open_image(common.expand(path)) for path in image or ()]
     params = options.sampling_params()
     loaded, processor = common.load_model(
-        options.model, options.dtype, options.device, options.pack, options.int8_activations
+        options.model, options.dtype, options.device, options.pack, options.int8_activations, options.adapter
     )
     engine = Engine(loaded, processor, EngineConfig(max_requests=1))
     conversation = Conversation(engine, params, options.system, pictures)

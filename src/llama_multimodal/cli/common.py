@@ -57,6 +57,9 @@ class AnswerOptions:
     device: Device = "auto"
     pack: Pack = "auto"
     int8_activations: Int8Activations = False
+    adapter: Annotated[
+        str | None, typer.Option(help="A folder with a LoRA adapter, as PEFT or save_adapter writes it.")
+    ] = None
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256
     temperature: Annotated[
         float, typer.Option(help="0 takes the likeliest token; 1 draws as the model was trained.")
@@ -191,24 +194,30 @@ def num_cores() -> int:
 
 
 def load_model(
-    model: str, dtype: str, device: str, pack: str, int8_activations: bool
+    model: str, dtype: str, device: str, pack: str, int8_activations: bool, adapter: str | None = None
 ) -> tuple[LanguageModel, Processor]:
-    """Load with a progress bar on stderr, which goes away when it is done.
+    """Load with a progress bar on stderr, which goes away when it is done; adapter: a folder
 
     Raises:
-        UserError: the model, dtype or device is not there or does not fit.
+        UserError: the model, dtype, device or adapter is not there or does not fit.
     """
     if not model.strip():
         raise PromptError("the model's name is empty; use tiny, a folder or a repository, see llama-mm zoo")
     from .. import loading
+    from ..adapters.peft_format import load_adapter, read_adapter_config
 
+    if adapter is not None:
+        read_adapter_config(expand(adapter))  # loading a model may take minutes, and a wrong folder shows at once
     device = choose_device(device)
     with progress_bar(f"loading {Path(model).name[:32]}", bytes_=True) as progress:
         kind = choose_dtype(dtype, model, device)
-        return loading.load(
+        loaded, processor = loading.load(
             model, dtype=kind, device=device, pack=None if pack == "none" else pack,
             int8_activations=int8_activations, progress=progress,
         )  # fmt: skip
+    if adapter is not None:
+        load_adapter(loaded, expand(adapter))
+    return loaded, processor
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def describe(
     params = options.sampling_params()
     started = time.perf_counter()
     loaded, processor = common.load_model(
-        options.model, options.dtype, options.device, options.pack, options.int8_activations
+        options.model, options.dtype, options.device, options.pack, options.int8_activations, options.adapter
     )
     load_seconds = time.perf_counter() - started
 

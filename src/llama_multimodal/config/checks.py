@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from ..errors import ConfigError
@@ -53,6 +54,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean "…"?` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(str(word), sorted(known), n=1, cutoff=0.6)
     return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def path_matches(path: str, pattern: str) -> bool:
+    """Whether a glob means a module's path: all of it or its end, or a module that it lies in."""
+    return any(fnmatchcase(path, glob) for glob in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*"))
 
 
 def from_dict(cls: type[Any], raw: Mapping[str, Any], where: str) -> Any:

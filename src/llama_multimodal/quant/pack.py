@@ -50,10 +50,13 @@ def pack(model: LanguageModel, packing: Packing | Format) -> LanguageModel:
     image over many rows, where a plain product is faster: they stay as they are.
 
     Raises:
-        ConfigError: a width that does not divide into groups, or weights that are packed already.
+        ConfigError: a width that does not divide into groups, weights that are packed already, or adapters.
     """
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise ConfigError("the model's weights are packed already; load it again to pack it otherwise")
+    for module in model.decoder.modules():
+        if isinstance(module, Projections) and not all(isinstance(layer, Linear) for layer in module.children()):
+            raise ConfigError("the model's layers were changed (adapters or NF4); pack it before, or merge the adapter")
     for path in packable_layers(model):
         pack_layer(model, path, packing)
     return model

@@ -82,7 +82,10 @@ def save_checkpoint(
     rules = hf_rules(model.config, parameter_shapes(model.config)) if layout == "hf" else meta_rules(model.config)
     weights = _weights_of(model, rules, unpacked)
     if weights.infos.keys() | weights.packed.keys() != {rule.ours for rule in rules}:
-        raise CheckpointError("this model's layers were changed (adapters); undo or merge that before saving")
+        raise CheckpointError(
+            "this model's layers were changed (adapters or NF4); merge or remove the adapters before saving; NF4"
+            " weights are not saved, but made again from the checkpoint"
+        )
     if any(value.is_meta for value in model.parameters()):
         raise CheckpointError("this model was built without weights, so there is nothing to save")
     if weights.packed and layout == "meta":
