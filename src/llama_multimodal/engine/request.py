@@ -243,5 +243,5 @@ def _reach_of_spans(spans: Sequence[tuple[int, int, int, int]], length: int, cou
 def _image_key(root: Key, image: ImageLayout, tiles: torch.Tensor) -> Key:
     """A name by pixels and layout, and by the adapter that reads them."""
     layout = (image.rows, image.columns, image.whole, image.num_tokens, image.size)
-    pixels = tiles.contiguous().view(torch.uint8).numpy().data if tiles.numel() else b""
+    pixels = tiles.cpu().contiguous().view(torch.uint8).numpy().data if tiles.numel() else b""
     return digest(root, layout, tuple(tiles.shape), str(tiles.dtype), content_digest(pixels))
