@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import torch
 
 from llama_multimodal import SamplingParams
 from llama_multimodal.engine import Engine, EngineConfig, Request, plan_cache
+from llama_multimodal.errors import ConfigError
 
 from .engine_for_tests import CONTEXT, IMAGE, alone, check_accounts, check_whole, model, prompt
 
@@ -40,7 +42,7 @@ def draw(rng: random.Random, kind: str, beginnings: list[list[int]]) -> Asked:
             pictures.append(rng.randrange(3))
     hot = rng.random() < 0.4
     params = SamplingParams(
-        max_new_tokens=rng.randrange(1, 14),
+        max_new_tokens=rng.randrange(1, 20),
         temperature=rng.choice([0.7, 1.5]) if hot else 0.0,
         top_k=rng.choice([0, 5]) if hot else 0,
         top_p=rng.choice([1.0, 0.9]),
@@ -49,12 +51,12 @@ def draw(rng: random.Random, kind: str, beginnings: list[list[int]]) -> Asked:
         seed=rng.randrange(100),
     )
     cancelled = rng.randrange(12) if rng.random() < 0.15 else None
-    return Asked(tuple(tokens), tuple(pictures), params, rng.randrange(10), cancelled, rng.choice([0, 0, 0, 1]))
+    return Asked(tuple(tokens), tuple(pictures), params, rng.randrange(6), cancelled, rng.choice([0, 0, 0, 1]))
 
 
-def settings(rng: random.Random, kind: str, dtype: torch.dtype) -> EngineConfig:
-    """Memory for one request of the whole context and little more, so that requests have to give way."""
-    rows = rng.randrange(1, 6)
+def settings(rng: random.Random, kind: str, dtype: torch.dtype, asked: list[Asked]) -> EngineConfig:
+    """Memory for the largest request and little more, so that requests have to give way."""
+    rows = rng.choice([1, 2, 3, 5])
     config = EngineConfig(
         max_requests=rows,
         max_tokens_in_batch=rows + rng.choice([0, 3, 20, 200]),
@@ -63,18 +65,18 @@ def settings(rng: random.Random, kind: str, dtype: torch.dtype) -> EngineConfig:
         patience=rng.choice([1, 3]),
         prefix_cache=rng.random() < 0.8,
         overlap_images=rng.random() < 0.3,
-        image_share=rng.choice([0.4, 0.5]),
+        image_share=rng.choice([0.2, 0.4]),
     )
-    device, memory = torch.device("cpu"), 1 << 16
+    lengths = [prompt(kind, one.tokens, one.pictures).lengths[0] + one.params.max_new_tokens - 1 for one in asked]
+    tokens = min(CONTEXT - 1, max(lengths))
+    units = 0 if kind == "text" else 12 if kind == "cross_attention" else 16  # of three pictures, or of one
+    device, memory = torch.device("cpu"), 1 << 14
     while True:
-        plan = plan_cache(model(kind).config, _with(config, memory), dtype, device)
-        if plan.num_blocks * plan.block_size >= CONTEXT and (kind == "text" or plan.num_units >= 16):
-            return _with(config, int(memory * rng.choice([1, 1, 1.5, 3])))
-        memory = int(memory * 1.1)
-
-
-def _with(config: EngineConfig, memory: int) -> EngineConfig:
-    return replace(config, cache_memory=memory)
+        with contextlib.suppress(ConfigError):
+            plan = plan_cache(model(kind).config, replace(config, cache_memory=memory), dtype, device)
+            if plan.num_blocks >= -(-tokens // plan.block_size) and plan.num_units >= units:
+                return replace(config, cache_memory=int(memory * rng.choice([1, 1, 1, 2])))
+        memory = int(memory * 1.02)
 
 
 def run(number: int) -> Engine:
@@ -83,7 +85,7 @@ def run(number: int) -> Engine:
     dtype = rng.choice([torch.float32, torch.float64])
     beginnings = [[60, *(rng.randrange(60) for _ in range(rng.randrange(14)))] for _ in range(2)]
     asked = [draw(rng, kind, beginnings) for _ in range(rng.randrange(3, 11))]
-    engine = Engine(model(kind, dtype), None, settings(rng, kind, dtype))
+    engine = Engine(model(kind, dtype), None, settings(rng, kind, dtype, asked))
     jobs = {}
     for step in range(2000):
         for i, one in enumerate(asked):

@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -64,14 +64,12 @@ class Engine:
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """All answers, in the order asked. A request that fails has its `error`; nothing is raised for it."""
-        jobs = [self.add(request, index) for index, request in enumerate(requests)]
-        try:
-            while any(job.answer is None for job in jobs):
-                self.step()
-        finally:
-            for job in jobs:
-                self.cancel(job)
-        return [job.answer for job in jobs if job.answer is not None]
+        answers: dict[int, Answer] = {}
+        with closing(self.stream(requests)) as events:
+            for event in events:
+                if event.answer is not None:
+                    answers[event.index] = event.answer
+        return [answers[index] for index in range(len(requests))]
 
     def stream(self, requests: Sequence[Request]) -> Generator[Event, None, None]:
         """Each token as it is chosen, of all requests. Whoever stops reading cancels what is left."""
@@ -190,14 +188,14 @@ class Engine:
         them. Where the whole batch fails, each request is tried alone, and those that fail end."""
         try:
             found = [self.runner.forward(segments)]
-        except Exception as error:
+        except Exception:
             found = []
             for segment in list(segments):
                 try:
                     found.append(self.runner.forward([segment]))
-                except Exception as alone:
+                except Exception as error:
                     segments.remove(segment)
-                    self._end(segment[0], "error", alone if len(segments) else error)
+                    self._end(segment[0], "error", error)
         logits = {job: row for jobs, rows in found for job, row in zip(jobs, rows, strict=True)}
         for job, _, end in segments:
             yield job, end, logits.get(job)
@@ -210,8 +208,12 @@ class Engine:
         row = job.row
         assert row is not None
         try:
+            if job.constraint is not None:
+                logits = job.constraint.allow(logits)
             token = sample(logits, job.request.params, row.seen, row.generator)
             event = row.take(job.index, token)
+            if job.constraint is not None and event.finish_reason is None:
+                job.constraint.take([token])
         except Exception as error:
             self._end(job, "error", error)
             return
@@ -280,9 +282,9 @@ class Engine:
         while self._flights and (wait or self._flights[0][0].done()):
             future, entries = self._flights[0]
             features = future.result()
-            self._flights.pop(0)
-            self._store(entries, features)
             with self._books():
+                self._flights.pop(0)
+                self._store(entries, features)
                 for entry in entries:
                     self.images.release(entry)
             wait = False

@@ -6,9 +6,9 @@ import itertools
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -23,6 +23,16 @@ FOREVER = sys.maxsize
 """The last token that sees an image which every new token sees."""
 
 
+class Constraint(Protocol):
+    """What an answer must keep to; `constrained.Grammars` makes some."""
+
+    def allow(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits [vocab] with -inf where a token may not come next."""
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """The answer goes on with these."""
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """One conversation to answer.
@@ -31,6 +41,7 @@ class Request:
     adapter: a name of `adapter_names(model)`; None is the one in force outside of `use_adapter`, "" the plain model.
     priority: a request goes before those that came up to `EngineConfig.patience` places earlier for each step of
         priority that it has more than they.
+    constraint: makes what the answer must keep to, afresh for each answer.
     """
 
     messages: Sequence[Any] | None = None
@@ -38,6 +49,7 @@ class Request:
     adapter: str | None = None
     priority: int = 0
     inputs: ModelInputs | None = None
+    constraint: Callable[[], Constraint] | None = None
 
 
 @dataclass
@@ -116,6 +128,7 @@ class Job:
         self.spans: list[tuple[int, int, int, int]] = []  # tokens [first, end) see images [first, end)
         self.image_places: list[int] = []  # of the tokens that spliced images take
         self.row: AnswerRow | None = None
+        self.constraint: Constraint | None = None
         self.adapter = ""
         self._keys: list[Key] = []
         self._root = digest()
@@ -146,6 +159,7 @@ class Job:
                 f"the prompt must leave room for an answer in the context of {context} tokens; shorten it"
             )
         self.row = AnswerRow(self.request.params, inputs, 0, eos_token_ids, context)
+        self.constraint = None if self.request.constraint is None else self.request.constraint()
         self.adapter, self._root = adapter, digest(adapter)
         self.tokens = inputs.tokens[0, :length].tolist()
         self.metrics.prompt_tokens = length
@@ -171,6 +185,9 @@ class Job:
             use.entry = None
         if self.row is not None:
             self.tokens = [*self.tokens[: self.prompt_length], *self.row.answer]
+            if self.request.constraint is not None:
+                self.constraint = self.request.constraint()
+                self.constraint.take(self.row.answer)
 
     @property
     def prompt_length(self) -> int:
@@ -226,5 +243,5 @@ def _reach_of_spans(spans: Sequence[tuple[int, int, int, int]], length: int, cou
 def _image_key(root: Key, image: ImageLayout, tiles: torch.Tensor) -> Key:
     """A name by pixels and layout, and by the adapter that reads them."""
     layout = (image.rows, image.columns, image.whole, image.num_tokens, image.size)
-    pixels = tiles.contiguous().view(torch.uint8).numpy().data if tiles.numel() else b""
+    pixels = tiles.cpu().contiguous().view(torch.uint8).numpy().data if tiles.numel() else b""
     return digest(root, layout, tuple(tiles.shape), str(tiles.dtype), content_digest(pixels))
