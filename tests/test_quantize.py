@@ -23,7 +23,8 @@ from llama_multimodal.models.layers import PackedLinear
 from llama_multimodal.ops import Format
 from llama_multimodal.processing import Processor
 from llama_multimodal.processing.tokenizer import Tokenizer
-from llama_multimodal.quant.pack import LM_HEAD, Packing, pack
+from llama_multimodal.quant.pack import LM_HEAD, Packing, pack, pack_layer
+from llama_multimodal.weights import checkpoint
 from llama_multimodal.weights.save import save_checkpoint
 from llama_multimodal.zoo.tokenizer import build_tokenizer
 
@@ -82,6 +83,22 @@ def test_what_is_saved_is_the_packed_model_bit_for_bit(plain: Path, format: Form
     assert same_state(again, expected) and formats(again) == formats(expected)
     files = sum(file.stat().st_size for file in done.folder.glob("model*.safetensors"))
     assert done.bytes_after == files < done.bytes_before
+
+
+def test_plain_weights_are_never_all_in_memory(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted at each layer that is packed: what is packed so far, and one layer that is not."""
+    held: list[int] = []
+
+    def counting(model: LanguageModel, path: str, packing: Packing) -> None:
+        tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if not t.is_meta}
+        held.append(sum(tensor.nbytes for tensor in tensors.values()))
+        pack_layer(model, path, packing)
+
+    monkeypatch.setattr(checkpoint, "pack_layer", counting)
+    done = quantize(plain, plain.parent / "small", "int4", lm_head="int4", keep=())
+    largest = max(value.nbytes for value in random_model(config=WIDER).decoder.parameters()) * 2  # gate and up together
+    assert len(held) == 3 * 4 + 2 * 5 + 1
+    assert max(held) < done.bytes_after + largest < done.bytes_before
 
 
 def test_int4_spares_the_lm_head_and_the_cross_attention(plain: Path) -> None:
