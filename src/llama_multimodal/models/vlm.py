@@ -139,30 +139,34 @@ class VisionLanguageModel(LanguageModel):
         """
         if not inputs.images:
             return None
-        pieces = self._projected(inputs, features)
+        projected, lengths = self._projected(inputs, features)
         if self.config.fusion == "splice":
-            return SplicedImages(self._embeddings(pieces, inputs))
-        tokens = [piece.flatten(0, 1) for piece in pieces]
-        starts = [0, *itertools.accumulate(map(len, tokens))]
+            pieces = projected.split(lengths)
+            tiles = [piece.unflatten(0, (image.num_tiles, -1)) for piece, image in zip(pieces, inputs.images)]
+            return SplicedImages(self._embeddings(tiles, inputs))
+        starts = [0, *itertools.accumulate(lengths)]
         firsts = [0, *itertools.accumulate(inputs.images_per_row())]
         cache = CrossAttentionCache(starts, firsts)
-        self.decoder.project_images(torch.cat(tokens), cache)
+        self.decoder.project_images(projected, cache)
         return cache
 
-    def _projected(self, inputs: ModelInputs, features: Tensor | None) -> list[Tensor]:
-        """Each image's tokens in the decoder's width, [tiles, T, E]; pictures of one size go through together."""
+    def _projected(self, inputs: ModelInputs, features: Tensor | None) -> tuple[Tensor, list[int]]:
+        """All images' tokens in the decoder's width, [S, E], and how many each has; pictures of one size go through
+        together."""
         counts = [image.num_tiles for image in inputs.images]
         if features is not None or all(image.pixels is None for image in inputs.images):
-            features = self.encode_images(inputs) if features is None else features
-            return list(self.projector(features).split(counts))
-        tiles = inputs.tiles.split(counts)
+            projected = self.projector(self.encode_images(inputs) if features is None else features)  # [M, T, E]
+            return projected.flatten(0, 1), [count * projected.shape[1] for count in counts]
+        tiles, dtype = inputs.tiles.split(counts), next(self.vision.parameters()).dtype
+        sizes = [image.pixels or (inputs.tiles.shape[2], inputs.tiles.shape[3]) for image in inputs.images]
         pieces: dict[int, Tensor] = {}
-        for size in dict.fromkeys(image.pixels or inputs.tiles.shape[2:] for image in inputs.images):
-            members = [i for i, image in enumerate(inputs.images) if (image.pixels or inputs.tiles.shape[2:]) == size]
-            pixels = torch.cat([tiles[i][:, :, : size[0], : size[1]] for i in members])
-            projected = self.projector(self.vision(pixels.to(self.device, next(self.vision.parameters()).dtype)))
+        for height, width in dict.fromkeys(sizes):
+            members = [i for i, size in enumerate(sizes) if size == (height, width)]
+            pixels = torch.cat([tiles[i][:, :, :height, :width] for i in members])
+            projected = self.projector(self.vision(pixels.to(self.device, dtype)))
             pieces |= zip(members, projected.split([counts[i] for i in members]))
-        return [pieces[i] for i in range(len(counts))]
+        tokens = [pieces[i].flatten(0, 1) for i in range(len(counts))]
+        return torch.cat(tokens), [len(piece) for piece in tokens]
 
     def embed(self, tokens: Tensor, images: ReadImages | None) -> Tensor:
         """What the decoder reads for tokens [B, T], spliced images in the place of theirs: [B, T, E]."""
