@@ -81,16 +81,18 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=64, help="rows of text to calibrate on, 256 tokens each")
     parser.add_argument("--pictures", type=int, default=48, help="conversations whose logits are compared")
     parser.add_argument("--per-kind", type=int, default=100, help="questions of each kind")
-    parser.add_argument("--only", choices=("smol", "tiny"), help="one of the models; the other's results stay")
+    parser.add_argument(
+        "--only", choices=("smol", "tiny", "tables"), help="one of the models, or none; other results stay"
+    )
     parser.add_argument("--output", type=Path, help="folder for the JSON result")
     parser.add_argument("--docs", type=Path, help="a document whose table is written anew")
     args = parser.parse_args()
     kept = args.output / f"{MARK}.json" if args.output else None
     results: dict[str, Any] = json.loads(kept.read_text())["results"] if kept and kept.is_file() else {}
-    if args.only != "tiny":
+    if args.only in (None, "smol"):
         results["smol"] = text_model(args.rows, args.calibration)
         write(MARK, results, args.output)
-    if args.only != "smol":
+    if args.only in (None, "tiny"):
         results["tiny"] = picture_model(args.pictures, args.per_kind)
         write(MARK, results, args.output)
     table = tables(results)
