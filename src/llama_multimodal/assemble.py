@@ -105,7 +105,7 @@ def from_parts(
     )
     model = build_on_meta(config)
     assert isinstance(model, VisionLanguageModel)
-    with torch.no_grad():
+    with torch.no_grad(), place:  # new parts are made where they are wanted, and take nothing on the meta device
         new = encoder if isinstance(encoder, nn.Module) else build_vision(encoder)
         model.vision = new.to(place, kind)
         widths = config.vision.output_size, decoder.hidden_size

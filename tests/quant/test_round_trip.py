@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,9 @@ from torch import Tensor
 from llama_multimodal import ops
 from llama_multimodal.ops import Format
 from llama_multimodal.quant.pack import Packing, bytes_of
+from llama_multimodal.weights.rules import same_bits
 
+packed_linear = sys.modules["llama_multimodal.ops.packed_linear"]  # `ops.packed_linear` is the function
 _HALF = 0.5 + 1e-3  # of a step; scales are rounded to fp16, which cuts the outermost values off by this much at most
 
 
@@ -67,3 +71,14 @@ def test_fp8() -> None:
     assert (ops.packed_linear(x, ops.prepare_weight(packed)) - expected).abs().max() < 1e-4
     with pytest.raises(ValueError, match="not finite"):
         ops.pack_weight(weight * torch.inf, "fp8")
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_shares_of_the_rows(format: Format, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large weight is rounded a few rows at a time, to the same bits."""
+    whole = ops.pack_weight(weight_of(23, 64), format, symmetric=symmetric)
+    monkeypatch.setattr(packed_linear, "_VALUES_AT_ONCE", 5 * 64)
+    shares = ops.pack_weight(weight_of(23, 64), format, symmetric=symmetric)
+    assert shares.shape == whole.shape and shares.tensors().keys() == whole.tensors().keys()
+    assert all(same_bits(tensor, whole.tensors()[name]) for name, tensor in shares.tensors().items())

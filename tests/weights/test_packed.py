@@ -18,6 +18,7 @@ from llama_multimodal.models import VisionLanguageModel
 from llama_multimodal.ops import Format
 from llama_multimodal.quant.pack import PackedLinear, Packing, pack
 from llama_multimodal.weights.convert import convert
+from llama_multimodal.weights.rules import same_bits
 from llama_multimodal.weights.save import save_checkpoint
 
 INPUTS = make_inputs([[1, 2, 3, 4, 5], [7, 8, 9]], [[], []])
@@ -31,14 +32,16 @@ def saved(folder: Path, packing: Packing, **options: Any) -> VisionLanguageModel
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("format", "lm_head"), [("int8", None), ("int4", None), ("int4", "int8"), ("int4", "bf16")])
+@pytest.mark.parametrize(
+    ("format", "lm_head"), [("int8", None), ("int4", None), ("int4", "int8"), ("int4", "bf16"), ("fp8", None)]
+)
 def test_round_trip(tmp_path: Path, format: Format, lm_head: Format | None, symmetric: bool) -> None:
     model = saved(tmp_path, Packing(format, 16, symmetric, lm_head), max_shard_size=30_000)
     again, _ = load(tmp_path)
     mine, theirs = model.state_dict(), again.state_dict()
     if lm_head == "bf16":  # stored plain, so it comes back plain, in the model's dtype
         assert torch.equal(mine.pop("decoder.lm_head.values").float(), theirs.pop("decoder.lm_head.weight"))
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert mine.keys() == theirs.keys() and all(same_bits(mine[name], theirs[name]) for name in mine)
     assert again.dtype == torch.float32 and again.config == model.config
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
 
@@ -136,6 +139,35 @@ def test_other_quantizations_are_refused(tmp_path: Path, change: Any, message: s
     change(config)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=message):
+        load(tmp_path)
+
+
+def test_fp8_activations_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path, Packing("fp8"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["quantization_config"]["format"] == "float-quantized"
+    dynamic = {"num_bits": 8, "type": "float", "dynamic": True}
+    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = dynamic
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"asks for fp8 input_activations, for which it takes .* a Hopper GPU"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t[Q_PROJ].view(torch.uint8)[0].fill_(127), f"{Q_PROJ} holds values that are no numbers"),
+        (lambda t: t.update({f"{Q_PROJ}_scale": t[f"{Q_PROJ}_scale"] * torch.inf}), "not finite"),
+        (lambda t: t.update({f"{Q_PROJ}_scale": t[f"{Q_PROJ}_scale"][:1].clone()}), f"quantized {Q_PROJ}"),
+        (lambda t: t.pop(f"{Q_PROJ}_scale"), f"quantized {Q_PROJ}"),
+    ],
+)
+def test_damaged_fp8_weights_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+    saved(tmp_path, Packing("fp8"))
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
         load(tmp_path)
 
 
