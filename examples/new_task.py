@@ -1,5 +1,4 @@
-"""Renders a task for the embedded model, which knows neither hearts nor pink: 400 questions to learn, 200 held out; and
-questions of the kinds that it answers already, so that it keeps them.
+"""Renders a task for the embedded model, which knows neither hearts nor pink: 400 questions to learn, 200 held out.
 
     python examples/new_task.py
     llama-mm train recipes/tiny-lora.yaml
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from llama_multimodal.zoo.world import COLORS, SHAPES, sample
+from llama_multimodal.zoo.world import COLORS, SHAPES
 from llama_multimodal.zoo.world.palette import RGB, contrast, from_hsv
 from llama_multimodal.zoo.world.scenes import Scene, paint_scene, plan_scene
 from llama_multimodal.zoo.world.shapes import draw_shape
@@ -83,13 +82,6 @@ def without(scene: Scene, index: int) -> Scene:
     return dataclasses.replace(scene, **{part: tuple(getattr(scene, part)[i] for i in kept) for part in parts})
 
 
-def known(seed: int) -> tuple[Image.Image | None, list[dict[str, str]]]:
-    """A picture of the world that it was trained on, and a conversation about it."""
-    item = sample(seed, turns=4, small=0.8)
-    turns = [[{"role": "user", "content": t.question}, {"role": "assistant", "content": t.answer}] for t in item.turns]
-    return item.image, [message for turn in turns for message in turn]
-
-
 def main(folder: Path) -> None:
     for name, first, count in (("train", 0, 400), ("heldout", 500_000, 200)):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -100,18 +92,7 @@ def main(folder: Path) -> None:
                 image.save(folder / file)
                 row = {"image": str(file), "question": question, "answer": answer}
                 rows.write(json.dumps(row) + "\n")
-    (folder / "known").mkdir(exist_ok=True)
-    with open(folder / "known.jsonl", "w", encoding="utf-8") as rows:
-        for number in range(800):
-            image, messages = known(900_000_000 + number)
-            row = {"messages": messages}
-            if image is not None:
-                file = Path("known") / f"{number:03d}.png"
-                image.save(folder / file)
-                messages[0]["content"] = f"<image>{messages[0]['content']}"
-                row |= {"images": [str(file)]}
-            rows.write(json.dumps(row) + "\n")
-    print(f"{folder}: train.jsonl, known.jsonl and heldout.jsonl")
+    print(f"{folder}: train.jsonl and heldout.jsonl")
 
 
 if __name__ == "__main__":

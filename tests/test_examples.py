@@ -129,14 +129,10 @@ def test_lora(tmp_path: Path) -> None:
 
 
 def test_new_task() -> None:
-    """Every answer of the new task that the old one does not know comes with its picture; the known ones are known."""
+    """Hearts and pink things are among the answers, and a seed gives the same picture again."""
     task = importlib.import_module("new_task")
     pictures = [task.example(seed) for seed in range(30)]
     answers = {answer for _, _, answer in pictures}
     assert {"heart", "pink"} < answers <= {"heart", "pink", *COLORS, *SHAPES}
     again, question, answer = task.example(7)
     assert (question, answer) == pictures[7][1:] and again.tobytes() == pictures[7][0].tobytes()
-    for seed in range(5):
-        image, messages = task.known(seed)
-        assert messages[0]["content"] and [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
-        assert image is None or image.mode == "RGB"
