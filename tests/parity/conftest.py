@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -130,3 +132,20 @@ def golden_of(model_name: str) -> Golden:
 @pytest.fixture(scope="session")
 def chat() -> dict[str, Any]:
     return json.loads((GOLDEN / "chat_format.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """Makes a kind of `families_for_tests.KINDS` once a module: a `Pair` of our model and transformers'."""
+    from families_for_tests import pair  # skips where transformers is not installed; other tests here go without
+
+    return functools.cache(lambda name: pair(name, tmp_path_factory.mktemp("pair")))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Such small products take longer to share than to compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

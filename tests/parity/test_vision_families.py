@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,18 +36,7 @@ GREEDY = lmm.SamplingParams(max_new_tokens=8, temperature=0.0)
 FEW = ["LLaVA", "LLaVA-NeXT", "Idefics3", "SmolVLM"]
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
-    return functools.cache(lambda name: pair(name, tmp_path_factory.mktemp("pair")))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Such small products take longer to share than to compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the same as transformers ----------------------------------------------------------------------------------------

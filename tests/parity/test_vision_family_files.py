@@ -11,7 +11,7 @@ import math
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +38,7 @@ from llama_multimodal.zoo.configs import CONFIGS
 FEW = ["LLaVA", "LLaVA, SigLIP", "LLaVA, DINOv2", "LLaVA-NeXT", "Idefics3", "SmolVLM, tied"]
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
-    return functools.cache(lambda name: pair(name, tmp_path_factory.mktemp("pair")))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Such small products take longer to share than to compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
