@@ -24,7 +24,7 @@ OPS = [
 
 
 def test_the_ops_with_kernels(attached: None) -> None:
-    expected = [*(["attention"] if library.has_attention() else []), *OPS]
+    expected = [*(["attention"] if library.has_attention(torch.float32) else []), *OPS]
     assert [op for op, backends in ops.available().items() if "cpu" in backends] == expected
 
 

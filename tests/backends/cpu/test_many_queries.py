@@ -1,4 +1,4 @@
-"""Attention of many queries on a CPU with products of bf16 pairs, against fp64, and what is left to torch.
+"""Attention of many queries on CPUs, on every instruction set that has it, against fp64, and what is left to torch.
 
 Shapes: B batch · H query heads · Hkv key heads · T queries · S keys · D head dim
 """
@@ -6,6 +6,7 @@ Shapes: B batch · H query heads · Hkv key heads · T queries · S keys · D he
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,22 +16,32 @@ from llama_multimodal import ops
 from llama_multimodal.ops.backends.cpu import attention as module
 from llama_multimodal.ops.backends.cpu import library
 
-from ..references import close, randn
+from ..references import close, name_of, randn
 from .conftest import Guards
 
 BF16 = torch.bfloat16
 
 
-@pytest.fixture
-def kernel(cpu: None) -> None:
-    if not library.has_attention():
-        pytest.skip("this machine has no products of bf16 pairs")
+@pytest.fixture(params=[torch.float32, BF16], ids=name_of)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
 
 
-def inputs(b: int, h: int, kv: int, t: int, s: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
+@pytest.fixture(params=["avx512, bf16 pairs", "avx512, fp32", "avx2, fp32"])
+def kernel(request: pytest.FixtureRequest, cpu: None) -> Iterator[None]:
+    """The test runs on each kernel that this machine has, the one that it would choose or not."""
+    before, (name, products) = library.instruction_set(), request.param.split(", ")
+    if not library.use_instruction_set(name) or library.functions().use_pairs(products == "bf16 pairs"):
+        pytest.skip(f"this machine has no {request.param}")
+    yield
+    library.use_instruction_set(before)
+    library.functions().use_pairs(-1)
+
+
+def inputs(b: int, h: int, kv: int, t: int, s: int, d: int, dtype: torch.dtype = BF16) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v with a model's strides: heads side by side in a token, slots that are not used behind each row's."""
     shapes = ((b, t + 2, h, d), (b, s + 3, kv, d), (b, s + 3, kv, d))
-    q, k, v = (randn(*shape, dtype=BF16, seed=seed).transpose(1, 2) for seed, shape in enumerate(shapes))
+    q, k, v = (randn(*shape, dtype=dtype, seed=seed).transpose(1, 2) for seed, shape in enumerate(shapes))
     return q[:, :, :t], k[:, :, :s], v[:, :, :s]
 
 
@@ -62,22 +73,22 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_fp64(shape: tuple[int, ...], kernel: None, guards: Guards, threads: None) -> None:
-    q, k, v = map(guards.input, inputs(*shape))
-    close(ops.attention(q, k, v), reference(q, k, v), BF16)
+def test_equals_fp64(shape: tuple[int, ...], kernel: None, dtype: torch.dtype, guards: Guards, threads: None) -> None:
+    q, k, v = map(guards.input, inputs(*shape, dtype))
+    close(ops.attention(q, k, v), reference(q, k, v), dtype)
     bias = randn(shape[4], seed=5)
     bias[1::3] = -math.inf
     bias = guards.input(bias)
-    close(ops.attention(q, k, v, key_bias=bias), reference(q, k, v, bias=bias), BF16)
+    close(ops.attention(q, k, v, key_bias=bias), reference(q, k, v, bias=bias), dtype)
 
 
 @pytest.mark.parametrize("tokens", [16, 96, 97, 256, 300, 523])
-def test_causal(tokens: int, kernel: None, guards: Guards, threads: None) -> None:
-    q, k, v = map(guards.input, inputs(2, 4, 2, tokens, tokens, 64))
-    close(ops.attention(q, k, v, causal=True), reference(q, k, v, causal=True), BF16)
+def test_causal(tokens: int, kernel: None, dtype: torch.dtype, guards: Guards, threads: None) -> None:
+    q, k, v = map(guards.input, inputs(2, 4, 2, tokens, tokens, 64, dtype))
+    close(ops.attention(q, k, v, causal=True), reference(q, k, v, causal=True), dtype)
     bias = randn(tokens)
     ours = ops.attention(q, k, v, causal=True, key_bias=bias)
-    close(ours, reference(q, k, v, causal=True, bias=bias), BF16)
+    close(ours, reference(q, k, v, causal=True, bias=bias), dtype)
 
 
 def test_a_bias_has_more_digits_than_bf16(kernel: None) -> None:
@@ -126,8 +137,10 @@ def test_opcheck(kernel: None) -> None:
     torch.library.opcheck(torch.ops.llama_mm.cpu_attention.default, (q, k, v, False, randn(30)))
 
 
-def test_what_is_left_to_torch(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forced or not: few queries, masks, other dtypes, gradients; and other instruction sets."""
+def test_what_is_left_to_torch(cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few queries, masks, other dtypes; and everything where the instruction set has no kernel."""
+    if not library.has_attention(BF16):
+        pytest.skip("this machine has no such kernel")
     taken = []
     monkeypatch.setattr(module, "cpu_attention", lambda q, *_: taken.append(q) or q)
     q, k, v = inputs(1, 2, 2, 20, 20, 16)
@@ -136,12 +149,12 @@ def test_what_is_left_to_torch(kernel: None, monkeypatch: pytest.MonkeyPatch) ->
     ops.attention(q[:, :, :15], k, v)
     ops.attention(q[:, :, :1], k, v)  # a step of decoding
     ops.attention(q, k, v, mask=torch.ones(1, 1, 20, 20, dtype=torch.bool))
-    ops.attention(q.float(), k.float(), v.float())
+    ops.attention(q.half(), k.half(), v.half())
     ops.attention(q, k[:, :, :0], v[:, :, :0])
     before = library.instruction_set()
-    if library.use_instruction_set("avx2"):
-        ops.attention(q, k, v)
-        library.use_instruction_set(before)
+    assert library.use_instruction_set("plain")
+    ops.attention(q, k, v)
+    library.use_instruction_set(before)
     assert len(taken) == 1
 
 

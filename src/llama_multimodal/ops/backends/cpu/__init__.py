@@ -17,6 +17,6 @@ def load() -> str | None:
     for module in _MODULES:
         importlib.import_module(f"{__name__}.{module}")
     why = library.find()
-    if why is None and library.has_attention():
+    if why is None and any(map(library.has_attention, library.DTYPES)):
         importlib.import_module(f"{__name__}.attention")
     return why

@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import _dispatch
 from ..operators import define
 from .decode_attention import check_heads, cpu_decode_attention, keys_of, raise_for
-from .library import dense_last, functions, has_attention, pointer, strides
+from .library import DTYPES, dense_last, functions, has_attention, pointer, strides
 
 _LEAST_QUERIES = 16  # putting the keys in order is not worth it for fewer; one alone reads them as they lie
 
@@ -23,11 +23,11 @@ def _leaves(
     tensors = (q, k, v) if key_bias is None else (q, k, v, key_bias)
     return (
         any(x.device.type != "cpu" for x in tensors)
-        or any(x.dtype != torch.bfloat16 for x in (q, k, v))
+        or any(x.dtype != q.dtype for x in (k, v))
         or mask is not None
         or 1 < q.shape[2] < _LEAST_QUERIES
         or not q.numel() * k.numel()
-        or not has_attention()
+        or not has_attention(q.dtype)
     )
 
 
@@ -61,6 +61,7 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, key_bias: Tenso
     out = _empty(q)
     rows, heads, queries, dim = q.shape
     status = functions().attention(
+        DTYPES[q.dtype],
         q.data_ptr(),
         strides(q),
         *keys_of(k, v),

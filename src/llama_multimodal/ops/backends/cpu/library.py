@@ -28,9 +28,10 @@ _SIGNATURES = {  # without the llama_mm_cpu_ that every name begins with
         _INT,
     ),
     "bf16_linear": ([_POINTER, _INT, _INT, _SIZE, _POINTER, _POINTER, _INT, _SIZE, _POINTER, _INT], _INT),
-    "has_attention": ([], _INT),
+    "use_pairs": ([_INT], _INT),
+    "has_attention": ([_INT], _INT),
     "attention": (
-        [_POINTER, _POINTER, *_KEYS, *[_SIZE] * 6, _INT, _POINTER, _POINTER, _POINTER, _INT],
+        [_INT, _POINTER, _POINTER, *_KEYS, *[_SIZE] * 6, _INT, _POINTER, _POINTER, _POINTER, _INT],
         _INT,
     ),
     "unpack_tiles": ([*_WEIGHT, _SIZE, _SIZE, _SIZE, _INT, _POINTER, _INT], None),
@@ -98,9 +99,9 @@ def instruction_set() -> str:
     return _instruction_set
 
 
-def has_attention() -> bool:
-    """Whether there is a kernel for attention of many queries: with AVX-512's products of bf16 pairs only."""
-    return bool(functions().has_attention())
+def has_attention(dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for attention of many queries."""
+    return dtype in DTYPES and bool(functions().has_attention(DTYPES[dtype]))
 
 
 def use_instruction_set(name: str) -> bool:

@@ -29,11 +29,16 @@ struct Strides {
 };
 
 struct Problem {
-  const uint16_t *q, *k, *v;
-  uint16_t* out;
+  const void *q, *k, *v;
+  void* out;
+  DType dtype;
   Strides q_at, k_at, v_at, out_at;
   int64_t heads, kv_heads, queries, keys, dim;
   bool causal;
+
+  const void* from(const void* tensor, int64_t element) const {
+    return static_cast<const char*>(tensor) + element * bytes_of(dtype);
+  }
 };
 
 // Memory of one thread's task.
@@ -43,12 +48,12 @@ struct Task {
 };
 
 void attend_some(const Problem& p, const Attention& use, int64_t row, int64_t head, int64_t first, int64_t end,
-                 const uint16_t* keys, const uint16_t* values, const float* bias, uint16_t* q, float* acc) {
+                 const char* keys, const char* values, const float* bias, char* q, float* acc) {
   const int64_t padded = padded_dim(p.dim), groups = (end - first + kQueries - 1) / kQueries;
   Task task;
-  memset(q, 0, static_cast<size_t>(groups * kQueries * padded) * sizeof(uint16_t));
+  memset(q, 0, static_cast<size_t>(groups * kQueries * padded * use.bytes));
   for (int64_t t = first; t < end; t++)
-    memcpy(q + (t - first) * padded, p.q + p.q_at.at(row, head, t), static_cast<size_t>(p.dim) * sizeof(uint16_t));
+    use.order_query(p.from(p.q, p.q_at.at(row, head, t)), p.dim, q + (t - first) * padded * use.bytes);
   for (int64_t i = 0; i < groups * kQueries * padded; i++) acc[i] = 0.0f;
   for (int64_t t = 0; t < groups * kQueries; t++) {
     task.max[t] = 2 * kHidden;
@@ -60,8 +65,9 @@ void attend_some(const Problem& p, const Attention& use, int64_t row, int64_t he
     for (int64_t g = 0; g < groups; g++) {
       const int64_t t = g * kQueries, seen = first + t - key;
       if (p.causal && seen + kQueries <= 0) continue;
-      const QueryGroup group = {q + t * padded, acc + t * padded, task.max + t, task.sum + t, p.dim, scale};
-      use.attend(group, {keys + key * padded, values + key * padded, bias + key, static_cast<int>(count),
+      const QueryGroup group = {q + t * padded * use.bytes, acc + t * padded, task.max + t, task.sum + t, p.dim, scale};
+      const int64_t offset = key * padded * use.bytes;
+      use.attend(group, {keys + offset, values + offset, bias + key, static_cast<int>(count),
                          p.causal && seen < kKeys ? static_cast<int>(seen) : kKeys});
     }
   }
@@ -69,7 +75,7 @@ void attend_some(const Problem& p, const Attention& use, int64_t row, int64_t he
     float* row_acc = acc + (t - first) * padded;
     const float sum = task.sum[t - first];
     for (int64_t d = 0; d < p.dim; d++) row_acc[d] = sum == 0.0f ? 0.0f : row_acc[d] / sum;
-    put_row(p.out, kBFloat16, p.out_at.at(row, head, t), row_acc, p.dim);
+    put_row(p.out, p.dtype, p.out_at.at(row, head, t), row_acc, p.dim);
   }
 }
 
@@ -78,29 +84,25 @@ void attend_some(const Problem& p, const Attention& use, int64_t row, int64_t he
 extern "C" {
 
 // Whether this machine has such kernels with the instruction set in use.
-int llama_mm_cpu_has_attention() { return attention() != nullptr; }
+int llama_mm_cpu_has_attention(int dtype) { return attention(static_cast<DType>(dtype)) != nullptr; }
 
-// q, out: bf16 [B, H, T, D]; k, v: bf16 [B, Hkv, S, D]; key_bias: fp32 [S] or null. 0, or -1 where there is no memory.
-int llama_mm_cpu_attention(const void* q, const int64_t* q_strides, const void* k, const int64_t* k_strides,
+// q, out: [B, H, T, D]; k, v: [B, Hkv, S, D]; key_bias: fp32 [S] or null. 0, or -1 where there is no memory.
+int llama_mm_cpu_attention(int dtype, const void* q, const int64_t* q_strides, const void* k, const int64_t* k_strides,
                            const void* v, const int64_t* v_strides, int64_t rows, int64_t heads, int64_t kv_heads,
                            int64_t queries, int64_t keys, int64_t dim, int causal, const float* key_bias, void* out,
                            const int64_t* out_strides, int threads) {
-  const Attention& use = *attention();
-  const Problem p = {static_cast<const uint16_t*>(q), static_cast<const uint16_t*>(k),
-                     static_cast<const uint16_t*>(v), static_cast<uint16_t*>(out),
-                     {q_strides},                     {k_strides},
-                     {v_strides},                     {out_strides},
-                     heads,                           kv_heads,
-                     queries,                         keys,
-                     dim,                             causal != 0};
+  const Attention& use = *attention(static_cast<DType>(dtype));
+  const Problem p = {q, k, v, out, static_cast<DType>(dtype),
+                     {q_strides}, {k_strides}, {v_strides}, {out_strides},
+                     heads, kv_heads, queries, keys, dim, causal != 0};
   const int64_t padded = padded_dim(dim), padded_keys = rounded_up(keys, kTile), group = heads / kv_heads;
   const int64_t pairs = rows * kv_heads, together = pairs < threads ? pairs : threads;  // key heads in order at a time
   const int64_t of_pair = padded_keys * padded, pieces = (queries + kTaskQueries - 1) / kTaskQueries;
-  const Scratch ordered(2 * together * of_pair * 2), biases(padded_keys * 4);
-  const Scratch q_memory(threads * kTaskQueries * padded * 2), acc_memory(threads * kTaskQueries * padded * 4);
+  const Scratch ordered(2 * together * of_pair * use.bytes), biases(padded_keys * 4);
+  const Scratch q_memory(threads * kTaskQueries * padded * use.bytes), acc_memory(threads * kTaskQueries * padded * 4);
   if (!ordered.memory || !biases.memory || !q_memory.memory || !acc_memory.memory) return -1;
-  uint16_t* const ordered_keys = reinterpret_cast<uint16_t*>(ordered.memory);
-  uint16_t* const ordered_values = ordered_keys + together * of_pair;
+  char* const ordered_keys = ordered.memory;
+  char* const ordered_values = ordered_keys + together * of_pair * use.bytes;
   float* const bias = reinterpret_cast<float*>(biases.memory);
   for (int64_t key = 0; key < padded_keys; key++)
     bias[key] = key >= keys || (key_bias && key_bias[key] < kHidden) ? 2 * kHidden
@@ -110,24 +112,18 @@ int llama_mm_cpu_attention(const void* q, const int64_t* q_strides, const void* 
 #pragma omp parallel num_threads(threads)
   {
     const int me = omp_get_thread_num();
-    uint16_t* my_q = reinterpret_cast<uint16_t*>(q_memory.memory) + me * kTaskQueries * padded;
+    char* my_q = q_memory.memory + me * kTaskQueries * padded * use.bytes;
     float* my_acc = reinterpret_cast<float*>(acc_memory.memory) + me * kTaskQueries * padded;
     for (int64_t pair = 0; pair < pairs; pair += together) {
       const int64_t here = pairs - pair < together ? pairs - pair : together;
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < here * (padded_keys / 16); i++) {
-        const int64_t slot = i % here, key = i / here * 16;
+      for (int64_t i = 0; i < here * (padded_keys / kTile); i++) {
+        const int64_t slot = i % here, key = i / here * kTile;
         const int64_t row = (pair + slot) / kv_heads, head = (pair + slot) % kv_heads;
-        const int64_t count = keys - key < 16 ? (keys - key < 0 ? 0 : keys - key) : 16;
-        use.order_keys(p.k + p.k_at.at(row, head, key), k_strides[2], count, dim,
-                       ordered_keys + slot * of_pair + key * padded);
-        for (int64_t two = 0; two < 16; two += 2) {
-          uint16_t* to = ordered_values + slot * of_pair + (key + two) * padded;
-          if (two < count)
-            use.order_values(p.v + p.v_at.at(row, head, key + two), v_strides[2], count - two, dim, to);
-          else
-            memset(to, 0, static_cast<size_t>(2 * padded) * sizeof(uint16_t));
-        }
+        const int64_t count = keys - key < kTile ? keys - key : kTile;
+        const int64_t offset = (slot * of_pair + key * padded) * use.bytes;
+        use.order_keys(p.from(k, p.k_at.at(row, head, key)), k_strides[2], count, dim, ordered_keys + offset);
+        use.order_values(p.from(v, p.v_at.at(row, head, key)), v_strides[2], count, dim, ordered_values + offset);
       }
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < here * group * pieces; task++) {
@@ -136,8 +132,8 @@ int llama_mm_cpu_attention(const void* q, const int64_t* q_strides, const void* 
         const int64_t row = (pair + slot) / kv_heads, head = (pair + slot) % kv_heads * group + member;
         const int64_t first = piece * kTaskQueries, left = queries - first;
         const int64_t end = first + (left < kTaskQueries ? left : kTaskQueries);
-        attend_some(p, use, row, head, first, end, ordered_keys + slot * of_pair, ordered_values + slot * of_pair, bias,
-                    my_q, my_acc);
+        const int64_t offset = slot * of_pair * use.bytes;
+        attend_some(p, use, row, head, first, end, ordered_keys + offset, ordered_values + offset, bias, my_q, my_acc);
       }
     }
   }

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace llama_mm {
 
 constexpr int kQueries = 6;  // queries whose sums lie in registers together
@@ -16,7 +18,7 @@ inline int64_t padded_dim(int64_t dim) { return (dim + 15) / 16 * 16; }
 
 // kQueries queries of one head, and their softmax over the keys seen so far, in powers of two: out = acc / sum.
 struct QueryGroup {
-  const uint16_t* q;  // [kQueries, Dp], zeros past D
+  const void* q;      // [kQueries, Dp], zeros past D
   float* acc;         // [kQueries, Dp]
   float* max;         // [kQueries]
   float* sum;         // [kQueries]
@@ -26,20 +28,37 @@ struct QueryGroup {
 
 // Up to kKeys keys and their values, in order; memory and bias go on to a multiple of kTile.
 struct KeyBlock {
-  const uint16_t* keys;    // [keys/16, Dp/2, 16, 2]
-  const uint16_t* values;  // [keys/2, Dp, 2]
-  const float* bias;       // [keys], in powers of two, finite; twice kHidden for keys that are not there
+  const void* keys;    // Dp values a key
+  const void* values;  // Dp values a key, zeros where there is none
+  const float* bias;   // [keys], in powers of two, finite; twice kHidden for keys that are not there
   int count;
   int causal_from;  // the last key here that the first query sees, the next query one more; kKeys or more: all
 };
 
+// How many of a block's keys some query of a group sees.
+inline int seen_keys(const KeyBlock& block) {
+  const int last = block.causal_from + kQueries;
+  return last < block.count ? last : block.count;
+}
+
+// The largest score of one query once those of later keys are hidden.
+inline float hide_later(float* scores, int from, int keys) {
+  for (int i = from < 0 ? 0 : from; i < keys; i++) scores[i] = 2 * kHidden;
+  float top = 2 * kHidden;
+  for (int i = 0; i < from && i < keys; i++) top = scores[i] > top ? scores[i] : top;
+  return top;
+}
+
+// What is in order is in the kernel's own layout; its values all take `bytes`. Strides are in elements.
 struct Attention {
-  void (*order_keys)(const uint16_t* k, int64_t stride, int64_t count, int64_t dim, uint16_t* out);    // 16 of them
-  void (*order_values)(const uint16_t* v, int64_t stride, int64_t count, int64_t dim, uint16_t* out);  // 2 of them
+  int bytes;
+  void (*order_query)(const void* q, int64_t dim, void* out);
+  void (*order_keys)(const void* k, int64_t stride, int64_t count, int64_t dim, void* out);    // kTile, or
+  void (*order_values)(const void* v, int64_t stride, int64_t count, int64_t dim, void* out);  // `count` of them
   void (*attend)(const QueryGroup& group, const KeyBlock& block);
 };
 
-// What this machine has for bf16 with the instruction set in use, or null.
-const Attention* attention();
+// What this machine has for a dtype with the instruction set in use, or null.
+const Attention* attention(DType dtype);
 
 }  // namespace llama_mm

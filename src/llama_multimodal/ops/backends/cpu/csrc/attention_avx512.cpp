@@ -57,27 +57,37 @@ INLINE __m512i load_32(const uint16_t* row, int64_t d, int64_t dim) {
   return _mm512_maskz_loadu_epi16(there, row + d);
 }
 
-// 16 keys (fewer at the end) → [Dp/2, 16, 2].
-void order_keys(const uint16_t* k, int64_t stride, int64_t count, int64_t dim, uint16_t* out) {
+void order_query(const void* q, int64_t dim, void* out) { memcpy(out, q, static_cast<size_t>(dim) * 2); }
+
+// kTile keys (fewer at the end) → [kTile/16, Dp/2, 16, 2].
+void order_keys(const void* from, int64_t stride, int64_t count, int64_t dim, void* to) {
   const int64_t padded = llama_mm::padded_dim(dim);
-  for (int64_t d = 0; d < padded; d += 32) {
-    __m512i x[16];
-    for (int64_t key = 0; key < 16; key++)
-      x[key] = key < count ? load_32(k + key * stride, d, dim) : _mm512_setzero_si512();
-    transpose(x);
-    for (int64_t i = 0; i < 16 && d + 2 * i < padded; i++) _mm512_storeu_si512(out + (d / 2 + i) * 32, x[i]);
-  }
+  const uint16_t* k = static_cast<const uint16_t*>(from);
+  uint16_t* out = static_cast<uint16_t*>(to);
+  for (int64_t first = 0; first < kTile; first += 16, out += 16 * padded)
+    for (int64_t d = 0; d < padded; d += 32) {
+      __m512i x[16];
+      for (int64_t key = first; key < first + 16; key++)
+        x[key - first] = key < count ? load_32(k + key * stride, d, dim) : _mm512_setzero_si512();
+      transpose(x);
+      for (int64_t i = 0; i < 16 && d + 2 * i < padded; i++) _mm512_storeu_si512(out + (d / 2 + i) * 32, x[i]);
+    }
 }
 
-// Two keys' values (one at the end) → [Dp, 2].
-void order_values(const uint16_t* v, int64_t stride, int64_t count, int64_t dim, uint16_t* out) {
+// kTile keys' values → [kTile/2, Dp, 2].
+void order_values(const void* from, int64_t stride, int64_t count, int64_t dim, void* to) {
   const int64_t padded = llama_mm::padded_dim(dim);
-  for (int64_t d = 0; d < padded; d += 16) {
-    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(load_32(v, d, dim)));
-    const __m512i high = count > 1 ? _mm512_cvtepu16_epi32(_mm512_castsi512_si256(load_32(v + stride, d, dim)))
-                                   : _mm512_setzero_si512();
-    _mm512_storeu_si512(out + 2 * d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-  }
+  const uint16_t* v = static_cast<const uint16_t*>(from);
+  uint16_t* out = static_cast<uint16_t*>(to);
+  auto widened = [=](int64_t key, int64_t d) {
+    return key < count ? _mm512_cvtepu16_epi32(_mm512_castsi512_si256(load_32(v + key * stride, d, dim)))
+                       : _mm512_setzero_si512();
+  };
+  for (int64_t key = 0; key < kTile; key += 2, out += 2 * padded)
+    for (int64_t d = 0; d < padded; d += 16) {
+      const __m512i both = _mm512_or_si512(widened(key, d), _mm512_slli_epi32(widened(key + 1, d), 16));
+      _mm512_storeu_si512(out + 2 * d, both);
+    }
 }
 
 // scores[query][0 .. 64) of kQueries queries [kQueries, Dp] against 4 × 16 ordered keys, in powers of two and with
@@ -155,32 +165,25 @@ INLINE float soften(const float* scores, int keys, float top, float* max, float*
   return factor;
 }
 
-// The largest score of one query once those of later keys are hidden.
-INLINE float hide_later(float* scores, int from, int keys) {
-  for (int i = from < 0 ? 0 : from; i < keys; i++) scores[i] = 2 * llama_mm::kHidden;
-  float top = 2 * llama_mm::kHidden;
-  for (int i = 0; i < from && i < keys; i++) top = scores[i] > top ? scores[i] : top;
-  return top;
-}
-
 void attend(const llama_mm::QueryGroup& group, const llama_mm::KeyBlock& block) {
   alignas(64) float scores[kQueries][kKeys];
   alignas(64) uint16_t weights[kQueries][kKeys];
   const int64_t padded = llama_mm::padded_dim(group.dim);
-  const int keys = (block.count + kTile - 1) / kTile * kTile;
+  const int keys = (llama_mm::seen_keys(block) + kTile - 1) / kTile * kTile;
+  const uint16_t* ordered = static_cast<const uint16_t*>(block.keys);
   __m512 top[kQueries];
   for (int t = 0; t < kQueries; t++) top[t] = _mm512_set1_ps(2 * llama_mm::kHidden);
   for (int first = 0; first < keys; first += kTile)
-    score(group.q, block.keys + first * padded, padded, group.scale, block.bias + first,
+    score(static_cast<const uint16_t*>(group.q), ordered + first * padded, padded, group.scale, block.bias + first,
           reinterpret_cast<float(*)[kKeys]>(&scores[0][first]), top);
   float factor[kQueries];
   for (int t = 0; t < kQueries; t++) {
     const int later = block.causal_from + t + 1;
-    const float here = later < keys ? hide_later(scores[t], later, keys) : _mm512_reduce_max_ps(top[t]);
+    const float here = later < keys ? llama_mm::hide_later(scores[t], later, keys) : _mm512_reduce_max_ps(top[t]);
     const float largest = here > group.max[t] ? here : group.max[t];
     factor[t] = soften(scores[t], keys, largest, group.max + t, group.sum + t, weights[t]);
   }
-  const uint16_t* values = block.values;
+  const uint16_t* values = static_cast<const uint16_t*>(block.values);
   float* acc = group.acc;
   for (int64_t left = padded / 16; left > 0;) {
     const int64_t parts = left == 5 || left == 6 ? 3 : left < 4 ? left : 4;
@@ -197,5 +200,5 @@ void attend(const llama_mm::QueryGroup& group, const llama_mm::KeyBlock& block) 
 }  // namespace
 
 namespace llama_mm {
-extern const Attention kAttentionAvx512 = {order_keys, order_values, attend};
+extern const Attention kPairsAvx512 = {2, order_query, order_keys, order_values, attend};
 }

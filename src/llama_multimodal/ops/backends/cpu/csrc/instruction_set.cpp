@@ -11,7 +11,9 @@ extern const Kernels kPlain;
 #if defined(__x86_64__)
 extern const Kernels kAvx512;
 extern const Kernels kAvx2;
-extern const Attention kAttentionAvx512;
+extern const Attention kPairsAvx512;
+extern const Attention kFp32Avx512[2];  // by dtype
+extern const Attention kFp32Avx2[2];
 #endif
 
 namespace {
@@ -40,13 +42,25 @@ const Kernels*& chosen() {
   return table;
 }
 
+#if defined(__x86_64__)
+// Whether products of bf16 pairs are used. Intel's processors start one in two cycles, half the rate of fp32 (measured
+// on Emerald Rapids); AMD's start one or two a cycle.
+bool pairs_are_fast() { return __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_is("intel"); }
+
+bool& multiplies_pairs() {
+  static bool does = pairs_are_fast();
+  return does;
+}
+#endif
+
 }  // namespace
 
 const Kernels* kernels() { return chosen(); }
 
-const Attention* attention() {
+const Attention* attention(DType dtype) {
 #if defined(__x86_64__)
-  if (chosen() == &kAvx512 && __builtin_cpu_supports("avx512bf16")) return &kAttentionAvx512;
+  if (chosen() == &kAvx512) return dtype == kBFloat16 && multiplies_pairs() ? &kPairsAvx512 : &kFp32Avx512[dtype];
+  if (chosen() == &kAvx2) return &kFp32Avx2[dtype];
 #endif
   return nullptr;
 }
@@ -67,6 +81,18 @@ int llama_mm_cpu_use_instruction_set(const char* name) {
   if (!table) return 1;
   llama_mm::chosen() = table;
   return 0;
+}
+
+// Use products of bf16 pairs from now on (1), or not (0), or where they are fast (-1); 1 where this machine has none.
+// For tests: not while kernels run.
+int llama_mm_cpu_use_pairs(int use) {
+#if defined(__x86_64__)
+  if (use > 0 && !__builtin_cpu_supports("avx512bf16")) return 1;
+  llama_mm::multiplies_pairs() = use < 0 ? llama_mm::pairs_are_fast() : use > 0;
+  return 0;
+#else
+  return use > 0;
+#endif
 }
 
 }  // extern "C"

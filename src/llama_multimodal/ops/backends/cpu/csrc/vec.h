@@ -29,7 +29,7 @@ INLINE To bits(From from) {
   return to;
 }
 
-INLINE Floats splat(float x) { return Floats{} + x; }
+INLINE Floats splat(float x) { return x - Floats{}; }  // of a sum with zero the addition would stay: -0 + 0 is not -0
 
 INLINE Floats load(const float* from) {
   Floats x;
@@ -115,18 +115,27 @@ INLINE float largest(Floats x) {
 
 // 2^x for x <= 0, within 2e-7; exactly 0 below 2^-126. NaN stays NaN.
 INLINE Floats exp2_of_negative(Floats x) {
+#if defined(__AVX512F__)
+  const __m512 whole = _mm512_roundscale_ps(bits<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Floats f = x - bits<Floats>(whole);
+#else
   const Floats magic = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to a whole number
-  Floats clamped = x < -126.0f ? splat(-126.0f) : x;
-  Floats rounded = clamped + magic;
-  Floats f = clamped - (rounded - magic);  // -0.5 to 0.5
-  Floats p = splat(1.3264720e-3f);  // least relative error over that range, fitted
+  const Floats rounded = (x < -126.0f ? splat(-126.0f) : x) + magic;
+  const Floats f = x - (rounded - magic);
+#endif
+  Floats p = splat(1.3264720e-3f);  // least relative error over -0.5 to 0.5, fitted
   p = p * f + 9.6715130e-3f;
   p = p * f + 5.5507336e-2f;
   p = p * f + 2.4022242e-1f;
   p = p * f + 6.9314700e-1f;
   p = p * f + 1.0f;
-  Ints power = (bits<Ints>(rounded) - bits<Ints>(magic) + 127) << 23;
+#if defined(__AVX512F__)
+  const __mmask16 not_below = _mm512_cmp_ps_mask(bits<__m512>(x), _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return bits<Floats>(_mm512_maskz_scalef_ps(not_below, bits<__m512>(p), whole));
+#else
+  const Ints power = (bits<Ints>(rounded) - bits<Ints>(magic) + 127) << 23;
   return x < -126.0f ? Floats{} : p * bits<Floats>(power);
+#endif
 }
 
 }  // namespace
