@@ -323,6 +323,31 @@ def test_linear_widens_long_half_inputs_only(monkeypatch: pytest.MonkeyPatch) ->
     assert not module.widens(x)
 
 
+@pytest.mark.parametrize(
+    ("vendor", "flags", "gains"),
+    [
+        ("AuthenticAMD", "avx512f avx512_bf16", True),
+        ("GenuineIntel", "avx512f avx512_bf16", False),
+        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16", True),
+    ],
+)
+def test_where_pairs_of_bf16_are_slow(
+    vendor: str, flags: str, gains: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Intel's processors without their matrix unit multiply in fp32, unless autograd would keep the fp32 copies."""
+    module = importlib.import_module("llama_multimodal.ops.linear")
+    monkeypatch.setattr(module, "cpu_multiplies", lambda dtype: True)
+    lines = {"vendor_id": ["vendor_id", ":", vendor], "flags": ["flags", ":", *flags.split()]}
+    monkeypatch.setattr(module, "_cpu_line", lambda *names: lines[names[0]])
+    for kept in (module._has_slow_pairs, module.has_matrix_unit):
+        kept.cache_clear()
+        request.addfinalizer(kept.cache_clear)
+    x = torch.zeros(16, 4, dtype=torch.bfloat16)
+    assert not module.widens(x)
+    with torch.no_grad():
+        assert module.widens(x) is not gains and not module.widens(x[:15])
+
+
 @torch.no_grad()
 def test_linear_widens_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows and outputs in pieces, the last ones shorter: no fp32 copy of the whole weight is made."""

@@ -59,12 +59,17 @@ def linear_in_blocks(
 def widens(x: Tensor) -> bool:
     """Whether a product with x runs in fp32 and is rounded once at the end.
 
-    A CPU without bf16 or fp16 instructions emulates them at about a tenth of its fp32 rate. Either way the sum is
-    accumulated in fp32, so the result differs by the order of the sum only.
+    A CPU without bf16 or fp16 instructions emulates them at about a tenth of its fp32 rate, and some have bf16
+    instructions that are slower than fp32's. Either way the sum is accumulated in fp32, so the result differs by the
+    order of the sum only.
     """
     if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return not cpu_multiplies(x.dtype) and x.numel() // max(1, x.shape[-1]) >= _MIN_ROWS_TO_WIDEN
+    if x.numel() // max(1, x.shape[-1]) < _MIN_ROWS_TO_WIDEN:
+        return False
+    if torch.is_grad_enabled():  # autograd would keep the fp32 copies
+        return not cpu_multiplies(x.dtype)
+    return not cpu_gains_by(x.dtype)
 
 
 @functools.cache
@@ -75,10 +80,35 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
     return torch.ops.mkldnn._is_mkldnn_fp16_supported() and _cpu_flag("avx512_fp16", "amx_fp16", "asimdhp")
 
 
+def cpu_gains_by(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of a half-precision dtype faster than in fp32."""
+    return cpu_multiplies(dtype) and not (dtype == torch.bfloat16 and _has_slow_pairs())
+
+
+@functools.cache
+def _has_slow_pairs() -> bool:
+    """Whether products of bf16 pairs run at half the rate of fp32 products, as on Intel's (measured on Emerald Rapids).
+
+    Its matrix unit is another matter, but a virtual machine may hide it.
+    """
+    return "GenuineIntel" in _cpu_line("vendor_id") and not has_matrix_unit()
+
+
+@functools.cache
+def has_matrix_unit() -> bool:
+    """Whether this CPU has AMX, through which torch multiplies bf16."""
+    return "amx_bf16" in _cpu_line("flags")
+
+
 def _cpu_flag(*names: str) -> bool:
+    flags = _cpu_line("flags", "features")
+    return not flags or any(name in flags for name in names)  # not known, as outside Linux: trust torch's own choice
+
+
+def _cpu_line(*names: str) -> list[str]:
+    """The words of the first line of /proc/cpuinfo that begins with one of the names; none where there is no such."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            flags = next((line for line in file if line.lower().startswith(("flags", "features"))), "")
+            return next((line.split() for line in file if line.lower().startswith(names)), [])
     except OSError:
-        return True  # not Linux: trust torch's own choice
-    return any(name in flags.split() for name in names)
+        return []

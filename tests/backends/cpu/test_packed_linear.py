@@ -159,7 +159,7 @@ def test_many_rows_in_several_blocks(
     linear = importlib.import_module("llama_multimodal.ops.linear")
     monkeypatch.setattr(linear, "_VALUES_AT_ONCE", inputs * 32)  # 32 outputs
     for module in (linear, packed_linear):
-        monkeypatch.setattr(module, "cpu_multiplies", lambda dtype: native)
+        monkeypatch.setattr(module, "cpu_gains_by", lambda dtype: native)
     weight, bias = randn(outputs, inputs) + 0.7, randn(outputs, dtype=dtype, seed=1)
     packed, x = ops.pack_weight(weight, format, group=group, symmetric=False), randn(rows, inputs, dtype=dtype)
     # A native product rounds the unpacked weight to x's dtype. Twice what other tests allow: weights lie off zero.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ... import _dispatch
-from ...linear import cpu_multiplies, linear, linear_in_blocks
+from ...linear import cpu_gains_by, linear, linear_in_blocks
 from ...packed_linear import INTEGERS, RESTORED, PackedWeight, join_nibbles, split_nibbles, unpack_weight
 from ..operators import define
 from .library import DTYPES, functions, instruction_set, pointer
@@ -168,8 +168,8 @@ def cpu_packed_linear(
 
 
 def _many_rows(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-    # However few the rows are: unpacking a block into fp32 costs no more than into a dtype that would be emulated.
-    widens = x.dtype in (torch.bfloat16, torch.float16) and not cpu_multiplies(x.dtype)
+    # However few the rows are: unpacking a block into fp32 costs no more than into a dtype that is slower.
+    widens = x.dtype in (torch.bfloat16, torch.float16) and not cpu_gains_by(x.dtype)
     dtype = torch.float32 if widens else x.dtype
     if packed.values.dtype == dtype:
         return linear(x, packed.values, None if bias is None else bias.to(dtype))
