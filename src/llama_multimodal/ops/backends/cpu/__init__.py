@@ -10,6 +10,7 @@ import importlib
 from . import library
 
 _MODULES = ("cross_attention", "decode_attention", "decode_block", "packed_linear")
+_SOME_HAVE = {"attention": lambda: any(map(library.has_attention, library.DTYPES)), "linear": library.has_wide_linear}
 
 
 def load() -> str | None:
@@ -17,6 +18,7 @@ def load() -> str | None:
     for module in _MODULES:
         importlib.import_module(f"{__name__}.{module}")
     why = library.find()
-    if why is None and any(map(library.has_attention, library.DTYPES)):
-        importlib.import_module(f"{__name__}.attention")
+    for module, there in _SOME_HAVE.items():  # not every instruction set
+        if why is None and there():
+            importlib.import_module(f"{__name__}.{module}")
     return why

@@ -29,6 +29,8 @@ _SIGNATURES = {  # without the llama_mm_cpu_ that every name begins with
     ),
     "bf16_linear": ([_POINTER, _INT, _INT, _SIZE, _POINTER, _POINTER, _INT, _SIZE, _POINTER, _INT], _INT),
     "use_pairs": ([_INT], _INT),
+    "has_wide_linear": ([], _INT),
+    "wide_linear": ([_POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _INT, _SIZE, _POINTER, _INT], _INT),
     "has_attention": ([_INT], _INT),
     "attention": (
         [_INT, _POINTER, _POINTER, *_KEYS, *[_SIZE] * 6, _INT, _POINTER, _POINTER, _POINTER, _INT],
@@ -102,6 +104,11 @@ def instruction_set() -> str:
 def has_attention(dtype: torch.dtype) -> bool:
     """Whether there is a kernel for attention of many queries."""
     return dtype in DTYPES and bool(functions().has_attention(DTYPES[dtype]))
+
+
+def has_wide_linear() -> bool:
+    """Whether there is a kernel for products of bf16 in fp32."""
+    return bool(functions().has_wide_linear())
 
 
 def use_instruction_set(name: str) -> bool:

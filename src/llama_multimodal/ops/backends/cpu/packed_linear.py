@@ -171,8 +171,8 @@ def _many_rows(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
     # However few the rows are: unpacking a block into fp32 costs no more than into a dtype that is slower.
     widens = x.dtype in (torch.bfloat16, torch.float16) and not cpu_gains_by(x.dtype)
     dtype = torch.float32 if widens else x.dtype
-    if packed.values.dtype == dtype:
-        return linear(x, packed.values, None if bias is None else bias.to(dtype))
+    if packed.values.dtype in (dtype, x.dtype):
+        return linear(x, packed.values, None if bias is None else bias.to(x.dtype))
     return linear_in_blocks(x, packed.shape[0], functools.partial(_unpacked, packed), bias, dtype)
 
 

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "attention.h"
+#include "interleave.h"
 #include "vec.h"
 
 namespace {
@@ -22,32 +23,6 @@ INLINE __m512i pair_of(const uint16_t* from) {  // two neighbours in every lane
   int32_t both;
   memcpy(&both, from, 4);
   return _mm512_set1_epi32(both);
-}
-
-// 16 lanes of 32 bits by 16 rows: row r's lane c becomes row c's lane r.
-INLINE void transpose(__m512i* x) {
-  __m512i y[16];
-  for (int i = 0; i < 16; i += 2) {
-    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int half = 0; half < 2; half++) {
-      x[i + 2 * half] = _mm512_unpacklo_epi64(y[i + half], y[i + half + 2]);
-      x[i + 2 * half + 1] = _mm512_unpackhi_epi64(y[i + half], y[i + half + 2]);
-    }
-  for (int i = 0; i < 4; i++) {
-    y[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
-    y[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
-    y[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
-    y[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; i++) {
-    x[i] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88);
-    x[i + 8] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0xdd);
-    x[i + 4] = _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0x88);
-    x[i + 12] = _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0xdd);
-  }
 }
 
 // 32 values of a row from d on, zeros past its end.

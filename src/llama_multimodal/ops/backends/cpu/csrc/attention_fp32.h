@@ -5,6 +5,7 @@
 #pragma once
 
 #include "attention.h"
+#include "interleave.h"
 #include "vec.h"
 
 namespace {
@@ -12,9 +13,6 @@ namespace {
 using llama_mm::kKeys;
 using llama_mm::kQueries;
 using llama_mm::kTile;
-
-constexpr int kVectors = LANES == 16 ? 4 : 2;  // of keys or of the head dim: their sums fill the registers
-constexpr int kTogether = kVectors * LANES;    // keys that lie interleaved
 
 // One query → fp32 [Dp].
 template <typename T>
@@ -26,15 +24,9 @@ void order_query(const void* q, int64_t dim, void* out) {
 // kTile keys (fewer at the end) → fp32 [kTile/kTogether, Dp, kTogether].
 template <typename T>
 void order_keys(const void* k, int64_t stride, int64_t count, int64_t dim, void* out) {
-  const int64_t padded = llama_mm::padded_dim(dim);
-  for (int64_t first = 0; first < kTile; first += LANES) {
-    float* to = static_cast<float*>(out) + first / kTogether * kTogether * padded + first % kTogether;
-    const T* from = static_cast<const T*>(k) + first * stride;
-    const int64_t there = count - first;
-    for (int64_t d = 0; d < dim; d++, to += kTogether)
-      for (int lane = 0; lane < LANES; lane++)
-        to[lane] = lane < there ? widen(from[lane * stride + d]) : 0.0f;
-  }
+  float* to = static_cast<float*>(out);
+  for (int64_t first = 0; first < kTile; first += kTogether, to += kTogether * llama_mm::padded_dim(dim))
+    interleave(static_cast<const T*>(k) + first * stride, stride, count - first, dim, to);
 }
 
 // kTile keys' values → fp32 [kTile, Dp].

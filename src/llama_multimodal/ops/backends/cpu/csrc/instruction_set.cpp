@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "kernels.h"
+#include "linear.h"
 
 namespace llama_mm {
 
@@ -12,8 +13,10 @@ extern const Kernels kPlain;
 extern const Kernels kAvx512;
 extern const Kernels kAvx2;
 extern const Attention kPairsAvx512;
-extern const Attention kFp32Avx512[2];  // by dtype
-extern const Attention kFp32Avx2[2];
+extern const Attention kFp32AttentionAvx512[2];  // by dtype
+extern const Attention kFp32AttentionAvx2[2];
+extern const WideProduct kWideProductAvx512;
+extern const WideProduct kWideProductAvx2;
 #endif
 
 namespace {
@@ -59,8 +62,17 @@ const Kernels* kernels() { return chosen(); }
 
 const Attention* attention(DType dtype) {
 #if defined(__x86_64__)
-  if (chosen() == &kAvx512) return dtype == kBFloat16 && multiplies_pairs() ? &kPairsAvx512 : &kFp32Avx512[dtype];
-  if (chosen() == &kAvx2) return &kFp32Avx2[dtype];
+  if (chosen() == &kAvx512 && dtype == kBFloat16 && multiplies_pairs()) return &kPairsAvx512;
+  if (chosen() == &kAvx512) return &kFp32AttentionAvx512[dtype];
+  if (chosen() == &kAvx2) return &kFp32AttentionAvx2[dtype];
+#endif
+  return nullptr;
+}
+
+const WideProduct* wide_product() {
+#if defined(__x86_64__)
+  if (chosen() == &kAvx512) return &kWideProductAvx512;
+  if (chosen() == &kAvx2) return &kWideProductAvx2;
 #endif
   return nullptr;
 }

@@ -1,0 +1,53 @@
+"""`linear` of many rows on CPUs that multiply bf16 slower than fp32, or not at all: each weight is widened once, in the
+cache, and meets all rows there. torch would write an fp32 copy to memory first.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ... import _dispatch
+from ...linear import cpu_gains_by
+from ..operators import define
+from .library import DTYPES, functions, has_wide_linear, pointer
+from .packed_linear import FEW_BF16, instruction_set
+
+
+def _leaves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether torch's own is used: for few rows and other dtypes, and where the CPU gains by bf16."""
+    return (
+        not (x.is_cpu and weight.is_cpu and (bias is None or bias.is_cpu))
+        or not x.dtype == weight.dtype == torch.bfloat16
+        or (bias is not None and bias.dtype not in DTYPES)
+        or x.ndim == 0
+        or x.numel() <= FEW_BF16[instruction_set()] * x.shape[-1]
+        or not weight.numel()
+        or cpu_gains_by(torch.bfloat16)
+        or not has_wide_linear()
+    )
+
+
+@_dispatch.register("linear", "cpu", leaves=_leaves)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Raises ValueError where x or bias does not fit the weight."""
+    outputs, inputs = weight.shape
+    if x.shape[-1] != inputs:
+        raise ValueError(f"linear: x has shape {tuple(x.shape)}, and the weight takes [..., {inputs}]")
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"linear: bias has shape {tuple(bias.shape)}, and the weight takes [{outputs}]")
+    return cpu_linear(x, weight, bias)
+
+
+@define(lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]), devices=("CPU",))
+def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x, weight = x.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    sizes, bias_dtype = (math.prod(x.shape[:-1]), x.shape[-1]), 0 if bias is None else DTYPES[bias.dtype]
+    into = (weight.shape[0], out.data_ptr(), torch.get_num_threads())
+    if functions().wide_linear(x.data_ptr(), *sizes, weight.data_ptr(), pointer(bias), bias_dtype, *into):
+        raise MemoryError("linear: no memory for the widened rows of x")
+    return out

@@ -1,0 +1,88 @@
+"""Linear layers of many rows with bf16 weights in fp32 products, on every instruction set, against fp64.
+
+Shapes: T rows · K inputs · N outputs
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_multimodal import ops
+from llama_multimodal.ops.backends.cpu import library
+from llama_multimodal.ops.backends.cpu import linear as module
+
+from ..references import close, randn
+from .conftest import Guards
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def kernel(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not library.has_wide_linear():
+        pytest.skip("this instruction set has no such kernel")
+    monkeypatch.setattr(module, "cpu_gains_by", lambda dtype: False)
+
+
+# Rows in sixes, 1020 at once; inputs in pairs of 8 or 16, 512 at once; outputs in 16s or 64s
+SHAPES = [(9, 1, 1), (12, 31, 15), (17, 64, 64), (25, 513, 16), (1021, 40, 70), (2050, 24, 65), (30, 1100, 200)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bias_dtype", [None, BF16, torch.float32], ids=str)
+def test_equals_fp64(
+    shape: tuple[int, ...], bias_dtype: torch.dtype | None, kernel: None, guards: Guards, threads: None
+) -> None:
+    rows, inputs, outputs = shape
+    x, weight = guards.input(randn(rows, inputs, dtype=BF16)), guards.input(randn(outputs, inputs, dtype=BF16, seed=1))
+    bias = None if bias_dtype is None else guards.input(randn(outputs, dtype=bias_dtype, seed=2))
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    scale = math.sqrt(inputs)  # what is rounded is a sum of K products
+    close(ops.linear(x, weight, bias) / scale, expected / scale, BF16)
+
+
+def test_rows_of_several_axes_and_gaps(kernel: None) -> None:
+    x, weight = randn(3, 7, 80, dtype=BF16)[..., ::2], randn(30, 80, dtype=BF16, seed=1)[:, ::2]
+    ours = ops.linear(x, weight)
+    assert ours.shape == (3, 7, 30)
+    close(ours / 6, x.double() @ weight.double().T / 6, BF16)
+
+
+def test_nan_stays_in_its_row(kernel: None) -> None:
+    x, weight = randn(20, 70, dtype=BF16), randn(40, 70, dtype=BF16, seed=1)
+    x[7, 69] = math.nan
+    assert torch.equal(ops.linear(x, weight).isnan().all(1), torch.arange(20) == 7)
+
+
+def test_opcheck(kernel: None) -> None:
+    arguments = (randn(20, 32, dtype=BF16), randn(5, 32, dtype=BF16), randn(5, dtype=BF16))
+    torch.library.opcheck(torch.ops.llama_mm.cpu_linear.default, arguments)
+
+
+def test_what_is_left_to_torch(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows, other dtypes, gradients, and CPUs that gain by bf16."""
+    taken: list[Tensor] = []
+    monkeypatch.setattr(module, "cpu_linear", lambda x, *_: taken.append(x) or x)
+    x, weight = randn(20, 32, dtype=BF16), randn(5, 32, dtype=BF16)
+    ops.linear(x, weight)
+    assert len(taken) == 1
+    ops.linear(x[:4], weight)
+    ops.linear(x.float(), weight.float())
+    ops.linear(x[:0], weight)
+    monkeypatch.setattr(module, "cpu_gains_by", lambda dtype: True)
+    ops.linear(x, weight)
+    assert len(taken) == 1
+
+
+@pytest.mark.parametrize(
+    ("x", "bias", "message"),
+    [((20, 31), 5, "x has shape (20, 31), and the weight takes [..., 32]"), ((20, 32), 4, "the weight takes [5]")],
+)
+def test_shapes_that_do_not_go_together(x: tuple[int, int], bias: int, message: str, kernel: None) -> None:
+    with pytest.raises(ValueError) as raised:
+        ops.linear(torch.zeros(x, dtype=BF16), torch.zeros(5, 32, dtype=BF16), torch.zeros(bias, dtype=BF16))
+    assert message in str(raised.value)
