@@ -10,7 +10,7 @@ import time
 
 WORKER = """
 import time
-from llama_multimodal.train.parallel import end_with_parent
+from llama_multimodal.train.launch import end_with_parent
 end_with_parent()
 print(flush=True)
 time.sleep(60)

@@ -47,7 +47,7 @@ def test_what_learns_is_there_at_full_size(path: Path) -> None:
     model = weightless(recipe.model)
     everything = {part_of(name, model.config.text) for name, _ in model.named_parameters()}
     adapted = resolve(model, recipe.lora)
-    make_trainable(model, recipe)
+    make_trainable(model, recipe, torch.bfloat16)
     learning = {name: value for name, value in model.named_parameters() if value.requires_grad}
     parts = {part_of(name, model.config.text) for name in learning}
     if recipe.method == "full":

@@ -30,14 +30,23 @@ IGNORED = -100
 """Label of a token that nothing is learnt from."""
 
 
-def shard_model(model: LanguageModel, mesh: DeviceMesh, *, precision: torch.dtype | None = None) -> LanguageModel:
+def shard_model(
+    model: LanguageModel,
+    mesh: DeviceMesh,
+    *,
+    precision: torch.dtype | None = None,
+    reshard_after_forward: bool = True,
+) -> LanguageModel:
     """Share out a model's parameters in place, over the mesh's `shard` axis, with copies along `data`; returns it.
 
     Every block of the encoder and the decoder is a unit of its own. Parameters may be frozen, within a unit too, and a
     model that `parallelize` changed may be given. All processes start from the first one's weights. Gradients are
     *sums* over the readers: divide the loss by what it is a mean over everywhere (`sum_over_readers`).
 
+    A model on the meta device may be given, and filled afterwards (`fill_parameter`).
+
     precision: dtype of the products, with gradients summed in fp32; None computes in the weights' own
+    reshard_after_forward: let a block's weights go after its forward pass; else they stay until its backward pass
 
     Raises:
         ConfigError: the model is sharded already.
@@ -51,13 +60,14 @@ def shard_model(model: LanguageModel, mesh: DeviceMesh, *, precision: torch.dtyp
     policy = MixedPrecisionPolicy(precision, summed, cast_forward_inputs=False)
     over = mesh[SHARD] if mesh[DATA].size() == 1 else mesh[DATA, SHARD]
     for unit in _blocks(model):
-        fully_shard(unit, mesh=over, mp_policy=policy)
+        fully_shard(unit, mesh=over, mp_policy=policy, reshard_after_forward=reshard_after_forward)
         if isinstance(unit, CrossAttention):
             register_fsdp_forward_method(unit, "project")
     if isinstance(model, VisionLanguageModel):
         fully_shard(model.vision, mesh=over, mp_policy=replace(policy, cast_forward_inputs=True))
     fully_shard(model, mesh=over, mp_policy=policy)
-    register_fsdp_forward_method(model, "read_images")
+    for method in ("read_images", "hidden"):
+        register_fsdp_forward_method(model, method)
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)
@@ -85,8 +95,8 @@ def sync_gradients(model: nn.Module, now: bool) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: DeviceMesh) -> Tensor:
-    """Scale gradients down to a norm of `max_norm` over all parameters on all processes; returns the norm before."""
+def gradient_norm(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> Tensor:
+    """The norm of the gradients of all parameters on all processes, in fp64; all call this together."""
     by_copies: defaultdict[int, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:
@@ -94,10 +104,23 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: De
     total = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
     for copies, gradients in by_copies.items():
         total += nn.utils.get_total_norm(gradients).double() ** 2 / copies
-    norm = sum_over_pieces(total, mesh).sqrt()
+    return sum_over_pieces(total, mesh).sqrt()
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
+    """Bring gradients whose `gradient_norm` is `norm` down to a norm of `max_norm`, where it is larger."""
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in (gradient for gradients in by_copies.values() for gradient in gradients):
-        gradient.mul_(scale.to(gradient.dtype))
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local_part(parameter.grad).mul_(scale.to(parameter.grad.dtype))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: DeviceMesh) -> Tensor:
+    """Scale gradients down to a norm of `max_norm` over all parameters on all processes; returns the norm before."""
+    parameters = list(parameters)
+    norm = gradient_norm(parameters, mesh)
+    scale_gradients(parameters, max_norm, norm)
     return norm
 
 
@@ -179,5 +202,11 @@ def _with_rows(
         tiles=torch.cat((inputs.tiles, pixels)) if len(inputs.tiles) else pixels,
         images=(*inputs.images, *(replace(image, row=row) for row, image in enumerate(blank, start=rows))),
         visible=visible,
+        segments=_more_segments(inputs.segments, wider - width, len(blank)),
     )
     return more, F.pad(labels, (0, wider - width, 0, len(blank)), value=IGNORED)
+
+
+def _more_segments(segments: Tensor | None, columns: int, rows: int) -> Tensor | None:
+    """[B, T], with padding that is a segment of its own."""
+    return None if segments is None else F.pad(segments, (0, columns, 0, rows), value=-1)
