@@ -11,12 +11,14 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor, Replicate
 
 from ..config import AnyModelConfig, ModelConfig, TiledVisionConfig
@@ -62,17 +64,35 @@ def shard_model(
     for unit in _blocks(model):
         fully_shard(unit, mesh=over, mp_policy=policy, reshard_after_forward=reshard_after_forward)
         if isinstance(unit, CrossAttention):
-            register_fsdp_forward_method(unit, "project")
+            gather_for(unit, "project")
     if isinstance(model, VisionLanguageModel):
         fully_shard(model.vision, mesh=over, mp_policy=replace(policy, cast_forward_inputs=True))
     fully_shard(model, mesh=over, mp_policy=policy)
     for method in ("read_images", "hidden"):
-        register_fsdp_forward_method(model, method)
+        gather_for(model, method)
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def gather_for(module: nn.Module, name: str) -> None:
+    """Have a method of a sharded module gather its weights, as its `forward` does; of any other it stays as it is.
+
+    Within another such method the weights are there: FSDP would take the end of the inner one for that of the outer.
+    """
+    if not isinstance(module, FSDPModule):
+        return
+    plain = getattr(module, name)
+    register_fsdp_forward_method(module, name)
+    gathering, state = getattr(module, name), module._get_fsdp_state()
+
+    def method(*args: Any, **kwargs: Any) -> Any:
+        inside = state._training_state == TrainingState.FORWARD
+        return (plain if inside else gathering)(*args, **kwargs)
+
+    setattr(module, name, method)
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule
 
 from ...adapters.layers import LowRank, draw
-from ...distributed import fill_parameter, parallelize, shard_model
+from ...distributed import fill_parameter, gather_for, parallelize, shard_model
 from ...errors import ConfigError, DeviceError
 from ...loading import open_model, pick_dtype, stored_dtype
 from ...models import LanguageModel
@@ -104,12 +104,10 @@ def _lengths(model: nn.Module) -> Mapping[str, list[Tensor]]:
     return found
 
 
-def as_forward(model: nn.Module, name: str, function: Any) -> Any:
-    """A function of a sharded model, as one of its forward passes: the weights that it reads are gathered."""
-    if not isinstance(model, FSDPModule):
-        return types.MethodType(function, model)
+def as_method(model: nn.Module, name: str, function: Any) -> Any:
+    """A function of a model as its method, for which a sharded one gathers its weights."""
     setattr(model, name, types.MethodType(function, model))
-    register_fsdp_forward_method(model, name)
+    gather_for(model, name)
     return getattr(model, name)
 
 

@@ -26,7 +26,7 @@ from ..tile_tables import share_between_ratios, share_gradients
 from .batches import ChatBatches, MicroBatch, alike, micro_batches
 from .evaluation import Evaluation
 from .flops import Work
-from .in_parts import as_forward, give_memory, load_parts, reshard
+from .in_parts import as_method, give_memory, load_parts, reshard
 from .model import check_processor, device_of, load_base, make_trainable, product_dtype, summed_loss
 from .parts import part_of
 from .recipe import ChatRecipe
@@ -48,7 +48,7 @@ class ChatTask(Task[MicroBatch]):
         self.model, self.processor, self.stored = self._built()
         self.averaged = self.model
         self.modules = self.model
-        self._summed = as_forward(self.model, "summed_answer_loss", self._loss_of)
+        self._summed = as_method(self.model, "summed_answer_loss", self._loss_of)
         steps = ChatSteps(recipe.data, self.processor, recipe.batch.rows, group.rank, group.size)
         steps.require_usable()
         self.dataset = ChatBatches(steps, recipe.batch, self.model.config)
