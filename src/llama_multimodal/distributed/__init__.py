@@ -10,8 +10,27 @@ from .checkpoint import (
     read_extra,
     save_run,
 )
-from .fsdp import alike, clip_gradients, gather_for, gradient_norm, match_images, scale_gradients, shard_model, sync_gradients
-from .mesh import ParallelConfig, fill_parameter, local_part, make_mesh, max_over_readers, num_readers, reader, sum_over_readers, worker
+from .fsdp import (
+    alike,
+    clip_gradients,
+    gather_for,
+    gradient_norm,
+    match_images,
+    scale_gradients,
+    shard_model,
+    sync_gradients,
+)
+from .mesh import (
+    ParallelConfig,
+    fill_parameter,
+    local_part,
+    make_mesh,
+    max_over_readers,
+    num_readers,
+    reader,
+    sum_over_readers,
+    worker,
+)
 from .tensor_parallel import DECODER, VISION, Plan, Style, default_plan, parallelize
 
 __all__ = [

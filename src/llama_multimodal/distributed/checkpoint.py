@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,7 +68,9 @@ def save_run(
     aside = place.with_suffix(".partial")
     _on_first(lambda: _make_room(place, aside))
     try:
-        dcp.save(_state(model, optimizers, trainable_only, beside), checkpoint_id=aside, no_dist=not dist.is_initialized())
+        with _alone():
+            state = _state(model, optimizers, trainable_only, beside)
+            dcp.save(state, checkpoint_id=aside, no_dist=not dist.is_initialized())
     except (OSError, CheckpointException) as error:
         raise CheckpointError(f"{place} cannot be written: {_reason(error)}") from error
     _on_first(lambda: _finish(place, aside, dict(extra or {}), keep))
@@ -94,7 +98,8 @@ def load_run(
     extra = read_extra(run)
     state = _state(model, optimizers, trainable_only, beside)
     try:
-        dcp.load(state, checkpoint_id=run, no_dist=not dist.is_initialized())
+        with _alone():
+            dcp.load(state, checkpoint_id=run, no_dist=not dist.is_initialized())
     except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
         raise CheckpointError(f"{run} does not fit this model, or is damaged: {_reason(error)}") from error
     if optimizers:
@@ -229,6 +234,14 @@ def _finish(place: Path, aside: Path, extra: dict[str, Any], keep: int | None) -
             shutil.rmtree(old)
     except (OSError, TypeError) as error:
         raise CheckpointError(f"{place} cannot be written: {error}") from error
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """torch warns a process alone that it is alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _is_first() -> bool:

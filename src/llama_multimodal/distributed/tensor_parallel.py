@@ -95,9 +95,9 @@ def default_plan(model: LanguageModel) -> Plan:
 def parallelize(model: LanguageModel, mesh: DeviceMesh, plan: Plan | None = None) -> LanguageModel:
     """Share a model's products among the mesh's `tensor` axis, in place; returns it.
 
-    For inference and training, after adapters, which are cut as their layers are, and before `shard_model`. All processes start from the first one's
-    weights, must be given the same inputs, and compute the same logits. A model on the meta device may be given, and
-    filled afterwards (`checkpoint.load_full_state`).
+    For inference and training, after adapters, which are cut as their layers are, and before `shard_model`. All
+    processes start from the first one's weights, must be given the same inputs, and compute the same logits. A model on
+    the meta device may be given, and filled afterwards (`checkpoint.load_full_state`, `mesh.fill_parameter`).
 
     plan: None takes `default_plan`
 
@@ -155,7 +155,7 @@ def _check(name: str, module: nn.Module, style: Style, parts: int, owners: dict[
         return
     if isinstance(module, LoraLinear):
         if any(pair.magnitude is not None for pair in module.lora.values() if isinstance(pair, LowRank)):
-            raise ConfigError(f"{name} has an adapter with lengths of its rows (DoRA), which is not cut; leave dora out")
+            raise ConfigError(f"{name} has an adapter that learns lengths (DoRA), which is not cut; leave dora out")
         module = module.base
     wanted: type[nn.Module] = RMSNorm if style == "head_norm" else Linear
     if not isinstance(module, wanted) or type(module) not in (Linear, RMSNorm):

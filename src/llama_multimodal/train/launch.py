@@ -1,7 +1,7 @@
 """The processes of a run: one alone, those that torchrun started, or some that are started here.
 
-One that fails ends the run, with its own error and no other: what the others meet then, a neighbour that is gone, is not
-what went wrong.
+One that fails ends the run, with its own error and no other: what the others meet then, a neighbour that is gone, is
+not what went wrong.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from .parallel import Group
 
 Run = Callable[[Recipe, Group, Report], None]
 
-_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "Connection refused")
+_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "Connection refused",
+)
 """What gloo and nccl say of a process that has ended."""
 _LAST_WORDS = 3.0  # seconds that a process which ended has for its message to arrive
 

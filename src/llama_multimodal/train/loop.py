@@ -11,7 +11,7 @@ import gc
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ def export(recipe: Recipe) -> Path:
     chosen = steps.get(_best(last, in_parts), last) if recipe.result == "best" else last
     gc.collect()  # the run's own model, whose blocks may refer to themselves: two may be one too many
     task = recipe.to_export().task(Group())
+    average: Mapping[str, Tensor] | None
     if in_parts:
         average = shards.load_whole(_in_parts(chosen), task.modules)
     else:
@@ -118,9 +119,7 @@ class _State:
     def save(self, recipe: Recipe, task: Task[Any], step: int, group: Group) -> None:
         """Keep a step, and of the earlier ones those that the recipe keeps. All processes come here."""
         if recipe.sharing.cuts:
-            shards.save(
-                recipe.checkpoints, step, task.modules, self.optimizers, self.average, {"best": self.best}
-            )
+            shards.save(recipe.checkpoints, step, task.modules, self.optimizers, self.average, {"best": self.best})
         elif group.leads:
             kept = {name: value.detach() for name, value in trained(task.modules).items()}
             optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
@@ -206,7 +205,7 @@ def _step(
         with guard.fits(task, batch, step):
             loss, sums = task.loss(batch, totals, step)
             summed += sums
-            if loss is not None:
+            if loss is not None and loss.requires_grad:  # what reads pictures alone learns nothing from text
                 state.scaler.scale(loss).backward()
     group.sum_gradients(state.parameters)
     counted = group.sum(summed)

@@ -137,8 +137,11 @@ def alike(micro: Sequence[MicroBatch], config: AnyModelConfig, group: Group) -> 
     """
     if not group.sharded or group.mesh is None:
         return list(micro)
+    # Those with pictures last: beside each other's, and what is learnt from pictures alone has its gradients exchanged
+    # with a step's last micro-batch too.
+    ordered = sorted(micro, key=lambda one: len(one.inputs.images) > 0)
     made = []
-    for one in [*micro, *[_nothing(config)] * (group.most(len(micro)) - len(micro))]:
+    for one in [*[_nothing(config)] * (group.most(len(micro)) - len(micro)), *ordered]:
         inputs, labels = match_images(one.inputs, one.labels, config, group.mesh)
         blank = len(inputs.images) - len(one.inputs.images)
         made.append(replace(one, inputs=inputs, labels=labels, blank=blank))

@@ -1,7 +1,7 @@
 """A model that several processes hold in parts: cut before it has memory, and then each reads what is its own.
 
-Every process goes through the checkpoint's files and keeps its part of each weight: what is whole is one weight at a time,
-on the CPU. Those of one machine share what the system keeps of the files in memory.
+Every process goes through the checkpoint's files and keeps its part of each weight: whole is one weight at a time, on
+the CPU. Those of one machine share what the system keeps of the files in memory.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ from .model import make_trainable, product_dtype
 from .recipe import ChatRecipe
 
 
-def load_parts(
-    recipe: ChatRecipe, group: Group, device: torch.device
-) -> tuple[LanguageModel, Processor, torch.dtype]:
+def load_parts(recipe: ChatRecipe, group: Group, device: torch.device) -> tuple[LanguageModel, Processor, torch.dtype]:
     """This process's part of what the recipe trains, its processor, and the dtype of the checkpoint.
 
     Raises:
@@ -46,13 +44,11 @@ def load_parts(
     if group.sharded:
         kind = product_dtype(recipe, device)
         precision = kind if recipe.method == "full" and kind != torch.float32 else None
-        shard_model(
-            model, group.mesh, precision=precision, reshard_after_forward=recipe.parallel.reshard_after_forward
-        )
+        shard_model(model, group.mesh, precision=precision, reshard_after_forward=recipe.parallel.reshard_after_forward)
     try:
         give_memory(model, device)
     except torch.OutOfMemoryError as error:
-        raise DeviceError(f"this process's part of {recipe.model} does not fit {device}; take more processes") from error
+        raise DeviceError(f"a part of {recipe.model} does not fit {device}; take more processes") from error
     _read(model, checkpoint)
     torch.manual_seed(recipe.seed)
     draw_adapters(model, device)

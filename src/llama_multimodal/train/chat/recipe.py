@@ -59,7 +59,7 @@ class ChatRecipe(Recipe):
     evaluate: EvaluateConfig = EvaluateConfig()
     device: str = "auto"  # a GPU where there is one
     recompute: bool = False  # gradient checkpointing: less memory, a third more arithmetic
-    parallel: ParallelOptions = ParallelOptions()  # how processes share the model
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)  # how processes share the model
 
     def __post_init__(self) -> None:
         super().__post_init__()
