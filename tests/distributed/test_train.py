@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +15,15 @@ import pytest
 import torch
 from ranks import Group, Ranks
 from safetensors.torch import load_file
-from train_runs import recipe, run_here, write_base, write_rows
+from train_runs import recipe, run_here, write_base, write_recipe, write_rows
 
+import llama_multimodal
+from llama_multimodal import cli
 from llama_multimodal.train import checkpoint, loop, shards, watch
 from llama_multimodal.train.chat.recipe import ChatRecipe
+from llama_multimodal.train.config import read_table
 from llama_multimodal.train.parallel import Group as Alone
+from llama_multimodal.train.record import write_record
 from llama_multimodal.train.task import trained
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -84,7 +92,8 @@ OTHERS: dict[str, tuple[int, dict[str, Any]]] = {
     "the head alone": (2, {**FULL, "freeze": ["vision", "projector", "self", "cross", "embedding"]}),
     "lengths of rows": (2, {**FEW, "lora": {"dora": True}}),
     "the encoder's adapters": (2, {**FEW, "lora": {"targets": ["vision", "projector"]}, "recompute": True}),
-    "copies of shards of parts": (
+    "copies of shards": (4, {**FEW, "steps": 2, "parallel": {"replicas": 2}}),
+    "shards of parts": (
         4, {**FEW, "lora": {"targets": ["all-linear"]}, "parallel": {"tensor_parallel": 2}}
     ),
     "parts": (2, {**FULL, "parallel": {"method": "ddp", "tensor_parallel": 2}, "recompute": True}),
@@ -114,3 +123,50 @@ def whole(run: ChatRecipe) -> dict[str, torch.Tensor]:
         shards.load_whole(path, task.modules)
         return {name: value.detach() for name, value in trained(task.modules).items()}
     return dict(checkpoint.load(path).weights)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def train_command(file: Path, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """`llama-mm train` as torchrun starts it; `train_command.py` is the command with an accident."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (Path(llama_multimodal.__file__).parent.parent, here.parent, here)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--monitor-interval", "0.2", *options, str(here / "train_command.py"), "train", str(file)]
+    settings = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **env}
+    return subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=280)
+
+
+def test_the_command_goes_on_after_failures_and_with_other_numbers_of_processes(make: Make, one: ChatRecipe) -> None:
+    """Two shards, of which the second fails twice: the first time torchrun starts them again, and they go on from the
+    last saved step; the second time the run ends, with that process's error and no other. Then one process goes on, and
+    two again; against a run that never stopped."""
+    folder = Path(one.output).parent
+
+    def file(steps: int) -> Path:
+        made = make("command", steps=steps, parallel={"method": "fsdp"})
+        return write_recipe(plain(made), folder / "command.yaml")
+
+    ended = train_command(file(4), "--max-restarts", "1", FAILS_AT="1 2")
+    assert ended.returncode == 1
+    said = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert said == ["error: picture 1 is damaged; leave it out", "error: picture 2 is damaged; leave it out"]
+    report = ended.stderr[ended.stderr.index("Root Cause") :]
+    assert re.search(r"rank\s*: 1 ", report) and "picture 2 is damaged; leave it out" in report
+    with pytest.raises(SystemExit) as done:
+        cli.main(["train", str(file(3))])
+    assert done.value.code == 0
+    ended = train_command(file(4))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("loss curve ") == 1  # what the first process says
+    run = make("command", steps=4, parallel={"method": "fsdp"})
+    assert metrics(run) == pytest.approx(metrics(one), abs=1e-5)
+    for name, value in adapter(one).items():
+        torch.testing.assert_close(adapter(run)[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+def plain(run: ChatRecipe) -> dict[str, Any]:
+    """A recipe as its file has it."""
+    write_record(run, Path(run.output))
+    return dict(read_table(Path(run.output) / "recipe.yaml"))

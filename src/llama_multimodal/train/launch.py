@@ -31,12 +31,8 @@ _GONE = (
     "remote process exited",
     "Connection refused",
 )
-"""What gloo and nccl say of a process that has ended."""
+"""What gloo and nccl say of a process that has ended, and has said why or was killed: nothing is to be added."""
 _LAST_WORDS = 3.0  # seconds that a process which ended has for its message to arrive
-
-
-class _NeighbourGone(TrainingError):
-    """Another process ended; it says why."""
 
 
 def launch(run: Run, recipe: Recipe, report: Report) -> None:
@@ -62,11 +58,6 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def is_first() -> bool:
-    """Whether this process is alone, or the first of torchrun's."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def num_processes(recipe: Recipe) -> int:
     """How many the recipe's run has, if it is started from here."""
     return int(os.environ.get("WORLD_SIZE", recipe.processes))
@@ -87,7 +78,7 @@ def _guarded(run: Run, recipe: Recipe, group: Group, report: Report) -> None:
         run(recipe, group, report)
     except RuntimeError as error:
         if any(words in str(error) for words in _GONE):
-            raise _NeighbourGone("another process of this run has ended, and says why") from error
+            raise SystemExit(2) from error
         raise
 
 
@@ -164,8 +155,7 @@ def _worker(rank: int, run: Run, recipe: Recipe, messages: Any, meeting: str) ->
         group = Group.of(make_mesh(recipe.sharing.mesh(recipe.processes), recipe.device_type))
         worker(_guarded)(run, recipe, group, messages.put if group.leads else _silent)
     except UserError as error:
-        if not isinstance(error, _NeighbourGone):
-            messages.put(str(error))
+        messages.put(str(error))
         raise
     finally:
         if dist.is_initialized():
