@@ -84,6 +84,12 @@ class ParallelOptions:
         """Whether the model is cut into parts where there are several processes."""
         return self.method == "fsdp" or self.tensor_parallel > 1
 
+    @property
+    def described(self) -> str:
+        """In a few words."""
+        parts = f" × tensor_parallel {self.tensor_parallel}" if self.tensor_parallel > 1 else ""
+        return self.method + (f", {self.replicas} replicas" if self.replicas > 1 else "") + parts
+
     def mesh(self, processes: int) -> ParallelConfig:
         """The axes of so many processes.
 

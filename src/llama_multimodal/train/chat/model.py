@@ -37,9 +37,11 @@ def load_base(recipe: ChatRecipe, device: torch.device) -> tuple[LanguageModel, 
     """The base model: as its checkpoint has it where all of it may learn, else in the dtype that it computes in."""
     if recipe.method == "full":
         return load(recipe.model, device=device)
-    model, processor = load(recipe.model, dtype=recipe.dtype, device=device)
-    if recipe.method == "qlora" and device.type != "meta":
-        quantize_nf4(model, Nf4Config(compute_dtype=recipe.dtype))
+    packs = recipe.method == "qlora"
+    # Through the machine's memory: a GPU for which the 4-bit weights are right may not hold the plain ones.
+    model, processor = load(recipe.model, dtype=recipe.dtype, device="cpu" if packs else device)
+    if packs:
+        quantize_nf4(model, Nf4Config(compute_dtype=recipe.dtype), device)
     return model, processor
 
 

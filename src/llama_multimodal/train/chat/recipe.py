@@ -15,6 +15,12 @@ from ..task import Task
 from .config import ChatData, chat_data_from_dict
 from .parts import check_parts
 
+RELIEF = (
+    "lower batch.tokens or data.max_length, set recompute: true, take the method qlora, or share the model among more"
+    " processes (parallel.method: fsdp)"
+)
+"""What makes a step smaller."""
+
 
 @dataclass(frozen=True)
 class BatchConfig:
@@ -100,6 +106,16 @@ class ChatRecipe(Recipe):
 
         cuda = torch.cuda.is_available() if self.device == "auto" else self.device.startswith("cuda")
         return "cuda" if cuda else "cpu"
+
+    def notes(self) -> list[str]:
+        from ..launch import num_processes
+        from ..memory import check, describe
+        from .memory import config_of, memory_plan
+        from .model import device_of
+
+        processes = num_processes(self)
+        made = memory_plan(self, config_of(self), processes, self.device_type)
+        return [*describe(made, processes, self.parallel.described), *check(made, device_of(self), RELIEF)]
 
     def to_export(self) -> ChatRecipe:
         """Of an adapter its own weights alone; a whole model in the machine's memory, whatever the GPUs hold."""

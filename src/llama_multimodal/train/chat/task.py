@@ -29,7 +29,7 @@ from .flops import Work
 from .in_parts import as_method, give_memory, load_parts, reshard
 from .model import check_processor, device_of, load_base, make_trainable, product_dtype, summed_loss
 from .parts import part_of
-from .recipe import ChatRecipe
+from .recipe import RELIEF, ChatRecipe
 from .skips import SkipLog
 from .steps import ChatSteps
 
@@ -38,7 +38,7 @@ class ChatTask(Task[MicroBatch]):
     """A base model, an adapter or all of its weights, and the recipe's conversations."""
 
     num_sums = 1
-    relief = "lower batch.tokens or data.max_length, set recompute: true, or take the method qlora"
+    relief = RELIEF
 
     def __init__(self, recipe: ChatRecipe, group: Group) -> None:
         self.recipe: ChatRecipe = recipe
