@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,13 @@ from llama_multimodal.config import ModelConfig
 from llama_multimodal.errors import ConfigError
 from llama_multimodal.loading import load
 from llama_multimodal.models import LanguageModel, VisionLanguageModel
+from llama_multimodal.planning import GPUS
+from llama_multimodal.train import memory
+from llama_multimodal.train.chat.memory import config_of, memory_plan
 from llama_multimodal.train.chat.model import make_trainable
 from llama_multimodal.train.chat.parts import part_of
 from llama_multimodal.train.chat.recipe import ChatRecipe
+from llama_multimodal.train.config import ParallelOptions
 from llama_multimodal.train.recipes import read_recipe, recipe_from_dict
 from llama_multimodal.train.record import write_record
 from llama_multimodal.train.world.config import WorldRecipe
@@ -57,6 +63,40 @@ def test_what_learns_is_there_at_full_size(path: Path) -> None:
         assert len(learning) == 2 * len(adapted) > 0
         assert {value.dtype for value in learning.values()} == {torch.float32}
     assert set(recipe.optim.learning_rates) <= parts
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if re.search(r"\dx\d", p.stem)], ids=lambda p: p.stem)
+def test_a_recipe_fits_the_card_that_its_name_promises(path: Path) -> None:
+    """As planned, at full size, on the smallest card of so many gigabytes."""
+    recipe = read_recipe(path)
+    assert isinstance(recipe, ChatRecipe)
+    count, size = map(int, re.findall(r"(\d)x(\d+)gb", path.stem)[0])
+    made = memory_plan(recipe, config_of(recipe), count, "cuda")
+    card = min((gpu for gpu in GPUS if gpu.name.endswith(f" {size} GB")), key=lambda gpu: gpu.memory)
+    assert card.fits(made.total) == "yes", f"{made.total / 2**30:.1f} GiB"
+    adapters = len(resolve(weightless(recipe.model), recipe.lora))
+    assert recipe.method == "full" or made.trained_parameters > adapters * recipe.lora.rank
+    if count > 1:  # and would not without its section
+        alone = dataclasses.replace(recipe, parallel=ParallelOptions())
+        assert card.fits(memory_plan(alone, config_of(recipe), count, "cuda").total) == "no"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_says_what_memory_it_plans(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr(memory, "usable", lambda device: 80 * 2**30)
+    notes = read_recipe(path).notes()
+    assert re.match(r"memory plan, each of 8 processes \((ddp|fsdp)\): \d+\.\d\d GiB at the peak, which is", notes[0])
+    assert not any("warning" in note for note in notes)
+
+
+def test_what_does_not_fit_is_said_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = dataclasses.replace(read_recipe(TINY.parent / "11b-lora-1x80gb.yaml"), device="cpu")
+    monkeypatch.setattr(memory, "usable", lambda device: 24 * 2**30)
+    assert "warning: the plan is 28" in recipe.notes()[-1] and "cpu has 24.0 GiB for each process" in recipe.notes()[-1]
+    monkeypatch.setattr(memory, "usable", lambda device: 12 * 2**30)
+    with pytest.raises(ConfigError, match=r"weights and optimizer alone take 21.1 GiB, and cpu has 12.0 GiB"):
+        recipe.notes()
 
 
 def test_the_embedded_model_is_at_most_12_million_parameters() -> None:
