@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from train_runs import recipe, run_here, write_base, write_recipe, write_rows
 
 import llama_multimodal
 from llama_multimodal import cli
+from llama_multimodal.errors import CheckpointError, ConfigError, UserError
 from llama_multimodal.train import checkpoint, loop, shards, watch
 from llama_multimodal.train.chat.recipe import ChatRecipe
-from llama_multimodal.train.config import read_table
+from llama_multimodal.train.config import ParallelOptions, read_table
 from llama_multimodal.train.parallel import Group as Alone
 from llama_multimodal.train.record import write_record
 from llama_multimodal.train.task import trained
@@ -82,8 +84,8 @@ def test_two_processes_learn_what_one_learns(way: str, make: Make, one: ChatReci
     assert len(checkpoint.saved_steps(run.checkpoints)) == 2  # keep_last
 
 
-FULL = {"method": "full", "steps": 3, "evaluate": {"every": 0}, "optim": {"learning_rate": 1e-3, "ema_decay": None}}
-FEW = {"steps": 3, "evaluate": {"every": 0}}
+FULL = {"method": "full", "steps": 2, "evaluate": {"every": 0}, "optim": {"learning_rate": 1e-3, "ema_decay": None}}
+FEW = {"steps": 2, "evaluate": {"every": 0}}
 OTHERS: dict[str, tuple[int, dict[str, Any]]] = {
     "all weights, packed": (2, {**FULL, "batch": {"packing": True, "tokens": 60}, "recompute": True}),
     "a frozen encoder, kept gathered": (
@@ -92,7 +94,7 @@ OTHERS: dict[str, tuple[int, dict[str, Any]]] = {
     "the head alone": (2, {**FULL, "freeze": ["vision", "projector", "self", "cross", "embedding"]}),
     "lengths of rows": (2, {**FEW, "lora": {"dora": True}}),
     "the encoder's adapters": (2, {**FEW, "lora": {"targets": ["vision", "projector"]}, "recompute": True}),
-    "copies of shards": (4, {**FEW, "steps": 2, "parallel": {"replicas": 2}}),
+    "copies of shards": (4, {**FEW, "parallel": {"replicas": 2}}),
     "shards of parts": (
         4, {**FEW, "lora": {"targets": ["all-linear"]}, "parallel": {"tensor_parallel": 2}}
     ),
@@ -123,6 +125,94 @@ def whole(run: ChatRecipe) -> dict[str, torch.Tensor]:
         shards.load_whole(path, task.modules)
         return {name: value.detach() for name, value in trained(task.modules).items()}
     return dict(checkpoint.load(path).weights)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_half_precision_stays_near(method: str, make: Make, two: Group) -> None:
+    """Weights that learn are held in float32, gathered in bfloat16, and answer so."""
+    changes = {"method": method, "dtype": "bfloat16", "steps": 2, "optim": {"learning_rate": 1e-3}}
+    wanted = make(f"half {method} alone", **changes)
+    loop.train(wanted, lambda progress: None)
+    run = make(f"half {method}", **changes, parallel={"method": "fsdp"})
+    two(run_here, run)
+    for key in ("loss", "eval_loss"):
+        assert metrics(run, key) == pytest.approx(metrics(wanted, key), rel=0.02), key
+    assert len(metrics(run, "eval_anls")) == 1
+    assert {value.dtype for value in whole(run).values()} == {torch.float32}
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def failing(run: ChatRecipe) -> str:
+    try:
+        run_here(run)
+    except (UserError, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def test_a_loss_that_is_not_finite_is_explained_once(make: Make, two: Group) -> None:
+    run = make("diverging", optim={"learning_rate": 1e30, "ema_decay": None}, parallel={"method": "fsdp"})
+    first, second = two(failing, run)
+    assert re.match("TrainingError: step 2: the loss is not finite; the first was the output of .*rows.jsonl", first)
+    assert second == "SystemExit: 2"
+
+
+def test_saved_steps_of_the_other_kind_are_refused(make: Make, one: ChatRecipe, two: Group) -> None:
+    cut = replace(one, parallel=ParallelOptions("fsdp"))
+    with pytest.raises(CheckpointError, match="was saved whole, by a run whose model was not cut"):
+        loop.train(cut, lambda progress: None)
+    run = make("kinds", steps=1, evaluate={"every": 0}, parallel={"method": "fsdp"})
+    loop.train(run, lambda progress: None)  # one process may be all there are
+    for act in (lambda r: loop.train(r, lambda progress: None), loop.export):
+        with pytest.raises(CheckpointError, match="was saved in parts, by a run whose model was cut"):
+            act(replace(run, parallel=ParallelOptions()))
+    with pytest.raises(CheckpointError, match="begun by another recipe: this one does not train"):
+        loop.train(replace(run, lora=replace(run.lora, targets=("self",))), lambda progress: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parallel": {"methd": "fsdp"}}, 'unknown key "methd"; did you mean "method"?'),
+        ({"parallel": {"method": "zero"}}, 'method "zero" is not implemented; supported: ddp, fsdp'),
+        ({"parallel": {"tensor_parallel": 0}}, "parallel.tensor_parallel must be at least 1, not 0"),
+        ({"parallel": {"replicas": 2}}, "replicas and reshard_after_forward are for the method fsdp"),
+        ({"parallel": {"method": "fsdp"}, "method": "qlora"}, "fsdp does not cut the 4-bit weights of qlora"),
+        (
+            {"parallel": {"tensor_parallel": 2}, "optim": {"optimizer": "adamw8bit"}},
+            "the optimizer adamw8bit needs whole weights, and tensor_parallel cuts them",
+        ),
+        ({"parallel": {"method": "fsdp"}, "dtype": "float16"}, "fsdp has no scaled loss, which float16 needs"),
+        ({"parallel": {"tensor_parallel": 2}, "lora": {"dora": True}}, "does not cut what dora learns"),
+    ],
+)
+def test_mistakes_are_named(change: dict[str, Any], message: str, make: Make) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make("wrong", **change)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_numbers_of_processes_that_do_not_divide(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    for options, count, message in (
+        (ParallelOptions(tensor_parallel=2), 1, "tensor_parallel 2 does not divide the 1 process of this run"),
+        (
+            ParallelOptions("fsdp", 2, 2),
+            6,
+            "tensor_parallel 2 × replicas 2 does not divide the 6 processes of this run",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            options.mesh(count)
+    with pytest.raises(ConfigError, match="does not divide the 1 process of this run; change it, or torchrun's"):
+        loop.train(make("alone", parallel={"tensor_parallel": 2}), lambda progress: None)
+
+
+def test_heads_that_parts_do_not_divide(make: Make, two: Group) -> None:
+    tiny = make("heads", model="tiny", parallel={"tensor_parallel": 2})
+    for said in two(failing, tiny):
+        assert "ConfigError: tensor 2 does not divide decoder.layers.0.attention.num_heads = 3" in said
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import UserError
 from . import common
 
 if TYPE_CHECKING:
@@ -42,14 +44,27 @@ def train(
     # them, and all share it.
     from ..train.recipes import read_recipe
 
-    run = read_recipe(recipe)
-    from ..train import plots  # matplotlib is missed before the run, not after it
+    with _said_once():
+        run = read_recipe(recipe)
+        from ..train import plots  # matplotlib is missed before the run, not after it
 
-    plots.require_matplotlib()
+        plots.require_matplotlib()
+        run.sharing.mesh(int(os.environ.get("WORLD_SIZE", run.processes)))
     if not export_only:
         _run(run, f"llama-mm train {recipe}")
     if _is_first():
         _export(run)
+
+
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """A mistake that all processes find alike is said by the first."""
+    try:
+        yield
+    except UserError:
+        if _is_first():
+            raise
+        raise SystemExit(2) from None
 
 
 def _is_first() -> bool:

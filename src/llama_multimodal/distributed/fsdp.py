@@ -77,6 +77,20 @@ def shard_model(
     return model
 
 
+def gather_once(model: nn.Module) -> None:
+    """Gather the weights of every unit and let them go, before the first step, of a model that accumulates gradients or
+    generates. All call this together.
+
+    With `precision`, torch 2.13 ends a backward pass that exchanges nothing in an AttributeError if a unit was never
+    gathered, as the encoder's are not before the first picture. And buffers that are first made under `inference_mode`
+    cannot take part in training.
+    """
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.unshard()
+            unit.reshard()
+
+
 def gather_for(module: nn.Module, name: str) -> None:
     """Have a method of a sharded module gather its weights, as its `forward` does; of any other it stays as it is.
 

@@ -112,22 +112,21 @@ class Group:
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add every reader's gradients; where one has none, it adds zeros. Sharded ones were added up on their way."""
+        """Add every reader's gradients; where one has none, and another has, it adds zeros. Sharded ones were added up
+        on their way."""
         if self.mesh is None or self.size == 1 or self.sharded:
             return
-        for bucket in _buckets(parameters):
-            parts = [local_part(p if p.grad is None else p.grad) for p in bucket]
-            flat = torch.cat(
-                [
-                    (torch.zeros_like(part) if p.grad is None else part).flatten()
-                    for p, part in zip(bucket, parts, strict=True)
-                ]
-            )
+        parameters = list(parameters)
+        counts = self.sum(torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64))
+        for parameter, count in zip(parameters, counts, strict=True):
+            if count and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in _buckets(p for p in parameters if p.grad is not None):
+            parts = [local_part(p.grad) for p in bucket if p.grad is not None]
+            flat = torch.cat([part.flatten() for part in parts])
             dist.all_reduce(flat, group=self.mesh.get_group(DATA))
-            for p, part, summed in zip(bucket, parts, flat.split([part.numel() for part in parts]), strict=True):
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-                local_part(p.grad).copy_(summed.view_as(part))
+            for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+                part.copy_(summed.view_as(part))
 
     def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Over all parameters, wherever their parts are."""

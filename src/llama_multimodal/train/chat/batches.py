@@ -26,8 +26,9 @@ from .steps import ChatSteps, StepExamples
 class MicroBatch:
     """inputs, and labels [B, T]: the next token of each answer token, else -100.
 
-    rows: where each row's conversations come from. lengths: tokens of each conversation. blank: pictures among the
-    inputs that nobody asked for (`alike`), which come last.
+    rows: where each row's conversations come from. lengths: tokens of each conversation. Of sharded weights (`alike`),
+    blank: pictures among the inputs that nobody asked for, which come last; before_pictures: whether it has none, and
+    others of the step have.
     """
 
     inputs: ModelInputs
@@ -35,6 +36,7 @@ class MicroBatch:
     rows: tuple[str, ...]
     lengths: tuple[int, ...]
     blank: int = 0
+    before_pictures: bool = False
 
     @property
     def num_images(self) -> int:
@@ -145,7 +147,8 @@ def alike(micro: Sequence[MicroBatch], config: AnyModelConfig, group: Group) -> 
         inputs, labels = match_images(one.inputs, one.labels, config, group.mesh)
         blank = len(inputs.images) - len(one.inputs.images)
         made.append(replace(one, inputs=inputs, labels=labels, blank=blank))
-    return made
+    seen = any(one.inputs.images for one in made)
+    return [replace(one, before_pictures=seen and not one.inputs.images) for one in made]
 
 
 def _nothing(config: AnyModelConfig) -> MicroBatch:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ...adapters.layers import LowRank, draw
-from ...distributed import fill_parameter, gather_for, parallelize, shard_model
+from ...distributed import fill_parameter, gather_for, gather_once, local_part, parallelize, shard_model
 from ...errors import ConfigError, DeviceError
 from ...loading import open_model, pick_dtype, stored_dtype
 from ...models import LanguageModel
@@ -23,6 +23,7 @@ from ...processing.processor import Processor
 from ...weights.checkpoint import Checkpoint, build_on_meta, read_parameters
 from ..parallel import Group
 from .model import make_trainable, product_dtype
+from .parts import part_of
 from .recipe import ChatRecipe
 
 
@@ -52,6 +53,7 @@ def load_parts(recipe: ChatRecipe, group: Group, device: torch.device) -> tuple[
     _read(model, checkpoint)
     torch.manual_seed(recipe.seed)
     draw_adapters(model, device)
+    gather_once(model)
     return model, processor, stored
 
 
@@ -107,13 +109,21 @@ def as_method(model: nn.Module, name: str, function: Any) -> Any:
     return getattr(model, name)
 
 
+def unread(model: LanguageModel) -> Tensor:
+    """Zero, and zero gradients for what is gathered together with embedding and head and reads pictures alone.
+
+    For micro-batches without any: FSDP exchanges what is gathered together in one dtype, and with `precision` gradients
+    of earlier micro-batches wait in fp32, while such as come with the last one alone are narrower.
+    """
+    total = torch.zeros((), device=model.device)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and part_of(name, model.config.text) == "projector":
+            total = total + 0.0 * local_part(parameter).sum()
+    return total
+
+
 def prepare_answers(model: nn.Module) -> None:
-    """Before a sharded model generates: buffers that were made under `inference_mode` could not take part in training,
-    and the dtype of what is gathered is that of the caches."""
-    for unit in model.modules():
-        if isinstance(unit, FSDPModule):
-            unit.unshard()
-            unit.reshard()
+    """Before a sharded model generates: the dtype of its gathered weights is that of the caches."""
     if isinstance(model, FSDPModule):
         model.unshard()
 

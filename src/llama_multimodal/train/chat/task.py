@@ -26,7 +26,7 @@ from ..tile_tables import share_between_ratios, share_gradients
 from .batches import ChatBatches, MicroBatch, alike, micro_batches
 from .evaluation import Evaluation
 from .flops import Work
-from .in_parts import as_method, give_memory, load_parts, reshard
+from .in_parts import as_method, give_memory, load_parts, reshard, unread
 from .model import check_processor, device_of, load_base, make_trainable, product_dtype, summed_loss
 from .parts import part_of
 from .recipe import RELIEF, ChatRecipe
@@ -114,7 +114,8 @@ class ChatTask(Task[MicroBatch]):
         labels = micro.labels[wanted].to(self.device)
         with self._product():
             hidden = model.hidden(micro.inputs)
-        return summed_loss(model, hidden[wanted.to(self.device)], labels, self.dtype)
+        total = summed_loss(model, hidden[wanted.to(self.device)], labels, self.dtype)
+        return total + unread(model) if micro.before_pictures else total
 
     def _product(self) -> AbstractContextManager[object]:
         """Weights that are held in float32 multiply in the recipe's dtype; a frozen base has it already, and sharded
