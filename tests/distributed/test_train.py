@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import Group, Ranks
 from safetensors.torch import load_file
 from train_runs import recipe, run_here, write_base, write_recipe, write_rows
 
 import llama_multimodal
-from llama_multimodal import cli
+from llama_multimodal import cli, load
+from llama_multimodal.distributed import local_part, make_mesh
 from llama_multimodal.errors import CheckpointError, ConfigError, UserError
 from llama_multimodal.train import checkpoint, loop, shards, watch
 from llama_multimodal.train.chat.recipe import ChatRecipe
@@ -92,7 +94,7 @@ OTHERS: dict[str, tuple[int, dict[str, Any]]] = {
         2, {**FULL, "freeze": ["vision"], "parallel": {"reshard_after_forward": False}}
     ),
     "the head alone": (2, {**FULL, "freeze": ["vision", "projector", "self", "cross", "embedding"]}),
-    "lengths of rows": (2, {**FEW, "lora": {"dora": True}}),
+    "lengths of rows": (2, {"steps": 2, "evaluate": {"every": 1, "answers": 0}, "lora": {"dora": True}}),
     "the encoder's adapters": (2, {**FEW, "lora": {"targets": ["vision", "projector"]}, "recompute": True}),
     "copies of shards": (4, {**FEW, "parallel": {"replicas": 2}}),
     "shards of parts": (
@@ -109,7 +111,7 @@ def test_every_mixture_learns_what_one_process_learns(name: str, make: Make, ran
     loop.train(wanted, lambda progress: None)
     run = make(name, **{**changes, "parallel": {"method": "fsdp", **changes.get("parallel", {})}})
     ranks(count, run_here, run)
-    for key in ("loss", "gradient_norm"):
+    for key in ("loss", "gradient_norm", "eval_loss"):
         assert metrics(run, key) == pytest.approx(metrics(wanted, key), abs=1e-4, rel=1e-4), key
     ends = [whole(r) for r in (run, wanted)]
     for key, value in ends[1].items():
@@ -130,7 +132,8 @@ def whole(run: ChatRecipe) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_half_precision_stays_near(method: str, make: Make, two: Group) -> None:
     """Weights that learn are held in float32, gathered in bfloat16, and answer so."""
-    changes = {"method": method, "dtype": "bfloat16", "steps": 2, "optim": {"learning_rate": 1e-3}}
+    optim = {"learning_rate": 1e-3}
+    changes: dict[str, Any] = {"method": method, "dtype": "bfloat16", "steps": 2, "optim": optim, "result": "best"}
     wanted = make(f"half {method} alone", **changes)
     loop.train(wanted, lambda progress: None)
     run = make(f"half {method}", **changes, parallel={"method": "fsdp"})
@@ -139,6 +142,54 @@ def test_half_precision_stays_near(method: str, make: Make, two: Group) -> None:
         assert metrics(run, key) == pytest.approx(metrics(wanted, key), rel=0.02), key
     assert len(metrics(run, "eval_anls")) == 1
     assert {value.dtype for value in whole(run).values()} == {torch.float32}
+    result = loop.export(run)
+    if method == "full":
+        model, processor = load(result)
+        assert model.dtype == load(run.model)[0].dtype and processor.tokenizer is not None
+        saved = shards.load_whole(checkpoint.saved_steps(run.checkpoints)[2], run.to_export().task(Alone()).modules)
+        assert saved is not None  # averaged weights are the result
+        for name, value in model.named_parameters():
+            torch.testing.assert_close(value, saved[name].to(value.dtype), rtol=0, atol=0)
+
+
+def held(run: ChatRecipe) -> tuple[int, int]:
+    """Numbers that this process has of the model, and that the model has."""
+    group = Alone.of(make_mesh(run.sharing.mesh(2), "cpu"))
+    parameters = run.task(group).modules.parameters()
+    counts = [(local_part(p).numel(), p.numel()) for p in parameters]
+    return sum(part for part, _ in counts), sum(whole for _, whole in counts)
+
+
+@pytest.mark.parametrize("way", ["fsdp", "tensor"])
+def test_a_process_has_memory_for_its_part_alone(way: str, make: Make, two: Group) -> None:
+    for part, whole in two(held, make(f"part {way}", parallel=WAYS[way])):
+        assert part < (0.52 if way == "fsdp" else 0.8) * whole  # embedding and head are whole beside tensor parts
+
+
+def exchanges(run: ChatRecipe) -> int:
+    """How often gradients are exchanged."""
+    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+    plain, count = getattr(dist, name), 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return plain(*args, **kwargs)
+
+    setattr(dist, name, counted)
+    try:
+        run_here(run)
+    finally:
+        setattr(dist, name, plain)
+    return count
+
+
+def test_micro_batches_share_one_exchange(make: Make, two: Group) -> None:
+    changes = {"steps": 1, "evaluate": {"every": 0}, "parallel": {"method": "fsdp"}}
+    several, one = (
+        two(exchanges, make(f"{rows} at once", **changes, batch={"rows_at_once": rows})) for rows in (1, 100)
+    )
+    assert several == one and several[0] == several[1] > 0
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

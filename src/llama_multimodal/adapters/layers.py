@@ -126,12 +126,16 @@ class Lora(nn.ModuleDict):
         self.adapters, self.shape, self.path, self.reads_images = adapters, shape, path, reads_images
         self._kept: dict[Any, tuple[Any, Any]] = {}
 
-    def __delitem__(self, name: str) -> None:
-        super().__delitem__(name)
+    def forget(self) -> None:
+        """Drop what is kept between calls, where weights change unseen: gathered ones look as they did before."""
         self._kept.clear()
 
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self.forget()
+
     def _apply(self, *args: Any, **kwargs: Any) -> Lora:
-        self._kept.clear()
+        self.forget()
         return super()._apply(*args, **kwargs)
 
     def __getitem__(self, name: str) -> LowRank:

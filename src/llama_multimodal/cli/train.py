@@ -49,7 +49,8 @@ def train(
         from ..train import plots  # matplotlib is missed before the run, not after it
 
         plots.require_matplotlib()
-        run.sharing.mesh(int(os.environ.get("WORLD_SIZE", run.processes)))
+        if not export_only:
+            run.sharing.mesh(int(os.environ.get("WORLD_SIZE", run.processes)))
     if not export_only:
         _run(run, f"llama-mm train {recipe}")
     if _is_first():

@@ -42,7 +42,6 @@ def launch(run: Run, recipe: Recipe, report: Report) -> None:
         UserError: what a process could not go on with.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        recipe.sharing.mesh(int(os.environ["WORLD_SIZE"]))
         worker(_join)(run, recipe, report)
         return
     recipe.sharing.mesh(recipe.processes)

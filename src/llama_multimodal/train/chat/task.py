@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...adapters.layers import LowRank
+from ...adapters.layers import Lora, LowRank
 from ...adapters.peft_format import save_adapter
 from ...errors import TrainingError
 from ...loading import save
@@ -159,6 +159,9 @@ class ChatTask(Task[MicroBatch]):
         ours = trained(self.model) if self.recipe.method == "full" and not self.group.sharded else {}
         kept = {name: parameter.data for name, parameter in ours.items()}
         self.model.eval()
+        for module in self.model.modules():
+            if isinstance(module, Lora):
+                module.forget()
         try:
             for parameter in ours.values():
                 parameter.data = parameter.data.to(self.dtype)
@@ -171,7 +174,10 @@ class ChatTask(Task[MicroBatch]):
             self.model.train()
 
     def share_gradients(self) -> None:
-        if self.group.sharded and (vision := _tiled(self.model)) is not None:
+        if not self.group.sharded:
+            return
+        reshard(self.model)  # a step in which nothing needed gradients has left them gathered
+        if (vision := _tiled(self.model)) is not None:
             share_gradients(vision)
 
     def export(self, folder: Path, weights: Mapping[str, Tensor] | None) -> Path:
