@@ -31,8 +31,12 @@ _GONE = (
     "remote process exited",
     "Connection refused",
 )
-"""What gloo and nccl say of a process that has ended, and has said why or was killed: nothing is to be added."""
+"""What gloo and nccl say of a process that has ended."""
 _LAST_WORDS = 3.0  # seconds that a process which ended has for its message to arrive
+
+
+class _Lost(TrainingError):
+    """Another process is gone. Torchrun's report has it, in case that none says why; people are told by that one."""
 
 
 def launch(run: Run, recipe: Recipe, report: Report) -> None:
@@ -42,7 +46,10 @@ def launch(run: Run, recipe: Recipe, report: Report) -> None:
         UserError: what a process could not go on with.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        worker(_join)(run, recipe, report)
+        try:
+            worker(_join)(run, recipe, report)
+        except _Lost:
+            raise SystemExit(2) from None
         return
     recipe.sharing.mesh(recipe.processes)
     recipe.prepare()
@@ -77,7 +84,7 @@ def _guarded(run: Run, recipe: Recipe, group: Group, report: Report) -> None:
         run(recipe, group, report)
     except RuntimeError as error:
         if any(words in str(error) for words in _GONE):
-            raise SystemExit(2) from error
+            raise _Lost("the connection to another process broke: it has ended, or cannot be reached") from error
         raise
 
 
@@ -154,7 +161,8 @@ def _worker(rank: int, run: Run, recipe: Recipe, messages: Any, meeting: str) ->
         group = Group.of(make_mesh(recipe.sharing.mesh(recipe.processes), recipe.device_type))
         worker(_guarded)(run, recipe, group, messages.put if group.leads else _silent)
     except UserError as error:
-        messages.put(str(error))
+        if not isinstance(error, _Lost):
+            messages.put(str(error))
         raise
     finally:
         if dist.is_initialized():
