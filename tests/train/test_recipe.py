@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llama_multimodal.adapters.targets import resolve
 from llama_multimodal.config import ModelConfig
+from llama_multimodal.distributed import local_part, make_mesh, parallelize, shard_model
 from llama_multimodal.errors import ConfigError
 from llama_multimodal.loading import load
 from llama_multimodal.models import LanguageModel, VisionLanguageModel
@@ -79,6 +83,33 @@ def test_a_recipe_fits_the_card_that_its_name_promises(path: Path) -> None:
     if count > 1:  # and would not without its section
         alone = dataclasses.replace(recipe, parallel=ParallelOptions())
         assert card.fits(memory_plan(alone, config_of(recipe), count, "cuda").total) == "no"
+
+
+@pytest.fixture
+def eight() -> Iterator[None]:
+    """The first of eight processes, of which there are no others."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "options", [ParallelOptions("fsdp"), ParallelOptions(tensor_parallel=8)], ids=["fsdp", "tensor"]
+)
+@pytest.mark.parametrize("name", ["11b-full-8x80gb", "90b-lora-8x80gb"])
+def test_a_process_holds_as_much_as_is_planned(name: str, options: ParallelOptions, eight: None) -> None:
+    """The model at its full size, cut among eight processes as a run cuts it, without memory."""
+    recipe = read_recipe(TINY.parent / f"{name}.yaml")
+    assert isinstance(recipe, ChatRecipe) and recipe.parallel == ParallelOptions("fsdp")
+    recipe = dataclasses.replace(recipe, parallel=options)
+    model = make_trainable(weightless(recipe.model).to(torch.bfloat16), recipe, torch.bfloat16)
+    mesh = make_mesh(options.mesh(8), "cpu")
+    parallelize(model, mesh)
+    if options.method == "fsdp":
+        shard_model(model, mesh, precision=torch.bfloat16 if recipe.method == "full" else None)
+    held = sum(local_part(parameter).nbytes for parameter in model.parameters())
+    made = memory_plan(recipe, model.config, 8, "cuda")
+    assert held == pytest.approx(made.part("weights").bytes + made.part("adapters").bytes, rel=0.01)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
