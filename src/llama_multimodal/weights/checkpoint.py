@@ -380,10 +380,8 @@ def read_model(
     return model
 
 
-def read_parameters(checkpoint: Checkpoint, dtype: Callable[[str], torch.dtype]) -> Iterator[tuple[str, Tensor]]:
+def read_parameters(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Every parameter's name and whole values, on the CPU, one at a time: for models that hold parts of them.
-
-    dtype: what a parameter, by its name, is read in
 
     Raises:
         ConfigError: weights that are packed.
@@ -391,7 +389,7 @@ def read_parameters(checkpoint: Checkpoint, dtype: Callable[[str], torch.dtype])
     if checkpoint.packed:
         raise ConfigError(f"the weights in {checkpoint.folder} are packed and cannot be cut; take the plain checkpoint")
     for rule in checkpoint.rules:
-        value = torch.empty(checkpoint.shapes[rule.ours], dtype=dtype(rule.ours))
+        value = torch.empty(checkpoint.shapes[rule.ours], dtype=dtype)
         rule.read(checkpoint.sources(rule), value)
         yield rule.ours, value
 

@@ -39,18 +39,18 @@ def load_parts(recipe: ChatRecipe, group: Group, device: torch.device) -> tuple[
     if checkpoint.packed:
         raise ConfigError(f"{recipe.model} has packed weights, which are not cut; take the plain checkpoint")
     stored = stored_dtype(checkpoint)
-    model = build_on_meta(checkpoint.config).to(stored if recipe.method == "full" else pick_dtype(recipe.dtype))
-    make_trainable(model, recipe, product_dtype(recipe, device)).train()
+    read_in = stored if recipe.method == "full" else pick_dtype(recipe.dtype) or stored
+    kind = product_dtype(recipe, device)
+    model = make_trainable(build_on_meta(checkpoint.config).to(read_in), recipe, kind).train()
     parallelize(model, group.mesh)
     if group.sharded:
-        kind = product_dtype(recipe, device)
         precision = kind if recipe.method == "full" and kind != torch.float32 else None
         shard_model(model, group.mesh, precision=precision, reshard_after_forward=recipe.parallel.reshard_after_forward)
     try:
         give_memory(model, device)
     except torch.OutOfMemoryError as error:
         raise DeviceError(f"a part of {recipe.model} does not fit {device}; take more processes") from error
-    _read(model, checkpoint)
+    _read(model, checkpoint, read_in)
     torch.manual_seed(recipe.seed)
     draw_adapters(model, device)
     gather_once(model)
@@ -79,10 +79,10 @@ def draw_adapters(model: nn.Module, device: torch.device) -> None:
         fill_parameter(pair.B, torch.zeros((), dtype=pair.B.dtype, device=device).expand(pair.B.shape))
 
 
-def _read(model: LanguageModel, checkpoint: Checkpoint) -> None:
+def _read(model: LanguageModel, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     ours = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     lengths = _lengths(model)
-    for name, value in read_parameters(checkpoint, lambda name: ours[name].dtype):
+    for name, value in read_parameters(checkpoint, dtype):
         fill_parameter(ours[name], value)
         for magnitude in lengths.get(name, ()):
             fill_parameter(magnitude, torch.linalg.vector_norm(value.float(), dim=1).to(magnitude.dtype))
@@ -102,11 +102,10 @@ def _lengths(model: nn.Module) -> Mapping[str, list[Tensor]]:
     return found
 
 
-def as_method(model: nn.Module, name: str, function: Any) -> Any:
-    """A function of a model as its method, for which a sharded one gathers its weights."""
+def add_method(model: nn.Module, name: str, function: Any) -> None:
+    """Make a function of a sharded model a method of it, for which its weights are gathered."""
     setattr(model, name, types.MethodType(function, model))
     gather_for(model, name)
-    return getattr(model, name)
 
 
 def unread(model: LanguageModel) -> Tensor:

@@ -26,12 +26,14 @@ from ..tile_tables import share_between_ratios, share_gradients
 from .batches import ChatBatches, MicroBatch, alike, micro_batches
 from .evaluation import Evaluation
 from .flops import Work
-from .in_parts import as_method, give_memory, load_parts, reshard, unread
+from .in_parts import add_method, give_memory, load_parts, reshard, unread
 from .model import check_processor, device_of, load_base, make_trainable, product_dtype, summed_loss
 from .parts import part_of
 from .recipe import RELIEF, ChatRecipe
 from .skips import SkipLog
 from .steps import ChatSteps
+
+_LOSS = "summed_answer_loss"
 
 
 class ChatTask(Task[MicroBatch]):
@@ -48,7 +50,8 @@ class ChatTask(Task[MicroBatch]):
         self.model, self.processor, self.stored = self._built()
         self.averaged = self.model
         self.modules = self.model
-        self._summed = as_method(self.model, "summed_answer_loss", self._loss_of)
+        if group.sharded:
+            add_method(self.model, _LOSS, self._loss_of)
         steps = ChatSteps(recipe.data, self.processor, recipe.batch.rows, group.rank, group.size)
         steps.require_usable()
         self.dataset = ChatBatches(steps, recipe.batch, self.model.config)
@@ -107,7 +110,10 @@ class ChatTask(Task[MicroBatch]):
 
     def summed(self, micro: MicroBatch) -> Tensor:
         """The cross-entropy of a micro-batch's answer tokens, added up."""
-        return self._summed(micro)
+        if not self.group.sharded:
+            return self._loss_of(self.model, micro)
+        summed: Tensor = getattr(self.model, _LOSS)(micro)  # it reads the head's weight
+        return summed
 
     def _loss_of(self, model: LanguageModel, micro: MicroBatch) -> Tensor:
         wanted = micro.labels != IGNORED
