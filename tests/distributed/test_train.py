@@ -16,14 +16,25 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Group, Ranks
+from runs import CONFIGS, make_model, step_batches, take_step
 from safetensors.torch import load_file
 from train_runs import recipe, run_here, write_base, write_recipe, write_rows
 
 import llama_multimodal
 from llama_multimodal import cli, load
-from llama_multimodal.distributed import local_part, make_mesh
+from llama_multimodal.distributed import (
+    ParallelConfig,
+    alike,
+    fill_parameter,
+    local_part,
+    make_mesh,
+    parallelize,
+    shard_model,
+)
 from llama_multimodal.errors import CheckpointError, ConfigError, UserError
+from llama_multimodal.models import LanguageModel, build_model
 from llama_multimodal.train import checkpoint, loop, shards, watch
+from llama_multimodal.train.chat.in_parts import give_memory
 from llama_multimodal.train.chat.recipe import ChatRecipe
 from llama_multimodal.train.config import ParallelOptions, read_table
 from llama_multimodal.train.parallel import Group as Alone
@@ -164,6 +175,34 @@ def held(run: ChatRecipe) -> tuple[int, int]:
 def test_a_process_has_memory_for_its_part_alone(way: str, make: Make, two: Group) -> None:
     for part, whole in two(held, make(f"part {way}", parallel=WAYS[way])):
         assert part < (0.52 if way == "fsdp" else 0.8) * whole  # embedding and head are whole beside tensor parts
+
+
+def filled(name: str, sizes: dict[str, int]) -> tuple[Any, ...]:
+    """Losses before and after a step of a model that was cut without memory, then filled."""
+    mesh = make_mesh(ParallelConfig(**sizes), "cpu")
+    with torch.device("meta"):
+        model = build_model(CONFIGS[name]).double()
+    parallelize(model, mesh)
+    if sizes["shard"] > 1:
+        shard_model(model, mesh)
+    give_memory(model, torch.device("cpu"))
+    for key, value in make_model(name).named_parameters():
+        fill_parameter(model.get_parameter(key), value)
+    return stepped(name, model, mesh)
+
+
+def stepped(name: str, model: LanguageModel, mesh: Any = None) -> tuple[Any, ...]:
+    optimizer = torch.optim.AdamW([{"params": group} for group in alike(model.parameters())], lr=1e-2)
+    return tuple(take_step(model, step_batches(name, 0), optimizer, mesh)[0] for _ in range(2))
+
+
+@pytest.mark.parametrize("sizes", [{"shard": 2}, {"shard": 1, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("name", ["llama vision", "siglip"])
+def test_a_model_that_was_cut_without_memory_is_filled(name: str, sizes: dict[str, int], two: Group) -> None:
+    """The second with an LM head that is the embedding, and stays it."""
+    wanted = stepped(name, make_model(name))
+    for losses in two(filled, name, sizes):
+        assert losses == pytest.approx(wanted, rel=1e-9)
 
 
 def exchanges(run: ChatRecipe) -> int:
