@@ -519,7 +519,9 @@ def test_train_exports_and_draws(llama_mm, monkeypatch, tmp_path, checkpoint):
 
     output = tmp_path / "run"
     (tmp_path / "recipe.yaml").write_text(
-        f"task: world\noutput: {output}\nsteps: 40\nvision_steps: 10\nsave_every: 20\nvision: {{}}\ntext: {{}}\n"
+        f"task: world\noutput: {output}\nsteps: 40\nvision_steps: 10\nsave_every: 20\n"
+        "vision: {hidden_size: 64, num_attention_heads: 4}\ntext: {hidden_size: 64, num_hidden_layers: 4,"
+        " cross_attention_layers: [1, 3]}\n"
     )
 
     def train(recipe, report):

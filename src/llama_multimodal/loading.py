@@ -64,12 +64,9 @@ def load(
         DeviceError: the dtype or the device is not there, or has too little memory.
     """
     place, kind = pick_device(device), pick_dtype(dtype)
-    checkpoint = open_checkpoint(locate(path_or_repo_id))
+    checkpoint, processor = open_model(path_or_repo_id)
     if kind is None:
-        kind = checkpoint.dtype if checkpoint.dtype in DTYPES.values() else torch.float32
-    tokenizer, template = read_text(checkpoint)
-    preprocess = load_preprocess(checkpoint.folder) if _reads_preprocess(checkpoint.config) else None
-    checkpoint = replace(checkpoint, config=with_end_tokens(checkpoint.config, tokenizer))
+        kind = stored_dtype(checkpoint)
     if pack == "auto":
         loses_nothing = kind == torch.bfloat16 and place.type == "cpu" and not checkpoint.packed
         pack = "bf16" if loses_nothing else None
@@ -77,7 +74,25 @@ def load(
     model = read_model(checkpoint, kind, place, progress, packing)
     if int8_activations:
         use_int8_activations(model)
-    return model.eval(), Processor(checkpoint.config, tokenizer, template, preprocess)
+    return model.eval(), processor
+
+
+def open_model(path_or_repo_id: str | Path) -> tuple[Checkpoint, Processor]:
+    """A checkpoint whose names and shapes are checked and whose weights are not read yet, and its processor.
+
+    Raises:
+        CheckpointError, ConfigError: as `load`.
+    """
+    checkpoint = open_checkpoint(locate(path_or_repo_id))
+    tokenizer, template = read_text(checkpoint)
+    preprocess = load_preprocess(checkpoint.folder) if _reads_preprocess(checkpoint.config) else None
+    checkpoint = replace(checkpoint, config=with_end_tokens(checkpoint.config, tokenizer))
+    return checkpoint, Processor(checkpoint.config, tokenizer, template, preprocess)
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that a checkpoint's model runs in, if nothing else is asked for."""
+    return checkpoint.dtype if checkpoint.dtype in DTYPES.values() else torch.float32
 
 
 def save(model: LanguageModel, processor: Processor | None, folder: str | Path) -> None:

@@ -283,3 +283,17 @@ def test_what_is_kept_for_dora_follows_the_base() -> None:
         after = logits(model)
         lengths.mul_(2)
     assert differ(after, before) > 1e-3 and differ(logits(model), after) > 1e-3
+
+
+def test_what_is_kept_is_dropped_where_weights_change_unseen() -> None:
+    """As those do that are gathered from several processes: in the same place, and as if nobody had written there."""
+    model = random_model(dtype=torch.float64)
+    add(model, "a", targets="projector", dora=True)
+    layer = model.projector
+    with torch.no_grad():
+        logits(model)
+        with torch.autograd._unsafe_preserve_version_counter(layer.lora["a"].magnitude):  # type: ignore[union-attr,index]
+            layer.lora["a"].magnitude.mul_(2)  # type: ignore[union-attr,index]
+        stale = logits(model)
+        layer.lora.forget()  # type: ignore[union-attr,operator]
+        assert differ(logits(model), stale) > 1e-3

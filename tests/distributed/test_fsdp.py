@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -204,6 +205,24 @@ def test_a_blank_picture_teaches_nothing(name: str, two: Group) -> None:
         if parameter.grad is not None:
             torch.testing.assert_close(parameter.grad, gradient, msg=key)
     assert sum(p.grad is not None for p in model.parameters()) > sum(g is not None for g in wanted.values())
+
+
+def matched_in_segments() -> Any:
+    mesh = make_mesh(ParallelConfig(), "cpu")
+    inputs, labels = make_batch("siglip", 5, [[1], [0, 0]][reader(mesh)])
+    segments = (torch.arange(inputs.tokens.shape[1]) // 3).expand_as(inputs.tokens)
+    return match_images(dataclasses.replace(inputs, segments=segments), labels, CONFIGS["siglip"], mesh)
+
+
+def test_rows_of_several_segments_get_a_blank_picture(two: Group) -> None:
+    inputs, _ = two(matched_in_segments)[1]
+    plain, _ = make_batch("siglip", 5, [0, 0])
+    segments = (torch.arange(plain.tokens.shape[1]) // 3).expand_as(plain.tokens)
+    assert inputs.segments.shape == inputs.tokens.shape and inputs.num_rows > plain.num_rows
+    model = make_model("siglip")
+    wanted = model.hidden(dataclasses.replace(plain, segments=segments))
+    got = model.hidden(inputs)[: plain.num_rows, : plain.tokens.shape[1]]
+    torch.testing.assert_close(got, wanted)
 
 
 def sharded_twice() -> None:

@@ -8,17 +8,45 @@ from typing import Any
 
 import pytest
 
-from llama_multimodal.config import Dinov2Config, ModelConfig, SiglipConfig
+from llama_multimodal.adapters.config import LoraConfig
+from llama_multimodal.adapters.lora import apply_lora
+from llama_multimodal.config import (
+    Dinov2Config,
+    MLPProjector,
+    ModelConfig,
+    SiglipConfig,
+    TextConfig,
+    TiledVisionConfig,
+)
 from llama_multimodal.errors import ConfigError
 from llama_multimodal.models import build_model
 from llama_multimodal.planning import GPUS, Packed, PlanOptions, plan
 from llama_multimodal.planning.options import image_tokens, max_tiles
 from llama_multimodal.planning.parameters import count_parameters
+from llama_multimodal.quant.nf4 import quantize_nf4
 from llama_multimodal.quant.pack import Packing, pack
+from llama_multimodal.weights.checkpoint import build_on_meta
 from llama_multimodal.zoo.configs import CONFIGS, find_config
 
 LARGE = CONFIGS["meta-llama/Llama-3.2-11B-Vision-Instruct"]
 TEXT = CONFIGS["meta-llama/Llama-3.1-8B-Instruct"]
+SPLICED = ModelConfig(
+    SiglipConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=64,
+    patch_size=16, pooling_head=False),
+    TextConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, cross_attention_layers=(), num_extra_embeddings=0, rope_scaling=None, bos_token_id=0,
+        eos_token_ids=(1,), pad_token_id=0,
+    ),
+    255, MLPProjector(), fusion="splice", model_type="llama_multimodal",
+)  # fmt: skip
+TILED = ModelConfig(
+    TiledVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_global_layers=1, num_attention_heads=2,
+        image_size=28, intermediate_layers_indices=(0,),
+    ),
+    replace(SPLICED.text, cross_attention_layers=(1,), num_extra_embeddings=8), 256,
+)  # fmt: skip
 LLAVA = CONFIGS["llava-hf/llava-1.5-7b-hf"]
 
 
@@ -55,6 +83,46 @@ def test_weights_shrink_with_their_bits() -> None:
     assert part(TEXT, "weights", pack=Packed("int8", symmetric=False)) > int8
     assert part(TEXT, "weights", pack=Packed("int4", group=128)) < int4
     assert int4 < part(TEXT, "weights", pack=Packed("int4", lm_head="int8")) < int8
+
+
+def test_nf4_weights_are_as_large_as_bitsandbytes_makes_them() -> None:
+    pytest.importorskip("bitsandbytes")
+    for config in (SPLICED, TILED):
+        model = quantize_nf4(build_model(config))
+        tables = ("code", "nested_code", "nested_offset")  # of each layer, however large
+        held = [*model.parameters(), *(value for name, value in model.named_buffers() if not name.endswith(tables))]
+        wanted = sum(tensor.nbytes for tensor in held)
+        found = part(config, "weights", dtype="fp32", pack=Packed("nf4"), train="lora")
+        assert found == pytest.approx(wanted, rel=2e-3)
+    assert part(LARGE, "text activations", pack=Packed("nf4"), train="lora") < part(
+        LARGE, "text activations", pack=Packed("int4"), train="lora"
+    )
+
+
+@pytest.mark.parametrize("config", [SPLICED, TILED, LARGE, LLAVA, CONFIGS["HuggingFaceTB/SmolVLM-256M-Instruct"]])
+def test_adapters_are_counted(config: Any) -> None:
+    for targets in (("self", "mlp"), ("projector",), ("vision",), ("vision", "projector", "self")):
+        model = apply_lora(build_on_meta(config), LoraConfig(rank=4, targets=targets))
+        made = plan(config, PlanOptions(train="lora", rank=4, targets=targets))
+        assert made.trained_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_adapters_of_the_encoder_keep_what_it_computes() -> None:
+    sizes = [
+        part(LARGE, "vision activations", train="lora", targets=targets)
+        for targets in (("self",), ("self", "projector"), ("self", "vision"))
+    ]
+    assert sizes[0] < sizes[1] < sizes[2]
+    assert sizes[2] > part(LARGE, "vision activations", train="lora", targets=("vision",), gradient_checkpointing=True)
+
+
+def test_parts_and_averages_in_training() -> None:
+    count = count_parameters(LARGE)
+    whole, halves = (part(LARGE, "weights", train="lora", tensor=tensor) for tensor in (1, 2))
+    assert whole - halves == count.matrices + count.vision_matrices + count.projector  # half of them, of two bytes
+    assert part(LARGE, "weights", train="lora", tensor=2, gpus=4) == halves // 4
+    assert part(LARGE, "averaged weights", train="full", average=True) == 4 * count.total
+    assert part(LARGE, "averaged weights", train="full") == 0
 
 
 @pytest.mark.parametrize("bits", ["bf16", "int8", "int4"])
@@ -199,7 +267,7 @@ def test_an_encoder_from_outside_is_refused() -> None:
 
 
 def test_packed_formats_are_refused() -> None:
-    with pytest.raises(ConfigError, match='pack is one of bf16, int8, int4, not "int5"'):
+    with pytest.raises(ConfigError, match='pack is one of bf16, int8, int4, nf4, not "int5"'):
         Packed("int5")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="groups of at least 1"):
         Packed("int8", group=0)

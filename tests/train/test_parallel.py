@@ -7,10 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+import pytest
+import torch
+from toy_task import ToyRecipe
+
+from llama_multimodal.errors import TrainingError
+from llama_multimodal.train.config import Report
+from llama_multimodal.train.launch import launch
+from llama_multimodal.train.parallel import Group
 
 WORKER = """
 import time
-from llama_multimodal.train.parallel import end_with_parent
+from llama_multimodal.train.launch import end_with_parent
 end_with_parent()
 print(flush=True)
 time.sleep(60)
@@ -22,6 +32,18 @@ child.stdout.readline()
 print(child.pid, flush=True)
 time.sleep(60)
 """
+
+
+def die(recipe: ToyRecipe, group: Group, report: Report) -> None:
+    if group.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    group.sum(torch.zeros(1))
+
+
+def test_a_process_that_is_killed_ends_the_run(tmp_path: Path) -> None:
+    recipe = ToyRecipe(output=str(tmp_path), steps=1, processes=2)
+    with pytest.raises(TrainingError, match=r"process 1 of this run was killed \(SIGKILL\)"):
+        launch(die, recipe, lambda progress: None)
 
 
 def test_a_worker_ends_when_its_parent_is_killed() -> None:

@@ -67,6 +67,11 @@ class BaseLayer(Protocol):
         """`x · weightᵀ`, [..., K] → [..., N]"""
 
 
+def draw(A: Tensor) -> Tensor:
+    """Initial values of an adapter's A, whose B is zero: at first nothing is added."""
+    return nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as a linear layer's weight is drawn
+
+
 class LowRank(nn.Module):
     """One adapter of one layer: `scale · B·A`, and with DoRA a length for every row of the sum."""
 
@@ -79,14 +84,13 @@ class LowRank(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """A as a linear layer's weight is drawn, B zero: at first nothing is added."""
         super().__init__()
         self.rank, self.alpha, self.scale = rank, alpha, config.scale(rank, alpha)
         self.dropout = config.dropout
         self.A = nn.Parameter(torch.empty(rank, shape[1], device=device, dtype=dtype))
         self.B = nn.Parameter(torch.zeros(shape[0], rank, device=device, dtype=dtype))
         self.magnitude: nn.Parameter | None = None
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        draw(self.A)
 
     @torch.no_grad()
     def add_magnitude(self, base: BaseLayer) -> None:
@@ -122,12 +126,16 @@ class Lora(nn.ModuleDict):
         self.adapters, self.shape, self.path, self.reads_images = adapters, shape, path, reads_images
         self._kept: dict[Any, tuple[Any, Any]] = {}
 
-    def __delitem__(self, name: str) -> None:
-        super().__delitem__(name)
+    def forget(self) -> None:
+        """Drop what is kept between calls, where weights change unseen: gathered ones look as they did before."""
         self._kept.clear()
 
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self.forget()
+
     def _apply(self, *args: Any, **kwargs: Any) -> Lora:
-        self._kept.clear()
+        self.forget()
         return super()._apply(*args, **kwargs)
 
     def __getitem__(self, name: str) -> LowRank:

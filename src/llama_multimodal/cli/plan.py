@@ -48,13 +48,15 @@ def plan(
     ] = None,
     pack: Annotated[
         str | None,
-        typer.Option(help="bf16, int8 or int4: the decoder's weights, packed. Without: as the checkpoint has them."),
+        typer.Option(help="bf16, int8 or int4: the decoder's weights, packed; nf4, with --train lora. Without: as the"
+        " checkpoint has them."),
     ] = None,
     train: Annotated[str | None, typer.Option(help="lora or full: plan for training.")] = None,
     rank: Annotated[int, typer.Option(help="Of LoRA's adapters.")] = 16,
     targets: Annotated[
         list[str] | None,
-        typer.Option(help="What LoRA's adapters lie beside: self, cross, mlp. May be repeated. Without: self and mlp."),
+        typer.Option(help="What LoRA's adapters lie beside: self, cross, mlp, projector, vision. May be repeated."
+        " Without: self and mlp."),
     ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Blocks keep their input only, and run again.")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import UserError
 from . import common
 
 if TYPE_CHECKING:
@@ -36,20 +38,39 @@ def train(
     """Train by a recipe. Stopped at any time, the same command goes on from the last saved step.
 
     The run's folder then holds model/ (for --model) or adapter/, loss.png and metrics.jsonl. On several GPUs:
-    torchrun --nproc-per-node 8 -m llama_multimodal train RECIPE
+    torchrun --nproc-per-node 8 -m llama_multimodal train RECIPE; the recipe's section parallel says what they share.
     """
     # No common.bind_threads(): the workers that prepare batches would inherit the one core of the thread that starts
     # them, and all share it.
     from ..train.recipes import read_recipe
 
-    run = read_recipe(recipe)
-    from ..train import plots  # matplotlib is missed before the run, not after it
+    with _said_once():
+        run = read_recipe(recipe)
+        from ..train import plots  # matplotlib is missed before the run, not after it
 
-    plots.require_matplotlib()
+        plots.require_matplotlib()
+        if not export_only:
+            run.sharing.mesh(int(os.environ.get("WORLD_SIZE", run.processes)))
     if not export_only:
         _run(run, f"llama-mm train {recipe}")
-    if os.environ.get("RANK", "0") == "0":  # torchrun's first process
+    if _is_first():
         _export(run)
+
+
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """A mistake that all processes find alike is said by the first."""
+    try:
+        yield
+    except UserError:
+        if _is_first():
+            raise
+        raise SystemExit(2) from None
+
+
+def _is_first() -> bool:
+    """Whether this process is alone, or the first of torchrun's."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _run(recipe: Recipe, command: str) -> None:
@@ -67,7 +88,7 @@ def _run(recipe: Recipe, command: str) -> None:
     )  # fmt: skip
     averages: dict[str, float] = {}
 
-    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Bar(*columns, console=console, disable=not console.is_terminal or not _is_first()) as bar:
         task = bar.add_task("training", total=recipe.steps, state="")
 
         def report(progress: Progress) -> None:
@@ -78,7 +99,7 @@ def _run(recipe: Recipe, command: str) -> None:
             if evaluated := [text.format(progress.values[k]) for k, text in _EVALUATED.items() if k in progress.values]:
                 console.print(f"held out, step {progress.step}: {'  '.join(evaluated)}", highlight=False)
 
-        for note in recipe.notes():
+        for note in recipe.notes() if _is_first() else ():
             common.say(note)
         try:
             loop.train(recipe, report)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,8 +32,8 @@ from torch.optim import Optimizer
 
 from ..errors import CheckpointError
 from ..models import LanguageModel, build_model
+from ..weights.io import flush, flush_folder
 
-_BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)  # however an optimizer groups its parameters
 _EXTRA = "extra.json"
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -46,6 +48,8 @@ def save_run(
     *,
     extra: Mapping[str, Any] | None = None,
     keep: int | None = None,
+    trainable_only: bool = False,
+    beside: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write model and optimizers to `folder/step-…`, which all processes must reach; returns that folder.
 
@@ -54,6 +58,8 @@ def save_run(
 
     extra: what else it takes to go on, as JSON
     keep: how many of the folder's runs stay, the latest; None keeps them all
+    trainable_only: leave out what is frozen, which the model has without it
+    beside: tensors by name, cut as the parameters are or not at all, such as averaged weights
 
     Raises:
         CheckpointError: the folder cannot be written, or holds that step already.
@@ -62,30 +68,38 @@ def save_run(
     aside = place.with_suffix(".partial")
     _on_first(lambda: _make_room(place, aside))
     try:
-        dcp.save(_state(model, optimizers), checkpoint_id=aside, no_dist=not dist.is_initialized())
+        with _alone():
+            state = _state(model, optimizers, trainable_only, beside)
+            dcp.save(state, checkpoint_id=aside, no_dist=not dist.is_initialized())
     except (OSError, CheckpointException) as error:
         raise CheckpointError(f"{place} cannot be written: {_reason(error)}") from error
     _on_first(lambda: _finish(place, aside, dict(extra or {}), keep))
     return place
 
 
-def load_run(run: str | Path, model: LanguageModel, optimizers: Sequence[Optimizer] = ()) -> dict[str, Any]:
+def load_run(
+    run: str | Path,
+    model: LanguageModel,
+    optimizers: Sequence[Optimizer] = (),
+    *,
+    trainable_only: bool = False,
+    beside: Mapping[str, Tensor] | None = None,
+) -> dict[str, Any]:
     """Fill a model and its optimizers from one of a folder's runs, however many processes there are now; returns
     `extra`. All call this together.
 
     optimizers: as they were saved, or none at all, to read the model alone
+    trainable_only: as it was saved. beside: what to fill of the tensors that were saved beside the model
 
     Raises:
         CheckpointError: it is not there, damaged, or of another model.
     """
     run = Path(run)
+    extra = read_extra(run)
+    state = _state(model, optimizers, trainable_only, beside)
     try:
-        extra = json.loads((run / _EXTRA).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{run} is no saved run ({error}); give a folder step-…, as latest_run does") from error
-    state = _state(model, optimizers)
-    try:
-        dcp.load(state, checkpoint_id=run, no_dist=not dist.is_initialized())
+        with _alone():
+            dcp.load(state, checkpoint_id=run, no_dist=not dist.is_initialized())
     except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
         raise CheckpointError(f"{run} does not fit this model, or is damaged: {_reason(error)}") from error
     if optimizers:
@@ -95,11 +109,29 @@ def load_run(run: str | Path, model: LanguageModel, optimizers: Sequence[Optimiz
             list(optimizers),
             model_state_dict=model_state,
             optim_state_dict=optimizer_state,
-            options=_BY_NAME,
+            options=_options(trainable_only),
         )
     else:
-        set_model_state_dict(model, state["model"])
+        set_model_state_dict(model, state["model"], options=StateDictOptions(strict=not trainable_only))
     return extra
+
+
+def read_extra(run: str | Path) -> dict[str, Any]:
+    """`extra` of a saved run alone.
+
+    Raises:
+        CheckpointError: it is not there, or damaged.
+    """
+    try:
+        extra: dict[str, Any] = json.loads((Path(run) / _EXTRA).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{run} is no saved run ({error}); give a folder step-…, as latest_run does") from error
+    return extra
+
+
+def is_saved_run(folder: str | Path) -> bool:
+    """Whether a folder is what `save_run` writes."""
+    return (Path(folder) / _EXTRA).is_file()
 
 
 def latest_run(folder: str | Path) -> Path | None:
@@ -146,11 +178,24 @@ def full_model(model: LanguageModel) -> LanguageModel | None:
     return whole.eval()
 
 
-def _state(model: LanguageModel, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    if not optimizers:
-        return {"model": get_model_state_dict(model)}
-    model_state, optimizer_state = get_state_dict(model, list(optimizers), options=_BY_NAME)
-    return {"model": model_state, "optimizers": optimizer_state}
+def _state(
+    model: LanguageModel, optimizers: Sequence[Optimizer], trainable_only: bool, beside: Mapping[str, Tensor] | None
+) -> dict[str, Any]:
+    """What is written, or read into; the tensors are the model's own."""
+    options = _options(trainable_only)
+    if optimizers:
+        model_state, optimizer_state = get_state_dict(model, list(optimizers), options=options)
+        state: dict[str, Any] = {"model": model_state, "optimizers": optimizer_state}
+    else:
+        state = {"model": get_model_state_dict(model, options=options)}
+    return state | ({"beside": dict(beside)} if beside else {})
+
+
+def _options(trainable_only: bool) -> StateDictOptions:
+    """Optimizers by their parameters' names, however they group them."""
+    return StateDictOptions(
+        flatten_optimizer_state_dict=True, ignore_frozen_params=trainable_only, strict=not trainable_only
+    )
 
 
 def _check_fits(model: LanguageModel, state: Mapping[str, Tensor]) -> None:
@@ -179,12 +224,24 @@ def _make_room(place: Path, aside: Path) -> None:
 
 def _finish(place: Path, aside: Path, extra: dict[str, Any], keep: int | None) -> None:
     try:
-        (aside / _EXTRA).write_text(json.dumps(extra), encoding="utf-8")
+        with open(aside / _EXTRA, "w", encoding="utf-8") as file:
+            json.dump(extra, file)
+            flush(file)  # as torch does with its own files
+        flush_folder(aside)
         aside.rename(place)
+        flush_folder(place.parent)
         for old in sorted(_runs(place.parent))[: -keep if keep else 0]:
             shutil.rmtree(old)
     except (OSError, TypeError) as error:
         raise CheckpointError(f"{place} cannot be written: {error}") from error
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """torch warns a process alone that it is alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _is_first() -> bool:

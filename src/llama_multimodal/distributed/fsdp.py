@@ -11,12 +11,14 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor, Replicate
 
 from ..config import AnyModelConfig, ModelConfig, TiledVisionConfig
@@ -30,14 +32,23 @@ IGNORED = -100
 """Label of a token that nothing is learnt from."""
 
 
-def shard_model(model: LanguageModel, mesh: DeviceMesh, *, precision: torch.dtype | None = None) -> LanguageModel:
+def shard_model(
+    model: LanguageModel,
+    mesh: DeviceMesh,
+    *,
+    precision: torch.dtype | None = None,
+    reshard_after_forward: bool = True,
+) -> LanguageModel:
     """Share out a model's parameters in place, over the mesh's `shard` axis, with copies along `data`; returns it.
 
     Every block of the encoder and the decoder is a unit of its own. Parameters may be frozen, within a unit too, and a
     model that `parallelize` changed may be given. All processes start from the first one's weights. Gradients are
     *sums* over the readers: divide the loss by what it is a mean over everywhere (`sum_over_readers`).
 
+    A model on the meta device may be given, and filled afterwards (`fill_parameter`).
+
     precision: dtype of the products, with gradients summed in fp32; None computes in the weights' own
+    reshard_after_forward: let a block's weights go after its forward pass; else they stay until its backward pass
 
     Raises:
         ConfigError: the model is sharded already.
@@ -51,18 +62,51 @@ def shard_model(model: LanguageModel, mesh: DeviceMesh, *, precision: torch.dtyp
     policy = MixedPrecisionPolicy(precision, summed, cast_forward_inputs=False)
     over = mesh[SHARD] if mesh[DATA].size() == 1 else mesh[DATA, SHARD]
     for unit in _blocks(model):
-        fully_shard(unit, mesh=over, mp_policy=policy)
+        fully_shard(unit, mesh=over, mp_policy=policy, reshard_after_forward=reshard_after_forward)
         if isinstance(unit, CrossAttention):
-            register_fsdp_forward_method(unit, "project")
+            gather_for(unit, "project")
     if isinstance(model, VisionLanguageModel):
         fully_shard(model.vision, mesh=over, mp_policy=replace(policy, cast_forward_inputs=True))
     fully_shard(model, mesh=over, mp_policy=policy)
-    register_fsdp_forward_method(model, "read_images")
+    for method in ("read_images", "hidden"):
+        gather_for(model, method)
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def gather_once(model: nn.Module) -> None:
+    """Gather the weights of every unit and let them go, before the first step, of a model that accumulates gradients or
+    generates. All call this together.
+
+    With `precision`, torch 2.13 ends a backward pass that exchanges nothing in an AttributeError if a unit was never
+    gathered, as the encoder's are not before the first picture. And buffers that are first made under `inference_mode`
+    cannot take part in training.
+    """
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.unshard()
+            unit.reshard()
+
+
+def gather_for(module: nn.Module, name: str) -> None:
+    """Have a method of a sharded module gather its weights, as its `forward` does; of any other it stays as it is.
+
+    Within another such method the weights are there: FSDP would take the end of the inner one for that of the outer.
+    """
+    if not isinstance(module, FSDPModule):
+        return
+    plain = getattr(module, name)
+    register_fsdp_forward_method(module, name)
+    gathering, state = getattr(module, name), module._get_fsdp_state()
+
+    def method(*args: Any, **kwargs: Any) -> Any:
+        inside = state._training_state == TrainingState.FORWARD
+        return (plain if inside else gathering)(*args, **kwargs)
+
+    setattr(module, name, method)
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -85,8 +129,8 @@ def sync_gradients(model: nn.Module, now: bool) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: DeviceMesh) -> Tensor:
-    """Scale gradients down to a norm of `max_norm` over all parameters on all processes; returns the norm before."""
+def gradient_norm(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> Tensor:
+    """The norm of the gradients of all parameters on all processes, in fp64; all call this together."""
     by_copies: defaultdict[int, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:
@@ -94,10 +138,23 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: De
     total = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
     for copies, gradients in by_copies.items():
         total += nn.utils.get_total_norm(gradients).double() ** 2 / copies
-    norm = sum_over_pieces(total, mesh).sqrt()
+    return sum_over_pieces(total, mesh).sqrt()
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
+    """Bring gradients whose `gradient_norm` is `norm` down to a norm of `max_norm`, where it is larger."""
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in (gradient for gradients in by_copies.values() for gradient in gradients):
-        gradient.mul_(scale.to(gradient.dtype))
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local_part(parameter.grad).mul_(scale.to(parameter.grad.dtype))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: DeviceMesh) -> Tensor:
+    """Scale gradients down to a norm of `max_norm` over all parameters on all processes; returns the norm before."""
+    parameters = list(parameters)
+    norm = gradient_norm(parameters, mesh)
+    scale_gradients(parameters, max_norm, norm)
     return norm
 
 
@@ -179,5 +236,11 @@ def _with_rows(
         tiles=torch.cat((inputs.tiles, pixels)) if len(inputs.tiles) else pixels,
         images=(*inputs.images, *(replace(image, row=row) for row, image in enumerate(blank, start=rows))),
         visible=visible,
+        segments=_more_segments(inputs.segments, wider - width, len(blank)),
     )
     return more, F.pad(labels, (0, wider - width, 0, len(blank)), value=IGNORED)
+
+
+def _more_segments(segments: Tensor | None, columns: int, rows: int) -> Tensor | None:
+    """[B, T], with padding that is a segment of its own."""
+    return None if segments is None else F.pad(segments, (0, columns, 0, rows), value=-1)

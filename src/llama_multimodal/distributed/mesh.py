@@ -161,6 +161,25 @@ def local_part(value: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def fill_parameter(parameter: Tensor, whole: Tensor) -> None:
+    """Give a parameter the values of `whole`; of one that is cut, this process's part of them. Nobody is asked."""
+    piece = whole
+    if isinstance(parameter, DTensor):
+        # The last axis was cut first: tensor parts are sharded, never shards divided into tensor parts.
+        axes = list(zip(range(parameter.device_mesh.ndim), parameter.placements, strict=True))
+        for axis, place in reversed(axes):
+            if (dim := getattr(place, "dim", None)) is not None:
+                piece = _chunk(piece, parameter.device_mesh.size(axis), parameter.device_mesh.get_local_rank(axis), dim)
+    local_part(parameter).copy_(piece)
+
+
+def _chunk(value: Tensor, count: int, index: int, dim: int) -> Tensor:
+    """As FSDP2 cuts: the last parts may be smaller, or have nothing."""
+    pieces = value.chunk(count, dim)
+    return pieces[index] if index < len(pieces) else value.narrow(dim, 0, 0)
+
+
+@torch.no_grad()
 def broadcast_parameters(parameters: Iterable[Tensor], mesh: DeviceMesh, axes: Iterable[str]) -> None:
     """Give every process along the axes the values of the first: fresh weights may come from different seeds."""
     for axis in axes:

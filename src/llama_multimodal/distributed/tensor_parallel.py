@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from .. import ops
+from ..adapters.layers import LoraLinear, LowRank
 from ..config import nearest
 from ..errors import ConfigError
 from ..models import ImageEncoder, LanguageModel, VisionLanguageModel
@@ -87,21 +88,22 @@ def default_plan(model: LanguageModel) -> Plan:
     plan = DECODER
     if isinstance(model, VisionLanguageModel):
         plan += VISION if isinstance(model.vision, TiledVisionEncoder | ImageEncoder) else ()
-        plan += _PROJECTORS.get(type(model.projector), ())
+        plan += _PROJECTORS.get(type(_plain(model.projector)), ())
     return plan
 
 
 def parallelize(model: LanguageModel, mesh: DeviceMesh, plan: Plan | None = None) -> LanguageModel:
     """Share a model's products among the mesh's `tensor` axis, in place; returns it.
 
-    For inference and training, before adapters and before `shard_model`. All processes start from the first one's
-    weights, must be given the same inputs, and compute the same logits. A model on the meta device may be given, and
-    filled afterwards (`checkpoint.load_full_state`).
+    For inference and training, after adapters, which are cut as their layers are, and before `shard_model`. All
+    processes start from the first one's weights, must be given the same inputs, and compute the same logits. A model on
+    the meta device may be given, and filled afterwards (`checkpoint.load_full_state`, `mesh.fill_parameter`).
 
     plan: None takes `default_plan`
 
     Raises:
-        ConfigError: heads or widths do not divide by the axis, a layer is packed or adapted, or shared with another.
+        ConfigError: heads or widths do not divide by the axis, a layer is packed or shared with another, or has an
+            adapter that learns lengths of rows (DoRA).
     """
     if isinstance(model, FSDPModule):
         raise ConfigError("the model is sharded already; parallelize it first")
@@ -151,10 +153,14 @@ def _check(name: str, module: nn.Module, style: Style, parts: int, owners: dict[
             if (heads := getattr(module, kind, 0)) % parts:
                 raise ConfigError(f"tensor {parts} does not divide {name}.{kind} = {heads}; use a divisor of it")
         return
+    if isinstance(module, LoraLinear):
+        if any(pair.magnitude is not None for pair in module.lora.values() if isinstance(pair, LowRank)):
+            raise ConfigError(f"{name} has an adapter that learns lengths (DoRA), which is not cut; leave dora out")
+        module = module.base
     wanted: type[nn.Module] = RMSNorm if style == "head_norm" else Linear
     if not isinstance(module, wanted) or type(module) not in (Linear, RMSNorm):
         what = "packed" if isinstance(module, PackedLinear) else f"a {type(module).__name__}"
-        raise ConfigError(f"{name} is {what} and cannot be cut; parallelize a plain model, before adapters or packing")
+        raise ConfigError(f"{name} is {what} and cannot be cut; parallelize a plain model, without packing")
     if isinstance(module, Linear):
         size = module.out_features if style in ("colwise", "gather") else module.in_features
         if size % parts:
@@ -167,8 +173,19 @@ def _swapped(module: nn.Module, style: Style, parts: DeviceMesh) -> nn.Module:
     if style == "head_norm":
         assert isinstance(module, RMSNorm)
         return HeadNorm(module, parts)
+    if isinstance(module, LoraLinear):
+        assert isinstance(module.base, Linear)
+        module.base = TensorParallelLinear(module.base, style, parts)
+        for adapter, pair in list(module.lora.items()):
+            assert isinstance(pair, LowRank)
+            module.lora.add_module(adapter, TensorParallelLowRank(pair, style, parts))
+        return module
     assert isinstance(module, Linear)
     return TensorParallelLinear(module, style, parts)
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    return module.base if isinstance(module, LoraLinear) else module
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -218,6 +235,36 @@ class TensorParallelLinear(nn.Module):
 def _cut(parameter: Tensor, dim: int, parts: DeviceMesh) -> nn.Parameter:
     whole = distribute_tensor(parameter.detach(), parts, [Shard(dim)], src_data_rank=None)
     return nn.Parameter(whole, requires_grad=parameter.requires_grad)
+
+
+class TensorParallelLowRank(LowRank):
+    """This process's part of an adapter, beside its part of the layer.
+
+    Beside a layer that is cut by its outputs, A is whole and B [N/n, R]; beside one that is cut by its inputs, A is
+    [R, K/n] and B whole.
+    """
+
+    def __init__(self, pair: LowRank, style: Style, parts: DeviceMesh) -> None:
+        nn.Module.__init__(self)
+        self.rank, self.alpha, self.scale, self.dropout = pair.rank, pair.alpha, pair.scale, pair.dropout
+        self.style, self.group = style, parts.get_group()
+        self.index, self.num_parts = parts.get_local_rank(), parts.size()
+        self.by_outputs = style in ("colwise", "gather")
+        self.A = pair.A if self.by_outputs else _cut(pair.A, 1, parts)
+        self.B = _cut(pair.B, 0, parts) if self.by_outputs else pair.B
+        self.magnitude = None
+        self.train(pair.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = local_part(self.A).to(x.dtype), local_part(self.B).to(x.dtype)
+        if self.by_outputs:  # the gradients of x are partial here, as the layer's are, and those of A would be
+            low = ops.linear(x, _Enter.apply(a, self.group)) * self.scale
+            out = ops.linear(low, b)
+            return out if self.style == "colwise" else _Gather.apply(out, self.group, self.index, self.num_parts)
+        if self.style == "slice":
+            x = _Slice.apply(x, self.group, self.index, self.num_parts)
+        low = _Sum.apply(ops.linear(x, a), self.group) * self.scale
+        return ops.linear(low, b)
 
 
 class HeadNorm(RMSNorm):

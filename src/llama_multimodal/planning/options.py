@@ -11,25 +11,27 @@ from ..errors import ConfigError
 from .parameters import block_shapes
 
 DType = Literal["fp32", "bf16", "fp16"]
-Bits = Literal["bf16", "int8", "int4"]
+Bits = Literal["bf16", "int8", "int4", "nf4"]
 Training = Literal["lora", "full"]
 Optimizer = Literal["adamw", "adamw8bit"]
 Device = Literal["cuda", "cpu"]
 
 DTYPE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
-PACKED_BITS: dict[str, int] = {"bf16": 16, "int8": 8, "int4": 4}
+PACKED_BITS: dict[str, int] = {"bf16": 16, "int8": 8, "int4": 4, "nf4": 4}
 PARTS = ("vision", "projector", "self", "cross", "embedding", "lm_head")
-TARGETS = ("self", "cross", "mlp")
+TARGETS = ("self", "cross", "mlp", "projector", "vision")
 USUAL_CONTEXT = 8192
 _SCALE_BITS = 16  # of each group
+_NF4_BLOCK, _NF4_SCALES = 64, 256  # values that share a scale of 8 bits, and scales that share one in fp32
 
 
 @dataclass(frozen=True)
 class Packed:
-    """How the decoder's linear layers are packed (`quant.pack.Packing` has the same fields).
+    """How the decoder's linear layers are packed (`quant.pack.Packing` has the same fields), or with nf4 those of the
+    decoder's and the encoder's blocks (`quant.nf4.Nf4Config` as it is by default).
 
-    format: bf16, int8 or int4. group: values of a row that share a scale in fp16. symmetric: no zero beside the scale.
-    lm_head: the LM head's format; None takes `format`.
+    format: bf16, int8, int4 or nf4. group: values of a row that share a scale in fp16; nf4 has its own. symmetric: no
+    zero beside the scale. lm_head: the LM head's format; None takes `format`.
     """
 
     format: Bits
@@ -40,11 +42,16 @@ class Packed:
     def __post_init__(self) -> None:
         for name, value in (("pack", self.format), ("pack (LM head)", self.lm_head or self.format)):
             check_choice(name, value, get_args(Bits))
+        if "nf4" in (self.format, self.lm_head) and self.lm_head is not None:
+            raise ConfigError("nf4 leaves the LM head as it is; give no format for it")
         if self.group < 1:
             raise ConfigError(f"weights are packed in groups of at least 1, not {self.group}")
 
     def num_bytes(self, values: int, *, lm_head: bool = False) -> int:
         """Of so many packed values, scales and zeros included."""
+        if self.format == "nf4":
+            scales = values // _NF4_BLOCK
+            return values // 2 + scales + scales // _NF4_SCALES * DTYPE_BYTES["fp32"]
         bits = PACKED_BITS[(self.lm_head if lm_head else None) or self.format]
         grouped = 0 if bits == PACKED_BITS["bf16"] else _SCALE_BITS + 8 * (not self.symmetric)
         return values * bits // 8 + values // self.group * grouped // 8
@@ -64,11 +71,14 @@ class PlanOptions:
     pack: how the decoder's weights are packed; None: not at all
     train: None plans for answering; "lora" for adapters beside frozen weights, "full" for training every weight
     rank: of LoRA's adapters. targets: the layers that they lie beside: "self" and "cross" are the attentions of the
-        decoder's two kinds of blocks, "mlp" the feed-forward layers of both
+        decoder's two kinds of blocks, "mlp" the feed-forward layers of both, "vision" the layers of the encoder's
+        blocks, and "projector" what maps its features
     gradient_checkpointing: blocks keep their input only and run again in the backward pass
     optimizer: adamw keeps two moments a parameter in fp32; adamw8bit a byte each
     freeze: parts that "full" leaves alone: vision, projector, self, cross, embedding, lm_head
     accumulate: gradients of earlier micro-batches of a step lie beside the activations
+    average: a copy of what is trained follows it (an exponential moving average)
+    tensor: GPUs that share the products of the blocks in training; what they keep for the backward pass counts whole
     gpus: answering divides heads, feed-forward widths and LM head (tensor parallelism); training divides weights,
         gradients and moments (fully sharded data parallelism)
     device: on "cuda" the kernels of `ops` spare some temporaries that torch's own arithmetic makes on "cpu"
@@ -89,6 +99,8 @@ class PlanOptions:
     optimizer: Optimizer = "adamw"
     freeze: tuple[str, ...] = ()
     accumulate: bool = False
+    average: bool = False
+    tensor: int = 1
     gpus: int = 1
     device: Device = "cuda"
 
@@ -100,7 +112,7 @@ class PlanOptions:
             *([("train", self.train, get_args(Training))] if self.train is not None else []),
         ):
             check_choice(name, value, known)
-        for name in ("context", "batch", "prompt", "tiles", "rank", "gpus"):
+        for name in ("context", "batch", "prompt", "tiles", "rank", "tensor", "gpus"):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ConfigError(f"{name} must be at least 1, not {number}")
@@ -109,9 +121,13 @@ class PlanOptions:
         if self.pack is not None and self.train == "full":
             raise ConfigError("packed weights are not trained; leave pack out, or train lora beside them")
         if self.train is None:
-            for name in ("gradient_checkpointing", "accumulate"):
+            for name in ("gradient_checkpointing", "accumulate", "average"):
                 if getattr(self, name):
                     raise ConfigError(f"{name} is for training; give train lora or full too")
+            if self.tensor > 1:
+                raise ConfigError("tensor is for training; answering divides by gpus")
+        if self.pack is not None and self.pack.format == "nf4" and self.train != "lora":
+            raise ConfigError("nf4 weights are for training adapters beside them; give train lora")
         if self.freeze and self.train != "full":
             raise ConfigError("freeze is for training in full; LoRA trains its adapters only")
         for part in self.freeze:
@@ -120,7 +136,7 @@ class PlanOptions:
             check_choice("targets", group, TARGETS)
         if not self.targets:
             raise ConfigError(f"LoRA needs a target: {', '.join(TARGETS)}")
-        if self.pack is not None and self.gpus > 1:
+        if self.pack is not None and self.gpus * self.tensor > 1:
             raise ConfigError("packed weights are not divided among GPUs; leave pack out, or plan for one GPU")
 
     @property
@@ -181,10 +197,10 @@ def workload(config: AnyModelConfig, options: PlanOptions) -> Workload:
             )
     split = options.gpus if options.train is None else 1
     shards = options.gpus if options.train else 1
-    _check_split(config, split)
+    _check_split(config, split * options.tensor)
     if options.train == "full" and text.tie_word_embeddings and len({"embedding", "lm_head"} & {*options.freeze}) == 1:
         raise ConfigError("the model's LM head is its embedding; freeze both of them or neither")
-    if options.pack is not None and options.pack.format != "bf16":
+    if options.pack is not None and options.pack.format in ("int8", "int4"):
         group = options.pack.group
         if wrong := [inputs for inputs, _ in block_shapes(text) if inputs % group]:
             raise ConfigError(f"{wrong[0]} inputs of a layer do not divide into groups of {group}; take another group")
@@ -195,6 +211,8 @@ def workload(config: AnyModelConfig, options: PlanOptions) -> Workload:
 def _pictures(config: AnyModelConfig, options: PlanOptions) -> tuple[int, int, tuple[int, int]]:
     """Of a sequence: pictures, tiles of each, and a tile's height and width."""
     if isinstance(config, LanguageModelConfig):
+        if {"vision", "projector"} & set(options.targets):
+            raise ConfigError("the model reads text only; leave vision and projector out of the targets")
         if options.images or options.tiles or options.image_size:
             raise ConfigError("the model reads text only; leave images, tiles and image size out")
         return 0, 0, (0, 0)

@@ -87,6 +87,32 @@ def block_shapes(text: TextConfig) -> tuple[tuple[int, int], ...]:
     return (size, size), (size, keys), (size, keys), (size, size), (size, inner), (size, inner), (inner, size)
 
 
+def vision_shapes(config: AnyModelConfig) -> tuple[tuple[int, int], ...]:
+    """(inputs, outputs) of the linear layers of all of the encoder's blocks that are read."""
+    if isinstance(config, LanguageModelConfig):
+        return ()
+    vision: Any = config.vision
+    size, inner = vision.hidden_size, vision.intermediate_size
+    swiglu = getattr(vision, "swiglu", False)
+    feed = ((size, 2 * inner if swiglu else inner), (inner, size))
+    blocks = getattr(vision, "num_blocks", vision.num_hidden_layers) + getattr(vision, "num_global_layers", 0)
+    return ((size, size), (size, size), (size, size), (size, size), *feed) * blocks
+
+
+def projector_shapes(config: AnyModelConfig) -> tuple[tuple[int, int], ...]:
+    """(inputs, outputs) of the projector's linear layers."""
+    if isinstance(config, LanguageModelConfig):
+        return ()
+    vision, text = config.vision.output_size, config.text.hidden_size
+    if isinstance(config.projector, LinearProjector):
+        return ((vision, text),)
+    if isinstance(config.projector, MLPProjector):
+        return (vision, text), (text, text)
+    if isinstance(config.projector, PixelShuffleProjector):
+        return ((vision * config.projector.scale_factor**2, text),)
+    return ()
+
+
 def _of(counts: dict[type[Any], Callable[..., int]], part: Any) -> Callable[..., int]:
     if type(part) not in counts:
         known = ", ".join(kind.__name__ for kind in counts)

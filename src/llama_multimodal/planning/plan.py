@@ -90,6 +90,9 @@ def weights(config: AnyModelConfig, parameters: Parameters, options: PlanOptions
     split: GPUs that share the matrices of the blocks and the projector
     """
     shared = parameters.matrices + parameters.vision_matrices + parameters.projector
+    if options.pack is not None and options.pack.format == "nf4":
+        small = parameters.matrices + parameters.vision_matrices
+        return (parameters.total - small) * options.width + options.pack.num_bytes(small)
     if options.pack is None:
         return (parameters.total - shared + shared // split) * options.width
     head = parameters.lm_head
@@ -159,6 +162,7 @@ _TRAINING = {
     "adapters": "LoRA's two matrices beside each of the layers it is for, in fp32",
     "copies": "of trained weights, in the dtype of the products",
     "gathered weights": "two blocks, embedding and LM head, whole while they are used, and their gradients",
+    "averaged weights": "a copy of what is trained, in fp32",
     "optimizer": "two moments of each trained parameter",
     "gradients": "of each trained parameter, in fp32",
     "pixels": "the pictures' tiles in fp32, as they are given to the model",
@@ -171,11 +175,16 @@ _TRAINING = {
 def _training(config: AnyModelConfig, parameters: Parameters, options: PlanOptions, load: Workload) -> _Sheet:
     shards = load.shards
     learnt = training.trained(config, parameters, options)
-    always = {"weights": weights(config, parameters, options), "optimizer": learnt.moments}
+    base = weights(config, parameters, options)
+    parts = weights(config, parameters, options, options.tensor)
+    always = {"weights": parts, "optimizer": learnt.moments}
+    if options.average:
+        always["averaged weights"] = learnt.weights
     if options.train == "lora":
         always["adapters"] = learnt.weights
     else:
-        always["weights"] += learnt.weights - learnt.parameters * options.width
+        always["weights"] = base + learnt.weights - learnt.parameters * options.width
+        always = {name: size * parts // base for name, size in always.items()}
     always = {name: size // shards for name, size in always.items()}
     always["pixels"] = _pixels(options, load)
     if shards > 1:

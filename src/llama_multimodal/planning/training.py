@@ -15,11 +15,12 @@ are those of the whole batch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..config import AnyModelConfig, ModelConfig, TextConfig
 from .inference import token_overhead, vision_tokens
 from .options import DTYPE_BYTES, PlanOptions, Workload
-from .parameters import Parameters, block_matrices, block_shapes
+from .parameters import Parameters, block_matrices, block_shapes, projector_shapes, vision_shapes
 from .vision import encoder_saved, num_blocks
 
 _CHUNK_LOGITS = 2**23  # that `linear_cross_entropy` holds at once
@@ -57,7 +58,7 @@ def trained(config: AnyModelConfig, parameters: Parameters, options: PlanOptions
     """What is trained of a model, or beside it."""
     text, head, vision = config.text, 0, 0
     if options.train == "lora":
-        count = adapters(text, options)
+        count = adapters(config, options)
     else:
         blocks = text.num_hidden_layers
         each = (parameters.matrices + parameters.vectors) // max(1, blocks)
@@ -80,17 +81,19 @@ def trained(config: AnyModelConfig, parameters: Parameters, options: PlanOptions
     return Trained(count, head, vision, count * wide, moments, copies)
 
 
-def adapters(text: TextConfig, options: PlanOptions) -> int:
+def adapters(config: AnyModelConfig, options: PlanOptions) -> int:
     """Parameters of LoRA beside the layers that it is for: A [rank, inputs] and B [outputs, rank] of each."""
+    text = config.text
     sides = [inputs + outputs for inputs, outputs in block_shapes(text)]
-    of_group = {"self": sum(sides[:_ATTENTION_LAYERS]), "mlp": sum(sides[_ATTENTION_LAYERS:])}
-    of_group["cross"] = of_group["self"]
-    blocks = {
-        "self": len(text.self_attention_layers),
-        "cross": len(text.cross_attention_layers),
-        "mlp": text.num_hidden_layers,
+    attention, mlp = sum(sides[:_ATTENTION_LAYERS]), sum(sides[_ATTENTION_LAYERS:])
+    of_group = {
+        "self": len(text.self_attention_layers) * attention,
+        "cross": len(text.cross_attention_layers) * attention,
+        "mlp": text.num_hidden_layers * mlp,
+        "projector": sum(map(sum, projector_shapes(config))),
+        "vision": sum(map(sum, vision_shapes(config))),
     }
-    return options.rank * sum(blocks[group] * of_group[group] for group in set(options.targets))
+    return options.rank * sum(of_group[group] for group in set(options.targets))
 
 
 def gathered(parameters: Parameters, text: TextConfig, options: PlanOptions) -> int:
@@ -170,7 +173,9 @@ def text_saved(config: AnyModelConfig, options: PlanOptions, load: Workload) -> 
     else:
         saved = (plain + cross) * tokens * text.hidden_size * residual + cross * seen * of_vision
         backward += max(one, gated if cross else 0)
-    if options.pack is not None:  # unpacked for a product, whose backward pass reads them again
+    if options.pack is not None and options.pack.format == "nf4":  # one matrix at a time, forward and backward
+        saved += max(inputs * outputs for inputs, outputs in block_shapes(text)) * options.width
+    elif options.pack is not None:  # unpacked for a product, whose backward pass reads them again
         blocks = 1 if options.gradient_checkpointing else text.num_hidden_layers
         saved += blocks * block_matrices(text) * options.width
     return saved + tokens * token_overhead(text), backward
@@ -182,13 +187,18 @@ def vision_saved(config: AnyModelConfig, options: PlanOptions, load: Workload) -
     if not isinstance(config, ModelConfig) or not load.tiles:
         return 0
     projected = vision_tokens(config, load) * config.text.hidden_size * options.width
-    if options.train == "lora":
+    values = load.tiles * config.vision.num_tokens(*load.tile_size) * config.vision.output_size
+    adapted = set(options.targets) & {"vision", "projector"} if options.train == "lora" else set()
+    if options.train == "lora" and not adapted:
         return projected
-    features = load.tiles * config.vision.num_tokens(*load.tile_size) * config.vision.output_size * options.width
-    if "vision" in options.freeze:
+    features = values * (options.wide if "projector" in adapted else options.width)  # adapters read them in fp32
+    if "vision" in options.freeze or adapted == {"projector"}:
         return projected + features
     each, entering = encoder_saved(config.vision, options, load)
     blocks = num_blocks(config.vision)
+    if adapted:  # what each of a block's layers reads, in fp32: its inputs, the attention's result, the hidden values
+        vision: Any = config.vision
+        each += entering // vision.hidden_size * (5 * vision.hidden_size + vision.intermediate_size)
     saved = blocks * entering + each if options.gradient_checkpointing else blocks * each
     return projected + features + saved
 

@@ -130,8 +130,12 @@ class Nf4Linear(nn.Module):
 
 
 @torch.no_grad()
-def quantize_nf4(model: LanguageModel, config: Nf4Config | None = None) -> LanguageModel:
+def quantize_nf4(
+    model: LanguageModel, config: Nf4Config | None = None, device: torch.device | None = None
+) -> LanguageModel:
     """Make the model's linear layers NF4 in place, one at a time, vision encoder included; returns the model.
+
+    device: where the model goes on the way, so that its plain weights are never all there; None: where it is
 
     Adapters are added afterwards: `apply_lora`. On the CPU a product costs more than a plain one; it is the memory
     that is saved.
@@ -156,8 +160,9 @@ def quantize_nf4(model: LanguageModel, config: Nf4Config | None = None) -> Langu
         layer = model.get_submodule(path)
         assert isinstance(layer, nn.Linear)
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, Nf4Linear(layer.weight, layer.bias, config))
-    return model
+        packed = Nf4Linear(layer.weight if device is None else layer.weight.to(device), layer.bias, config)
+        setattr(model.get_submodule(parent), name, packed)
+    return model if device is None else model.to(device)
 
 
 def _bitsandbytes() -> ModuleType:

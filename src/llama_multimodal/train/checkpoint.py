@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed import is_saved_run
 from ..errors import CheckpointError
-from ..weights.io import SafetensorsFile, TensorInfo, flush, write_safetensors
+from ..weights.io import SafetensorsFile, TensorInfo, flush, flush_folder, write_safetensors
 
 _NAME = "step-{:08d}"
 _PATTERN = re.compile(r"step-(\d{8,})")
 _WRITING, _REMOVING = ".writing-", ".removing-"
+_LEFT = (f"{_WRITING}*", f"{_REMOVING}*", "step-*.partial")
+"""What an interruption leaves behind; the last is of runs that several processes write."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,11 @@ def save(folder: Path, saved: Saved) -> Path:
         with open(aside / "state.pt", "wb") as file:
             torch.save({**saved.state, "step": saved.step}, file)
             flush(file)
-        _flush_folder(aside)
+        flush_folder(aside)
         if target.exists():  # the same step again, of a run that was set back
             _remove(target)
         os.replace(aside, target)
-        _flush_folder(folder)
+        flush_folder(folder)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written ({error.strerror or error}); free some space") from error
     return target
@@ -72,16 +75,6 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     infos = {name: TensorInfo(tuple(tensors[name].shape), tensors[name].dtype) for name in order}
     write_safetensors(path, infos, ((name, tensors[name]) for name in order))
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name != "posix":  # no other system lets a folder be flushed
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove(path: Path) -> None:
@@ -104,7 +97,7 @@ def prune(folder: Path, keep_last: int, best: int | None = None) -> None:
     for step in list(steps)[:-keep_last]:
         if step != best:
             _remove(steps[step])
-    for left in (*folder.glob(f"{_WRITING}*"), *folder.glob(f"{_REMOVING}*")):
+    for left in (path for pattern in _LEFT for path in folder.glob(pattern)):
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -112,12 +105,28 @@ def load(path: Path) -> Saved:
     """Raises:
     CheckpointError: a file is missing or damaged.
     """
+    if is_saved_run(path):
+        raise CheckpointError(
+            f"{path} was saved in parts, by a run whose model was cut (parallel.method fsdp, or tensor_parallel): go on"
+            " with that, on any number of processes, or take another output"
+        )
     try:
         weights, average = path / "weights.safetensors", path / "average.safetensors"
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         return Saved(state.pop("step"), _tensors(weights), _tensors(average) if average.exists() else None, state)
     except Exception as error:
         raise CheckpointError(f"cannot resume from {path} ({error}); move it away to go on without it") from error
+
+
+def check_names(path: Path, ours: Collection[str], saved: Collection[str]) -> None:
+    """Raises:
+    CheckpointError: other weights learn than those that were saved.
+    """
+    for name in sorted({*ours} ^ {*saved}):
+        how = "does not train" if name in saved else "trains"
+        raise CheckpointError(
+            f"{path} was begun by another recipe: this one {how} {name}; take another output or that recipe"
+        )
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -127,5 +136,11 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def load_last(folder: Path) -> Saved | None:
     """The last saved step, None where there is none."""
+    path = last_path(folder)
+    return None if path is None else load(path)
+
+
+def last_path(folder: Path) -> Path | None:
+    """Where the last saved step lies."""
     steps = saved_steps(folder)
-    return load(steps[max(steps)]) if steps else None
+    return steps[max(steps)] if steps else None

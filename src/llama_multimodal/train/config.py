@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ..distributed import ParallelConfig
 from ..errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -57,6 +58,56 @@ class WatchConfig:
     wandb: str | None = None  # a project's name
 
 
+@dataclass(frozen=True)
+class ParallelOptions:
+    """How the processes of a run share the model; there are as many as torchrun starts, or as `processes` says.
+
+    With `ddp` each holds all that the recipe trains, and all that it does not; with `fsdp` weights, gradients and the
+    optimizer's state are cut among them, and products run in the recipe's `dtype`. `tensor_parallel` neighbours share
+    every product of a block, under either, and read the same rows.
+    """
+
+    method: Literal["ddp", "fsdp"] = "ddp"
+    tensor_parallel: int = 1
+    replicas: int = 1  # of the cut model (fsdp): machines, say, between which only gradients go
+    reshard_after_forward: bool = True  # a block's weights (fsdp); False: gathered once a pass, and kept until then
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel", "replicas"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"parallel.{name} must be at least 1, not {getattr(self, name)}")
+        if self.method != "fsdp" and (self.replicas > 1 or not self.reshard_after_forward):
+            raise ConfigError("parallel: replicas and reshard_after_forward are for the method fsdp")
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the model is cut into parts where there are several processes."""
+        return self.method == "fsdp" or self.tensor_parallel > 1
+
+    @property
+    def described(self) -> str:
+        """In a few words."""
+        parts = f" × tensor_parallel {self.tensor_parallel}" if self.tensor_parallel > 1 else ""
+        return self.method + (f", {self.replicas} replicas" if self.replicas > 1 else "") + parts
+
+    def mesh(self, processes: int) -> ParallelConfig:
+        """The axes of so many processes.
+
+        Raises:
+            ConfigError: they cannot be divided so.
+        """
+        copies, rest = divmod(processes, self.tensor_parallel)
+        if rest or not copies or copies % self.replicas:
+            wanted = f"tensor_parallel {self.tensor_parallel}" + f" × replicas {self.replicas}" * (self.replicas > 1)
+            raise ConfigError(
+                f"parallel: {wanted} does not divide the {processes} process{'es' * (processes > 1)} of this run;"
+                " change it, or torchrun's --nproc-per-node and --nnodes"
+            )
+        if self.method == "ddp":
+            return ParallelConfig(copies, 1, self.tensor_parallel)
+        return ParallelConfig(self.replicas, copies // self.replicas, self.tensor_parallel)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One training run; what it trains, and on what, is added by the task's own recipe."""
@@ -95,12 +146,26 @@ class Recipe:
         """The command that asks the result."""
         return f"llama-mm chat --model {result}"
 
+    @property
+    def sharing(self) -> ParallelOptions:
+        """How its processes share the model: here each has all of it."""
+        return ParallelOptions()
+
+    @property
+    def device_type(self) -> str:
+        """cpu or cuda: where its processes compute, and talk."""
+        return "cpu"
+
     def prepare(self) -> None:
         """What is done once, before the run's processes start."""
 
     def task(self, group: Group) -> Task:
         """Build what is trained, in one process of the run."""
         raise NotImplementedError
+
+    def to_export(self) -> Recipe:
+        """The recipe by which one process builds what it writes the result from; it needs no step."""
+        return self
 
     @property
     def checkpoints(self) -> Path:

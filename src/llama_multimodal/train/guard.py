@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import local_part
 from ..errors import TrainingError
 from . import checkpoint
 from .config import Recipe
@@ -45,16 +46,18 @@ def explain_loss(
 ) -> str:
     """Run the step again and find where its loss stopped being finite; the same words in every process."""
     found = None
-    for batch in micro:
-        found = found or _first(recipe, task, batch, totals, step, group)
+    for batch in micro:  # all of them, as the others do
+        harm = _first(recipe, task, batch, totals, step, group)
+        found = found or harm
     where = next((words for words in group.gather(found) if words is not None), "nothing that can be found again")
     return f"step {step + 1}: the loss is not finite; the first was {where}; {_way_out(recipe)}"
 
 
-def explain_gradient(recipe: Recipe, task: Task[Any], step: int) -> str:
-    """Which weight's gradient is not finite, where the loss was."""
+def explain_gradient(recipe: Recipe, task: Task[Any], step: int, group: Group) -> str:
+    """Which weight's gradient is not finite, where the loss was; its parts may lie in other processes."""
     names = [name for name, p in trained(task.modules).items() if p.grad is not None and not _finite(p.grad)]
-    return f"step {step + 1}: the gradient of {names[0] if names else 'a weight'} is not finite; {_way_out(recipe)}"
+    first = next((found[0] for found in group.gather(names) if found), "a weight")
+    return f"step {step + 1}: the gradient of {first} is not finite; {_way_out(recipe)}"
 
 
 def _way_out(recipe: Recipe) -> str:
@@ -92,7 +95,7 @@ def _first(recipe: Recipe, task: Task[Any], micro: Any, totals: Sequence[float],
 
 
 def _finite(values: Tensor) -> bool:
-    return bool(torch.isfinite(values).all())
+    return bool(torch.isfinite(local_part(values)).all())
 
 
 def _named(rows: Sequence[str]) -> str:

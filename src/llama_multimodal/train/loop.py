@@ -11,7 +11,7 @@ import gc
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import is_saved_run, local_part
 from ..errors import CheckpointError, TrainingError
-from . import checkpoint, guard
+from . import checkpoint, guard, shards
 from .checkpoint import Saved
 from .config import Progress, Recipe, Report
-from .parallel import Group, launch, wrap
+from .launch import launch
+from .parallel import Group
 from .record import write_record
 from .task import Task, trained
 from .watch import Watch, memory_in_use, peak_flops
@@ -50,15 +52,38 @@ def export(recipe: Recipe) -> Path:
     steps = checkpoint.saved_steps(recipe.checkpoints)
     if not steps:
         raise CheckpointError(f"{recipe.output} holds no saved run; train it first")
-    last = checkpoint.load(steps[max(steps)])
-    best = (last.state.get("best") or {}).get("step")
-    chosen = checkpoint.load(steps[best]) if recipe.result == "best" and best in steps else last
+    last, in_parts = steps[max(steps)], recipe.sharing.cuts
+    chosen = steps.get(_best(last, in_parts), last) if recipe.result == "best" else last
     gc.collect()  # the run's own model, whose blocks may refer to themselves: two may be one too many
-    task = recipe.task(Group())
-    _put(task, chosen, recipe)
-    result = task.export(Path(recipe.output), chosen.average)
+    task = recipe.to_export().task(Group())
+    average: Mapping[str, Tensor] | None
+    if in_parts:
+        average = shards.load_whole(_in_parts(chosen), task.modules)
+    else:
+        saved = checkpoint.load(chosen)
+        _put(task, saved, recipe)
+        average = saved.average
+    result = task.export(Path(recipe.output), average)
     write_record(recipe, result)
     return result
+
+
+def _best(path: Path, in_parts: bool) -> int:
+    """The step that had evaluated best when this one was saved; 0 if none had."""
+    state = shards.read_extra(_in_parts(path)) if in_parts else checkpoint.load(path).state
+    return int((state.get("best") or {}).get("step", 0))
+
+
+def _in_parts(path: Path) -> Path:
+    """Raises:
+    CheckpointError: a step that was saved whole.
+    """
+    if not is_saved_run(path):
+        raise CheckpointError(
+            f"{path} was saved whole, by a run whose model was not cut: go on with parallel.method ddp and without"
+            " tensor_parallel, or take another output"
+        )
+    return path
 
 
 @dataclass
@@ -71,11 +96,17 @@ class _State:
     best: dict[str, Any] | None = None  # step and loss of the best evaluation
     parameters: list[nn.Parameter] = field(default_factory=list)
 
-    def save(self) -> dict[str, Any]:
-        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        return {"optimizers": optimizers, "scaler": self.scaler.state_dict(), "best": self.best}
-
-    def load(self, saved: Saved) -> None:
+    def resume(self, recipe: Recipe, task: Task[Any]) -> int:
+        """Put the last saved step into the task and in here; returns its number, 0 where there is none."""
+        path = checkpoint.last_path(recipe.checkpoints)
+        if path is None:
+            return 0
+        if recipe.sharing.cuts:
+            extra = shards.load(_in_parts(path), task.modules, self.optimizers, self.average)
+            self.best = extra["best"]
+            return int(extra["step"])
+        saved = checkpoint.load(path)
+        _put(task, saved, recipe)
         for optimizer, state in zip(self.optimizers, saved.state["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.scaler.load_state_dict(saved.state["scaler"])
@@ -83,6 +114,20 @@ class _State:
         if self.average is not None and saved.average is not None:
             for name, value in self.average.items():
                 value.copy_(saved.average[name])
+        return saved.step
+
+    def save(self, recipe: Recipe, task: Task[Any], step: int, group: Group) -> None:
+        """Keep a step, and of the earlier ones those that the recipe keeps. All processes come here."""
+        if recipe.sharing.cuts:
+            shards.save(recipe.checkpoints, step, task.modules, self.optimizers, self.average, {"best": self.best})
+        elif group.leads:
+            kept = {name: value.detach() for name, value in trained(task.modules).items()}
+            optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+            state = {"optimizers": optimizers, "scaler": self.scaler.state_dict(), "best": self.best}
+            checkpoint.save(recipe.checkpoints, Saved(step, kept, self.average, state))
+        if group.leads:
+            best = self.best["step"] if self.best and recipe.keep_best else None
+            checkpoint.prune(recipe.checkpoints, recipe.keep_last, best)
 
 
 def _run(recipe: Recipe, group: Group, report: Report) -> None:
@@ -92,19 +137,14 @@ def _run(recipe: Recipe, group: Group, report: Report) -> None:
         torch.set_num_threads(recipe.threads)
     with _deterministic(recipe.deterministic):
         task = recipe.task(group)
-        modules = wrap(task.modules, group)
+        group.begin(task.modules)
         state = _State(
             task.optimizers(), torch.amp.GradScaler(task.device.type, enabled=recipe.dtype == "float16"), None
         )
         if recipe.optim.ema_decay is not None:
             state.average = {name: value.detach().clone() for name, value in trained(task.averaged).items()}
-        state.parameters = list(trained(modules).values())
-        first = 0
-        saved = checkpoint.load_last(recipe.checkpoints)
-        if saved is not None:
-            _put(task, saved, recipe)
-            state.load(saved)
-            first = saved.step
+        state.parameters = list(trained(task.modules).values())
+        first = state.resume(recipe, task)
         if group.leads:
             write_record(recipe, Path(recipe.output))
         with Watch.of(recipe, first, group.leads) as watch:
@@ -141,11 +181,8 @@ def _steps(
             progress = Progress(step + 1, {**values, **measured})
             watch.log(progress)
             report(progress)
-            if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps or (better and recipe.keep_best):
-                kept = {name: value.detach() for name, value in trained(task.modules).items()}
-                checkpoint.save(recipe.checkpoints, Saved(step + 1, kept, state.average, state.save()))
-                best = state.best["step"] if state.best and recipe.keep_best else None
-                checkpoint.prune(recipe.checkpoints, recipe.keep_last, best)
+        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps or (better and recipe.keep_best):
+            state.save(recipe, task, step + 1, group)
         started = time.perf_counter()
 
 
@@ -154,32 +191,37 @@ def _step(
 ) -> dict[str, float]:
     """Accumulate the gradients of one step over every process, and take it."""
     totals = group.sum(task.totals(micro))
-    task.check(totals, micro, step)
+    try:
+        task.check(totals, micro, step)
+    except TrainingError as error:
+        group.fail(error)
     rate = task.learning_rate(step)
     for settings in (table for optimizer in state.optimizers for table in optimizer.param_groups):
         settings["lr"] = rate * settings.get("share", 1.0)
     guard.seed_step(recipe.seed, step, group.rank)
     summed = torch.zeros(task.num_sums, dtype=torch.float64, device=task.device)
-    for batch in micro:
+    for i, batch in enumerate(micro):
+        group.before_backward(task.modules, last=i == len(micro) - 1)
         with guard.fits(task, batch, step):
             loss, sums = task.loss(batch, totals, step)
             summed += sums
-            if loss is not None:
+            if loss is not None and loss.requires_grad:  # what reads pictures alone learns nothing from text
                 state.scaler.scale(loss).backward()
     group.sum_gradients(state.parameters)
     counted = group.sum(summed)
     if not all(map(math.isfinite, counted)):
-        raise TrainingError(guard.explain_loss(recipe, task, micro, totals, step, group))
+        group.fail(TrainingError(guard.explain_loss(recipe, task, micro, totals, step, group)))
     for optimizer in state.optimizers:
         state.scaler.unscale_(optimizer)
-    total_norm = nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
+    task.share_gradients()
+    total_norm = group.gradient_norm(state.parameters)
     norm = float(total_norm)
     values = {**task.measures(counted, totals, step), "learning_rate": rate, "gradient_norm": norm}
     if math.isfinite(norm):
-        nn.utils.clip_grads_with_norm_(state.parameters, recipe.optim.clip_norm, total_norm)
+        group.clip(state.parameters, recipe.optim.clip_norm, total_norm)
     else:
         if not state.scaler.is_enabled() or state.scaler.get_scale() < _LEAST_SCALE:
-            raise TrainingError(guard.explain_gradient(recipe, task, step))
+            group.fail(TrainingError(guard.explain_gradient(recipe, task, step, group)))
         values |= {"skipped": 1.0, "gradient_norm": 0.0}  # float16's range was left: a smaller scale, and no step
     for optimizer in state.optimizers if "skipped" not in values else ():
         state.scaler.step(optimizer)
@@ -195,11 +237,7 @@ def _put(task: Task[Any], saved: Saved, recipe: Recipe) -> None:
         CheckpointError: the run was begun by another recipe.
     """
     ours = trained(task.modules)
-    for name in ours.keys() ^ saved.weights.keys():
-        how = "does not train" if name in saved.weights else "trains"
-        raise CheckpointError(
-            f"{recipe.output} was begun by another recipe: this one {how} {name}; take another output or that recipe"
-        )
+    checkpoint.check_names(Path(recipe.output), ours.keys(), saved.weights.keys())
     with torch.no_grad():
         for name, parameter in ours.items():
             if parameter.shape != saved.weights[name].shape:
@@ -210,21 +248,27 @@ def _put(task: Task[Any], saved: Saved, recipe: Recipe) -> None:
 @torch.no_grad()
 def _update_average(average: dict[str, Tensor], module: nn.Module, decay: float) -> None:
     for name, value in trained(module).items():
-        average[name].lerp_(value, 1 - decay)
+        local_part(average[name]).lerp_(local_part(value), 1 - decay)
 
 
 @contextlib.contextmanager
 def _averaged(module: nn.Module, average: dict[str, Tensor] | None) -> Iterator[None]:
-    """The module with its averaged weights."""
-    ours = trained(module) if average is not None else {}
-    kept = {name: value.data for name, value in ours.items()}
+    """The module with its averaged weights. They change places, one at a time: parts of a cut model are gathered from
+    where they lie, and a copy of them all might not fit."""
+    _swap(module, average)
     try:
-        for name, value in ours.items():
-            value.data = (average or {})[name]
         yield
     finally:
-        for name, value in ours.items():
-            value.data = kept[name]
+        _swap(module, average)
+
+
+@torch.no_grad()
+def _swap(module: nn.Module, average: dict[str, Tensor] | None) -> None:
+    for name, value in trained(module).items() if average is not None else ():
+        ours, other = local_part(value), local_part((average or {})[name])
+        kept = ours.clone()
+        ours.copy_(other)
+        other.copy_(kept)
 
 
 @contextlib.contextmanager

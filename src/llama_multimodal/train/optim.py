@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..distributed import alike
 from ..errors import MissingExtraError
 from .config import OptimConfig
 from .muon import Muon
@@ -44,14 +45,14 @@ def build_optimizers(
         others: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
         adamw = torch.optim.AdamW(others, betas=(optim.beta1, optim.beta2), fused=True, **settings)
         return [Muon(blocks, **settings), adamw] if blocks else [adamw]
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)  # by rate, and whether they decay
     for name, parameter in parameters.items():
         rate = optim.learning_rates.get(part_of(name), optim.learning_rate) if part_of else optim.learning_rate
         groups[rate, parameter.ndim == 2].append(parameter)
     tables: list[dict[str, Any]] = [
-        {"params": members, "share": rate / optim.learning_rate if optim.learning_rates else 1.0,
+        {"params": some, "share": rate / optim.learning_rate if optim.learning_rates else 1.0,
          "weight_decay": optim.weight_decay if decays else 0.0}
-        for (rate, decays), members in groups.items()
+        for (rate, decays), members in groups.items() for some in alike(members)
     ]  # fmt: skip
     settings["betas"] = (optim.beta1, optim.beta2)
     if optim.optimizer == "adamw":

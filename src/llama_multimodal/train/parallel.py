@@ -1,66 +1,145 @@
-"""The processes of a data-parallel run: one alone, those that torchrun started, or some that are started here.
+"""One process of a run among the others: which rows it reads, and what all add up.
 
-Every process holds the whole model and takes its share of each step. Losses are divided by counts of the *whole* step,
-so gradients are added up, never averaged, and any number of processes takes the same step.
+Losses are divided by counts of the *whole* step, so gradients are added up, never averaged, and any number of processes
+takes the same step. Processes that share the products of a block read the same rows: together they are one reader.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
-from ..errors import TrainingError, UserError
-from .config import Progress, Recipe, Report
+from ..distributed import (
+    gradient_norm,
+    max_over_readers,
+    num_readers,
+    reader,
+    scale_gradients,
+    sum_over_readers,
+    sync_gradients,
+)
+from ..distributed.mesh import DATA, SHARD, TENSOR, broadcast_parameters, local_part
+from ..errors import UserError
 
 _AT_ONCE = 1 << 24  # gradients that are exchanged at a time: few messages, and little memory beside the gradients
 
 
 @dataclass(frozen=True)
 class Group:
-    """This process among those of its run."""
+    """This process among those of its run.
+
+    rank, size: which reader it is, or is part of, and how many there are. mesh: None for a process alone.
+    """
 
     rank: int = 0
     size: int = 1
-    handle: Any = None  # of torch.distributed; None for a process alone
+    mesh: DeviceMesh | None = None
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh) -> Group:
+        return cls(reader(mesh), num_readers(mesh), mesh)
 
     @property
     def leads(self) -> bool:
         """Whether this process writes and reports."""
-        return self.rank == 0
+        return self.mesh is None or self.mesh.get_rank() == 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process writes what its reader has to say, of those that are one reader."""
+        return self.mesh is None or self.mesh.get_local_rank(TENSOR) == 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights are gathered block by block, so that all must call the same blocks in the same order."""
+        return self.mesh is not None and self.mesh[SHARD].size() > 1
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the model is in parts, by weights or by products."""
+        return self.mesh is not None and (self.sharded or self.mesh[TENSOR].size() > 1)
+
+    def fail(self, error: UserError) -> NoReturn:
+        """Stop over what all processes found alike: the first says it, the others end without a word."""
+        if self.leads:
+            raise error
+        raise SystemExit(2)
+
+    # --- what all add up ---------------------------------------------------------------------------------------------
 
     def sum(self, values: Tensor) -> list[float]:
-        """Numbers added up over all processes; they come to the CPU here."""
-        if self.handle is not None:
-            dist.all_reduce(values, group=self.handle)
+        """Numbers added up over all readers; they come to the CPU here."""
+        if self.mesh is not None:
+            sum_over_readers(values, self.mesh)
         return values.tolist()
+
+    def most(self, value: int) -> int:
+        """The largest of all readers' numbers."""
+        if self.mesh is None:
+            return value
+        return int(max_over_readers(torch.tensor(value), self.mesh))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every reader's value, in their order."""
+        if self.mesh is None:
+            return [value]
+        values = [None] * self.mesh.size()
+        dist.all_gather_object(values, value)
+        return values[self.mesh.get_local_rank(TENSOR) :: self.mesh[TENSOR].size()]
+
+    # --- gradients ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def begin(self, modules: nn.Module) -> None:
+        """Start from the first process's trained weights; what is sharded does already."""
+        if self.mesh is None or self.sharded:
+            return
+        learnt = [parameter for parameter in modules.parameters() if parameter.requires_grad]
+        broadcast_parameters([p.data for p in learnt], self.mesh, (DATA,))
+        broadcast_parameters([p.data for p in learnt if not isinstance(p, DTensor)], self.mesh, (TENSOR,))
+
+    def before_backward(self, modules: nn.Module, last: bool) -> None:
+        """last: whether this is a step's last micro-batch, after which sharded gradients are exchanged, once."""
+        if self.sharded:
+            sync_gradients(modules, last)
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add every process's gradients; where one process has none, it adds zeros."""
-        if self.handle is None:
+        """Add every reader's gradients; where one has none, and another has, it adds zeros. Sharded ones were added up
+        on their way."""
+        if self.mesh is None or self.size == 1 or self.sharded:
             return
-        for bucket in _buckets(parameters):
-            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
-            dist.all_reduce(flat, group=self.handle)
-            for parameter, gradient in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                parameter.grad = gradient.view_as(parameter)
+        parameters = list(parameters)
+        counts = self.sum(torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64))
+        for parameter, count in zip(parameters, counts, strict=True):
+            if count and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in _buckets(p for p in parameters if p.grad is not None):
+            parts = [local_part(p.grad) for p in bucket if p.grad is not None]
+            flat = torch.cat([part.flatten() for part in parts])
+            dist.all_reduce(flat, group=self.mesh.get_group(DATA))
+            for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+                part.copy_(summed.view_as(part))
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every process's value, in the order of ranks."""
-        if self.handle is None:
-            return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value, group=self.handle)
-        return values
+    def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Over all parameters, wherever their parts are."""
+        if self.mesh is None or not self.cuts:
+            return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return gradient_norm(parameters, self.mesh)
+
+    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float, norm: Tensor) -> None:
+        """Scale gradients of this norm down to `max_norm`."""
+        if self.cuts:
+            scale_gradients(parameters, max_norm, norm)
+        else:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
@@ -73,121 +152,3 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]
         bucket.append(parameter)
     if bucket:
         yield bucket
-
-
-@torch.no_grad()
-def wrap(modules: nn.Module, group: Group) -> nn.Module:
-    """Modules as the run's processes train them together: all start from the first one's trained weights."""
-    if group.handle is not None:
-        for parameter in modules.parameters():
-            if parameter.requires_grad:
-                dist.broadcast(parameter.data, src=0, group=group.handle)
-    return modules
-
-
-Run = Callable[[Recipe, Group, Report], None]
-
-
-def launch(run: Run, recipe: Recipe, report: Report) -> None:
-    """Call `run` in every process of the recipe's run; only the first reports.
-
-    Raises:
-        UserError: what a process could not go on with.
-    """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _join(run, recipe, report)
-    elif recipe.processes == 1:
-        recipe.prepare()
-        run(recipe, Group(), report)
-    else:
-        recipe.prepare()
-        _start(run, recipe, report)
-
-
-def local_rank() -> int:
-    """Which of this machine's devices this process is to use."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def _take_device() -> None:
-    """The GPU of this process, where there is one for it."""
-    if local_rank() < torch.cuda.device_count():
-        torch.cuda.set_device(local_rank())
-
-
-def _backend() -> str:
-    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-
-
-def _join(run: Run, recipe: Recipe, report: Report) -> None:
-    """One of torchrun's processes."""
-    _take_device()
-    dist.init_process_group(_backend())
-    try:
-        group = Group(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
-        if group.leads:
-            recipe.prepare()
-        dist.barrier()
-        run(recipe, group, report if group.leads else _silent)
-    finally:
-        dist.destroy_process_group()
-
-
-def _silent(progress: Progress) -> None:
-    pass
-
-
-def _start(run: Run, recipe: Recipe, report: Report) -> None:
-    context = torch.multiprocessing.get_context("spawn")
-    messages = context.SimpleQueue()
-    meeting = Path(recipe.output) / "rendezvous"
-    meeting.parent.mkdir(parents=True, exist_ok=True)
-    meeting.unlink(missing_ok=True)
-    workers = torch.multiprocessing.spawn(
-        _worker, args=(run, recipe, messages, str(meeting.resolve())), nprocs=recipe.processes, join=False
-    )
-
-    def listen() -> None:
-        while not messages.empty():
-            message = messages.get()
-            if isinstance(message, str):
-                raise TrainingError(message)
-            report(message)
-
-    try:
-        while not workers.join(timeout=0.2):
-            listen()
-        listen()
-    except torch.multiprocessing.ProcessRaisedException:
-        listen()  # a user's mistake has a message of its own
-        raise
-    finally:
-        for process in workers.processes:
-            process.terminate()
-
-
-def end_with_parent() -> None:
-    """End this process as soon as the one that started it is gone. Killed, that one cannot end it, and workers that
-    went on would write into the same run as the next ones."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _worker(rank: int, run: Run, recipe: Recipe, messages: Any, meeting: str) -> None:
-    end_with_parent()
-    os.environ["LOCAL_RANK"] = str(rank)
-    _take_device()
-    dist.init_process_group(_backend(), init_method=f"file://{meeting}", rank=rank, world_size=recipe.processes)
-    try:
-        run(recipe, Group(rank, recipe.processes, dist.group.WORLD), messages.put if rank == 0 else _silent)
-    except UserError as error:
-        messages.put(str(error))
-        raise
-    finally:
-        dist.destroy_process_group()

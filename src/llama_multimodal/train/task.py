@@ -68,6 +68,9 @@ class Task(ABC, Generic[Micro]):
         """What each row of a micro-batch is, for people who look for the one that did harm."""
         return []
 
+    def share_gradients(self) -> None:
+        """Tie gradients to each other that must be alike, where no hook on a parameter can; all call this together."""
+
     def evaluates(self, step: int) -> bool:
         """Whether something held out is asked after this step."""
         return False

@@ -380,6 +380,20 @@ def read_model(
     return model
 
 
+def read_parameters(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter's name and whole values, on the CPU, one at a time: for models that hold parts of them.
+
+    Raises:
+        ConfigError: weights that are packed.
+    """
+    if checkpoint.packed:
+        raise ConfigError(f"the weights in {checkpoint.folder} are packed and cannot be cut; take the plain checkpoint")
+    for rule in checkpoint.rules:
+        value = torch.empty(checkpoint.shapes[rule.ours], dtype=dtype)
+        rule.read(checkpoint.sources(rule), value)
+        yield rule.ours, value
+
+
 @contextmanager
 def _allocating(device: torch.device, dtype: torch.dtype, total: int) -> Iterator[None]:
     try:

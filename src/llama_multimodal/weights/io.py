@@ -234,10 +234,21 @@ def write_safetensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iter
         flush(file)
 
 
-def flush(file: IO[bytes]) -> None:
+def flush(file: IO[Any]) -> None:
     """Push a file's bytes to the disk."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Push a folder's names to the disk, where the system has that."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:

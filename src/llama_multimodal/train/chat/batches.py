@@ -6,14 +6,17 @@ Shapes: B rows · T tokens
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...config import AnyModelConfig
+from ...config import AnyModelConfig, ModelConfig
+from ...distributed import match_images
 from ...inputs import ModelInputs
+from ..loader import IGNORED
+from ..parallel import Group
 from .encode import Example, microbatch
 from .recipe import BatchConfig
 from .steps import ChatSteps, StepExamples
@@ -23,13 +26,21 @@ from .steps import ChatSteps, StepExamples
 class MicroBatch:
     """inputs, and labels [B, T]: the next token of each answer token, else -100.
 
-    rows: where each row's conversations come from. lengths: tokens of each conversation.
+    rows: where each row's conversations come from. lengths: tokens of each conversation. Of sharded weights (`alike`),
+    blank: pictures among the inputs that nobody asked for, which come last; before_pictures: whether it has none, and
+    others of the step have.
     """
 
     inputs: ModelInputs
     labels: Tensor
     rows: tuple[str, ...]
     lengths: tuple[int, ...]
+    blank: int = 0
+    before_pictures: bool = False
+
+    @property
+    def num_images(self) -> int:
+        return len(self.inputs.images) - self.blank
 
 
 @dataclass(frozen=True)
@@ -120,3 +131,29 @@ def _packed_batch(group: Sequence[Example], config: AnyModelConfig) -> MicroBatc
     )
     labels = torch.cat([part.labels for part in alone], dim=1)
     return MicroBatch(inputs, labels, (", ".join(e.where for e in group),), lengths)
+
+
+def alike(micro: Sequence[MicroBatch], config: AnyModelConfig, group: Group) -> list[MicroBatch]:
+    """What a reader of sharded weights goes through: as many micro-batches as any other, with pictures wherever another
+    has some, since all gather the weights of a block together. From what is added nothing is learnt.
+    """
+    if not group.sharded or group.mesh is None:
+        return list(micro)
+    # Those with pictures last: beside each other's, and what is learnt from pictures alone has its gradients exchanged
+    # with a step's last micro-batch too.
+    ordered = sorted(micro, key=lambda one: len(one.inputs.images) > 0)
+    made = []
+    for one in [*[_nothing(config)] * (group.most(len(micro)) - len(micro)), *ordered]:
+        inputs, labels = match_images(one.inputs, one.labels, config, group.mesh)
+        blank = len(inputs.images) - len(one.inputs.images)
+        made.append(replace(one, inputs=inputs, labels=labels, blank=blank))
+    seen = any(one.inputs.images for one in made)
+    return [replace(one, before_pictures=seen and not one.inputs.images) for one in made]
+
+
+def _nothing(config: AnyModelConfig) -> MicroBatch:
+    side = config.vision.image_size if isinstance(config, ModelConfig) else 1
+    made = microbatch(
+        [Example([config.text.bos_token_id], [IGNORED], torch.zeros(0, 3, side, side), (), "", "")], config
+    )
+    return MicroBatch(made.inputs, made.labels, (), ())

@@ -17,6 +17,7 @@ from ...sampling import SamplingParams
 from ..loader import IGNORED
 from ..parallel import Group
 from .encode import Example, microbatch
+from .in_parts import prepare_answers
 from .recipe import ChatRecipe
 from .steps import ChatSteps
 
@@ -43,22 +44,39 @@ class Evaluation:
 
     def answers(self, model: LanguageModel, step: int) -> dict[str, float]:
         """Let the model answer in the place of the last answer of some rows, greedily; scores over all processes."""
-        asked = self.examples[: -(-self.recipe.evaluate.answers // self.group.size)]
+        count = -(-self.recipe.evaluate.answers // self.group.size)
         params = SamplingParams(max_new_tokens=self.recipe.evaluate.max_new_tokens)
         written, scores = [], torch.zeros(3, dtype=torch.float64)
-        for example in asked:
-            prompt, truth = split_answer(example)
-            found = generate(model, microbatch([prompt], model.config).inputs, params)
-            answer, right = self.processor.decode(found.token_ids[0]), self.processor.decode(truth)
+        if self.group.sharded:
+            prepare_answers(model)
+        asked = self.examples[:count]
+        for i in range(self.group.most(len(asked)) if self.group.sharded else len(asked)):
+            mine = asked[i] if i < len(asked) else None
+            together, row = self._together(mine)
+            prompts = [split_answer(example)[0] for example in together]
+            found = generate(model, microbatch(prompts, model.config).inputs, params)
+            if mine is None:
+                continue
+            truth = split_answer(mine)[1]
+            answer, right = self.processor.decode(found.token_ids[row]), self.processor.decode(truth)
             scores += torch.tensor([1.0, float(exact_match(answer, right)), anls(answer, [right])], dtype=torch.float64)
-            written.append({"where": example.where, "answer": answer, "truth": right})
+            written.append({"where": mine.where, "answer": answer, "truth": right})
         if self.group.leads and written:
             file = Path(self.recipe.output) / FOLDER / f"step-{step:08d}.jsonl"
             file.parent.mkdir(parents=True, exist_ok=True)
             lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in written)
             file.write_text("".join(lines), encoding="utf-8")
-        count, exact, similar = self.group.sum(scores)
-        return {"eval_exact_match": exact / count, "eval_anls": similar / count} if count else {}
+        total, exact, similar = self.group.sum(scores)
+        return {"eval_exact_match": exact / total, "eval_anls": similar / total} if total else {}
+
+    def _together(self, mine: Example | None) -> tuple[list[Example], int]:
+        """What is answered at once, and which of them is this reader's. Sharded weights are gathered by all for every
+        token: there all answer the same, one row of each reader, and so end at the same token."""
+        if not self.group.sharded:
+            return [mine] if mine is not None else [], 0
+        found = self.group.gather(mine)
+        row = sum(one is not None for one in found[: self.group.rank])
+        return [one for one in found if one is not None], row
 
 
 def split_answer(example: Example) -> tuple[Example, list[int]]:

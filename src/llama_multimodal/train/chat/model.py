@@ -9,15 +9,13 @@ from ... import ops
 from ...adapters.lora import apply_lora
 from ...errors import ConfigError
 from ...loading import load, pick_device
-from ...models import LanguageModel, VisionLanguageModel
+from ...models import LanguageModel
 from ...models.layers import Linear
-from ...models.mllama_vision import TiledVisionEncoder
 from ...ops.linear import cpu_multiplies
 from ...processing.processor import Processor
 from ...quant.nf4 import Nf4Config, quantize_nf4
-from ..parallel import local_rank
+from ..launch import local_rank
 from ..recompute import recompute_blocks
-from ..tile_tables import share_between_ratios
 from .parts import freeze
 from .recipe import ChatRecipe
 
@@ -39,27 +37,29 @@ def load_base(recipe: ChatRecipe, device: torch.device) -> tuple[LanguageModel, 
     """The base model: as its checkpoint has it where all of it may learn, else in the dtype that it computes in."""
     if recipe.method == "full":
         return load(recipe.model, device=device)
-    model, processor = load(recipe.model, dtype=recipe.dtype, device=device)
-    if recipe.method == "qlora":
-        quantize_nf4(model, Nf4Config(compute_dtype=recipe.dtype))
+    packs = recipe.method == "qlora"
+    # Through the machine's memory: a GPU for which the 4-bit weights are right may not hold the plain ones.
+    model, processor = load(recipe.model, dtype=recipe.dtype, device="cpu" if packs else device)
+    if packs:
+        quantize_nf4(model, Nf4Config(compute_dtype=recipe.dtype), device)
     return model, processor
 
 
-def make_trainable(model: LanguageModel, recipe: ChatRecipe) -> LanguageModel:
-    """Choose what learns; it is held in float32 while the rest stays in the recipe's dtype. Works without weights too.
+def make_trainable(model: LanguageModel, recipe: ChatRecipe, frozen: torch.dtype) -> LanguageModel:
+    """Choose what learns; it is held in float32 while the rest stays in the dtype of products. Works without weights
+    too.
+
+    frozen: the dtype of what `full` leaves alone
 
     Raises:
         ConfigError: a target or a part that this model does not have.
     """
     if recipe.method == "full":
         freeze(model, recipe.freeze)
-        kind = product_dtype(recipe, model.device)
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else kind)
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
     else:
         apply_lora(model, recipe.lora)
-    if isinstance(model, VisionLanguageModel) and isinstance(model.vision, TiledVisionEncoder):
-        share_between_ratios(model.vision)
     if recipe.recompute:
         recompute_blocks(model)
     return model

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ...adapters.config import LoraConfig
 from ...errors import ConfigError
-from ..config import Recipe
+from ..config import ParallelOptions, Recipe
 from ..parallel import Group
 from ..task import Task
 from .config import ChatData, chat_data_from_dict
 from .parts import check_parts
+
+RELIEF = (
+    "lower batch.tokens or data.max_length, set recompute: true, take the method qlora, or share the model among more"
+    " processes (parallel.method: fsdp)"
+)
+"""What makes a step smaller."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class ChatRecipe(Recipe):
     TASK = "chat"
     SECTIONS: ClassVar[Mapping[str, Any]] = {
         **Recipe.SECTIONS, "data": chat_data_from_dict, "batch": BatchConfig, "evaluate": EvaluateConfig,
-        "lora": LoraConfig,
+        "lora": LoraConfig, "parallel": ParallelOptions,
     }  # fmt: skip
 
     model: str  # "tiny", a folder or a repository of the Hugging Face hub
@@ -59,6 +65,7 @@ class ChatRecipe(Recipe):
     evaluate: EvaluateConfig = EvaluateConfig()
     device: str = "auto"  # a GPU where there is one
     recompute: bool = False  # gradient checkpointing: less memory, a third more arithmetic
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)  # how processes share the model
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +79,50 @@ class ChatRecipe(Recipe):
             raise ConfigError("evaluate.every needs rows to evaluate on: set data.holdout, or list data.evaluation")
         if self.result == "best" and not self.evaluate.every:
             raise ConfigError("result: best needs evaluate.every, which says what is best")
+
+        if self.parallel.cuts:
+            self._check_cuts()
+
+    def _check_cuts(self) -> None:
+        how = "fsdp" if self.parallel.method == "fsdp" else "tensor_parallel"
+        if self.method == "qlora":
+            raise ConfigError(f"parallel: {how} does not cut the 4-bit weights of qlora; take the method lora, or ddp")
+        if self.optim.optimizer != "adamw":
+            raise ConfigError(
+                f"parallel: the optimizer {self.optim.optimizer} needs whole weights, and {how} cuts them; take adamw"
+            )
+        if self.dtype == "float16":
+            raise ConfigError(f"parallel: {how} has no scaled loss, which float16 needs; take bfloat16")
+        if self.parallel.tensor_parallel > 1 and self.lora.dora:
+            raise ConfigError("parallel: tensor_parallel does not cut what dora learns; leave one of them out")
+
+    @property
+    def sharing(self) -> ParallelOptions:
+        return self.parallel
+
+    @property
+    def device_type(self) -> str:
+        import torch
+
+        cuda = torch.cuda.is_available() if self.device == "auto" else self.device.startswith("cuda")
+        return "cuda" if cuda else "cpu"
+
+    def notes(self) -> list[str]:
+        from ..launch import num_processes
+        from ..memory import check, describe
+        from .memory import config_of, memory_plan
+        from .model import device_of
+
+        processes = num_processes(self)
+        made = memory_plan(self, config_of(self), processes, self.device_type)
+        return [*describe(made, processes, self.parallel.described), *check(made, device_of(self), RELIEF)]
+
+    def to_export(self) -> ChatRecipe:
+        """Of an adapter its own weights alone; a whole model in the machine's memory, whatever the GPUs hold."""
+        alone = replace(self, parallel=ParallelOptions(), evaluate=EvaluateConfig(), result="last", recompute=False)
+        if self.method == "full":
+            return replace(alone, device="cpu")
+        return replace(alone, device="meta", method="lora")
 
     def usage(self, result: Path) -> str:
         whole = self.method == "full"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -9,45 +10,70 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...adapters.layers import Lora, LowRank
 from ...adapters.peft_format import save_adapter
 from ...errors import TrainingError
 from ...loading import save
+from ...models import LanguageModel, VisionLanguageModel
+from ...models.mllama_vision import TiledVisionEncoder
+from ...processing.processor import Processor
 from ...weights.checkpoint import parameter_shapes
 from ..loader import IGNORED, ahead
 from ..optim import build_optimizers, scheduled
 from ..parallel import Group
 from ..task import Task, sums, trained
-from .batches import ChatBatches, MicroBatch, micro_batches
+from ..tile_tables import share_between_ratios, share_gradients
+from .batches import ChatBatches, MicroBatch, alike, micro_batches
 from .evaluation import Evaluation
 from .flops import Work
+from .in_parts import add_method, give_memory, load_parts, reshard, unread
 from .model import check_processor, device_of, load_base, make_trainable, product_dtype, summed_loss
 from .parts import part_of
-from .recipe import ChatRecipe
+from .recipe import RELIEF, ChatRecipe
 from .skips import SkipLog
 from .steps import ChatSteps
+
+_LOSS = "summed_answer_loss"
 
 
 class ChatTask(Task[MicroBatch]):
     """A base model, an adapter or all of its weights, and the recipe's conversations."""
 
     num_sums = 1
-    relief = "lower batch.tokens or data.max_length, set recompute: true, or take the method qlora"
+    relief = RELIEF
 
     def __init__(self, recipe: ChatRecipe, group: Group) -> None:
         self.recipe: ChatRecipe = recipe
         self.group = group
         self.device = device_of(recipe)
-        self.model, processor = load_base(recipe, self.device)
-        self.processor = check_processor(processor, recipe.model)
-        self.stored = self.model.dtype
-        self.model = self.averaged = make_trainable(self.model, recipe).train()
-        self.modules = self.model
         self.dtype = product_dtype(recipe, self.device)
-        steps = ChatSteps(recipe.data, processor, recipe.batch.rows, group.rank, group.size)
+        self.model, self.processor, self.stored = self._built()
+        self.averaged = self.model
+        self.modules = self.model
+        if group.sharded:
+            add_method(self.model, _LOSS, self._loss_of)
+        steps = ChatSteps(recipe.data, self.processor, recipe.batch.rows, group.rank, group.size)
         steps.require_usable()
         self.dataset = ChatBatches(steps, recipe.batch, self.model.config)
         self.work_of = Work.of(self.model.config, parameter_shapes(self.model.config), trained(self.model))
         self.evaluation = Evaluation.of(recipe, self.processor, group)
+
+    def _built(self) -> tuple[LanguageModel, Processor, torch.dtype]:
+        """What is trained, or this process's part of it; and the dtype of the checkpoint."""
+        recipe = self.recipe
+        if self.group.cuts:
+            model, processor, stored = load_parts(recipe, self.group, self.device)
+        else:
+            model, processor = load_base(recipe, self.device)
+            stored = model.dtype
+            torch.manual_seed(recipe.seed)
+            model = make_trainable(model, recipe, self.dtype)
+            for pair in model.modules() if self.device.type == "meta" else ():
+                if isinstance(pair, LowRank):
+                    give_memory(pair, torch.device("cpu"))
+        if (vision := _tiled(model)) is not None:
+            share_between_ratios(vision)
+        return model.train(), check_processor(processor, recipe.model), stored
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         text = self.model.config.text
@@ -59,11 +85,13 @@ class ChatTask(Task[MicroBatch]):
     def batches(self, first: int) -> Iterator[list[MicroBatch]]:
         data, rank = self.recipe.data, self.group.rank
         file = Path(self.recipe.output) / (f"skipped-{rank}.jsonl" if rank else "skipped.jsonl")
+        if not self.group.speaks:
+            file = Path(os.devnull)
         read = first * len(range(rank, self.recipe.batch.rows, self.group.size))
         log = SkipLog(file, data.max_skipped, self.dataset.steps.rows_per_epoch, step=first, read=read)
         for step, found in enumerate(ahead(self.dataset, first, self.recipe.steps, data.workers), start=first):
             log.add(step, found)
-            yield found.micro
+            yield alike(found.micro, self.model.config, self.group)
 
     def totals(self, micro: Sequence[MicroBatch]) -> Tensor:
         return torch.tensor([sum(int((m.labels != IGNORED).sum()) for m in micro)], dtype=torch.float64)
@@ -82,15 +110,23 @@ class ChatTask(Task[MicroBatch]):
 
     def summed(self, micro: MicroBatch) -> Tensor:
         """The cross-entropy of a micro-batch's answer tokens, added up."""
+        if not self.group.sharded:
+            return self._loss_of(self.model, micro)
+        summed: Tensor = getattr(self.model, _LOSS)(micro)  # it reads the head's weight
+        return summed
+
+    def _loss_of(self, model: LanguageModel, micro: MicroBatch) -> Tensor:
         wanted = micro.labels != IGNORED
         labels = micro.labels[wanted].to(self.device)
         with self._product():
-            hidden = self.model.hidden(micro.inputs)
-        return summed_loss(self.model, hidden[wanted.to(self.device)], labels, self.dtype)
+            hidden = model.hidden(micro.inputs)
+        total = summed_loss(model, hidden[wanted.to(self.device)], labels, self.dtype)
+        return total + unread(model) if micro.before_pictures else total
 
     def _product(self) -> AbstractContextManager[object]:
-        """Weights that are held in float32 multiply in the recipe's dtype; a frozen base has it already."""
-        if self.recipe.method != "full" or self.dtype == torch.float32:
+        """Weights that are held in float32 multiply in the recipe's dtype; a frozen base has it already, and sharded
+        weights are gathered in it."""
+        if self.recipe.method != "full" or self.dtype == torch.float32 or self.group.sharded:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
@@ -101,7 +137,7 @@ class ChatTask(Task[MicroBatch]):
         learnt = (int((m.labels != IGNORED).sum()) for m in micro)
         return {
             "tokens": sum(sum(m.lengths) for m in micro),
-            "images": sum(len(m.inputs.images) for m in micro),
+            "images": sum(m.num_images for m in micro),
             "flops": sum(self.work_of.of_batch(m.inputs, m.lengths, n) for m, n in zip(micro, learnt, strict=True)),
         }
 
@@ -114,7 +150,8 @@ class ChatTask(Task[MicroBatch]):
 
     def evaluate(self, step: int) -> dict[str, float]:
         assert self.evaluation is not None
-        batches = micro_batches(self.evaluation.examples, self.recipe.batch, self.model.config)
+        batches = list(micro_batches(self.evaluation.examples, self.recipe.batch, self.model.config))
+        batches = alike(batches, self.model.config, self.group)
         with self._as_it_answers():
             pairs = [(float(self.summed(m)), float((m.labels != IGNORED).sum())) for m in batches]
             scores = self.evaluation.answers(self.model, step + 1)
@@ -123,10 +160,14 @@ class ChatTask(Task[MicroBatch]):
 
     @contextmanager
     def _as_it_answers(self) -> Iterator[None]:
-        """The model without dropout, and all of it in the dtype of its products, as it will be saved and loaded."""
-        ours = trained(self.model) if self.recipe.method == "full" else {}
+        """The model without dropout, and all of it in the dtype of its products, as it will be saved and loaded; in
+        which sharded weights are gathered anyway."""
+        ours = trained(self.model) if self.recipe.method == "full" and not self.group.sharded else {}
         kept = {name: parameter.data for name, parameter in ours.items()}
         self.model.eval()
+        for module in self.model.modules():
+            if isinstance(module, Lora):
+                module.forget()
         try:
             for parameter in ours.values():
                 parameter.data = parameter.data.to(self.dtype)
@@ -135,7 +176,15 @@ class ChatTask(Task[MicroBatch]):
         finally:
             for name, parameter in ours.items():
                 parameter.data = kept[name]
+            reshard(self.model)
             self.model.train()
+
+    def share_gradients(self) -> None:
+        if not self.group.sharded:
+            return
+        reshard(self.model)  # a step in which nothing needed gradients has left them gathered
+        if (vision := _tiled(self.model)) is not None:
+            share_gradients(vision)
 
     def export(self, folder: Path, weights: Mapping[str, Tensor] | None) -> Path:
         with torch.no_grad():
@@ -147,3 +196,9 @@ class ChatTask(Task[MicroBatch]):
             return folder / "adapter"
         save(self.model.to(self.stored), self.processor, folder / "model")
         return folder / "model"
+
+
+def _tiled(model: LanguageModel) -> TiledVisionEncoder | None:
+    """Llama 3.2 Vision's encoder, where the model has it."""
+    vision = model.vision if isinstance(model, VisionLanguageModel) else None
+    return vision if isinstance(vision, TiledVisionEncoder) else None

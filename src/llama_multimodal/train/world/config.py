@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ...config import RopeScaling, TextConfig, TiledVisionConfig
+from ...config import ModelConfig, RopeScaling, TextConfig, TiledVisionConfig
 from ...errors import ConfigError
+from ...planning import MemoryPlan, PlanOptions, plan
 from ..config import OptimConfig, Recipe
 from ..parallel import Group
 from ..task import Task
@@ -79,9 +80,33 @@ class WorldRecipe(Recipe):
                 )
 
     def notes(self) -> list[str]:
+        import torch
+
+        from ..launch import num_processes
+        from ..memory import check, describe
+
+        processes = num_processes(self)
+        made = self.memory_plan(processes)
+        relief = "lower data.tokens_per_microbatch or data.samples_per_step"
+        notes = [*describe(made, processes, "ddp"), *check(made, torch.device("cpu"), relief)]
         if (Path(self.output) / "tokenizer.json").exists():
-            return []
-        return ["first the tokenizer is built, from the questions that will be asked; it takes about a minute"]
+            return notes
+        return [*notes, "first the tokenizer is built, from the questions that will be asked; it takes about a minute"]
+
+    def memory_plan(self, processes: int) -> MemoryPlan:
+        """Of one process of the run: all that learns, on a step's samples with a picture of all tiles in each."""
+        rows = -(-self.data.samples_per_step // processes)
+        words = self.vocabulary_words  # the tokenizer's size, nearly
+        options = PlanOptions(
+            dtype="bf16" if self.dtype == "bfloat16" else "fp32",
+            batch=rows,
+            context=max(1, min(self.data.tokens_per_microbatch // rows, self.text.max_position_embeddings)),
+            train="full",
+            average=self.optim.ema_decay is not None,
+            accumulate=True,
+            device="cpu",
+        )
+        return plan(ModelConfig(self.vision, replace(self.text, vocab_size=words), words), options)
 
     def prepare(self) -> None:
         from .task import prepare
