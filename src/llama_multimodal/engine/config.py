@@ -11,6 +11,7 @@ import torch
 from ..config import AnyModelConfig, ModelConfig, TiledVisionConfig
 from ..config.checks import require
 from ..errors import ConfigError
+from ..ops import CACHE_DTYPES, SCALE_BYTES
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _TEXT_PER_PICTURE = 1024  # tokens; what the cache is shared out for, where pictures have keys and values of their own
@@ -27,6 +28,8 @@ class EngineConfig:
     max_tokens_in_batch: of one step, all rows together; a longer prompt is read in chunks.
     max_requests: that are worked on at a time. max_tiles_in_batch: that are encoded in a step, but at least a picture.
     image_share: of the cache's memory; None goes by the model.
+    cache_dtype: "int8" or "fp8" keeps keys and values, those of images too, in 8 bits with a scale for each token and
+    head; None in the model's dtype. Embeddings of spliced images stay in that.
     patience: by how many places in the queue one step of priority moves a request forward, and no further.
     prefix_cache: whether equal beginnings of prompts are computed once.
     overlap_images: encode pictures in a thread beside the decoding of others.
@@ -38,6 +41,7 @@ class EngineConfig:
     cache_memory: int | str | None = None
     block_size: int = 16
     image_share: float | None = None
+    cache_dtype: str | None = None
     patience: int = 64
     prefix_cache: bool = True
     overlap_images: bool = False
@@ -49,6 +53,9 @@ class EngineConfig:
         require(batch >= rows, f"max_tokens_in_batch must be at least max_requests, {rows}, not {batch}", self)
         share = self.image_share
         require(share is None or 0 <= share < 1, f"image_share must be from 0 to under 1, not {share}", self)
+        dtype, known = self.cache_dtype, tuple(CACHE_DTYPES)
+        either = " or ".join(f'"{name}"' for name in known)
+        require(dtype is None or dtype in known, f"cache_dtype must be {either}, or left out, not {dtype!r}", self)
         if self.cache_memory is not None:
             parse_bytes(self.cache_memory)
 
@@ -87,14 +94,24 @@ class CachePlan:
         return self.num_blocks * self.block_bytes + self.num_units * self.unit_bytes
 
 
-def plan_cache(config: AnyModelConfig, engine: EngineConfig, dtype: torch.dtype, device: torch.device) -> CachePlan:
+def plan_cache(
+    config: AnyModelConfig,
+    engine: EngineConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    num_kv_heads: int | None = None,
+) -> CachePlan:
     """How many blocks and units fit in the cache's memory.
+
+    num_kv_heads: of this process, where several share the heads; None: the configuration's
 
     Raises:
         ConfigError: not even a block of text and a picture fit.
     """
     text, size = config.text, dtype.itemsize
-    each = 2 * text.num_key_value_heads * text.head_dim * size  # a token's key and value in one layer
+    head = text.head_dim * size if engine.cache_dtype is None else text.head_dim + SCALE_BYTES
+    each = 2 * (num_kv_heads or text.num_key_value_heads) * head  # a token's key and value in one layer
     token_bytes = each * len(text.self_attention_layers)
     block_bytes, context = token_bytes * engine.block_size, text.max_position_embeddings
     unit_tokens, unit_bytes, picture_units, request_units, share = 1, 0, 0, 0, 0.0

@@ -46,12 +46,13 @@ class Engine:
         self.model, self.processor, self.config = model, processor, config or EngineConfig()
         spliced = isinstance(model.config, ModelConfig) and model.config.fusion == "splice"
         self._spliced_token = model.config.image_token_id if spliced else None
-        self.plan = plan_cache(model.config, self.config, model.dtype, model.device)
+        heads = model.decoder.num_kv_heads
+        self.plan = plan_cache(model.config, self.config, model.dtype, model.device, num_kv_heads=heads)
         self.blocks = BlockManager(self.plan.num_blocks, self.plan.block_size)
         self.images = ImagePool(self.plan.num_units)
         self.metrics = EngineMetrics(self.blocks, self.images)
         self.scheduler = Scheduler(self.config, self.blocks, self.images, self.metrics)
-        self.runner = Runner(model, self.plan, spliced=spliced)
+        self.runner = Runner(model, self.plan, spliced=spliced, cache_dtype=self.config.cache_dtype)
         self._numbers = itertools.count()
         self._jobs: set[Job] = set()  # that have no answer yet
         self._torn = False

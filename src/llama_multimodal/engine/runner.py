@@ -24,7 +24,7 @@ from ..config import nearest
 from ..errors import PromptError
 from ..inputs import ModelInputs
 from ..models import LanguageModel
-from ..ops import PagedCache, PagedReads, PagedRun
+from ..ops import CACHE_DTYPES, CacheBlocks, PagedCache, PagedReads, PagedRun, QuantizedBlocks, put_rows
 from .config import CachePlan
 from .request import ImageUse, Job
 
@@ -35,34 +35,43 @@ Segment = tuple[Job, int, int]
 class Runner:
     """Runs a model over a cache in blocks."""
 
-    def __init__(self, model: LanguageModel, plan: CachePlan, *, spliced: bool) -> None:
-        text = model.config.text
+    def __init__(
+        self, model: LanguageModel, plan: CachePlan, *, spliced: bool, cache_dtype: str | None = None
+    ) -> None:
+        text, heads = model.config.text, model.decoder.num_kv_heads
         self.model, self.plan, self.spliced = model, plan, spliced
-        shape = (plan.num_blocks, plan.block_size, text.num_key_value_heads, text.head_dim)
+        self._cache_dtype = None if cache_dtype is None else CACHE_DTYPES[cache_dtype]
+        shape = (plan.num_blocks, plan.block_size, heads, text.head_dim)
         self.keys, self.values = (self._pools(shape, len(text.self_attention_layers)) for _ in range(2))
-        self.image_keys: list[Tensor] = []
-        self.image_values: list[Tensor] = []
+        self.image_keys: list[CacheBlocks] = []
+        self.image_values: list[CacheBlocks] = []
         self.embeddings: Tensor | None = None
         if spliced:
-            self.embeddings = self._pools((plan.num_units, text.hidden_size), 1)[0]
+            self.embeddings = self._zeros((plan.num_units, text.hidden_size), model.dtype)
         elif plan.num_units:
-            shape = (plan.num_units, plan.unit_tokens, text.num_key_value_heads, text.head_dim)
+            shape = (plan.num_units, plan.unit_tokens, heads, text.head_dim)
             layers = len(text.cross_attention_layers)
             self.image_keys, self.image_values = (self._pools(shape, layers) for _ in range(2))
 
     @property
     def nbytes(self) -> int:
         """What the cache takes."""
-        tensors = (*self.keys, *self.values, *self.image_keys, *self.image_values)
-        return sum(t.nbytes for t in tensors) + (0 if self.embeddings is None else self.embeddings.nbytes)
+        pools = (*self.keys, *self.values, *self.image_keys, *self.image_values)
+        return sum(pool.nbytes for pool in pools) + (0 if self.embeddings is None else self.embeddings.nbytes)
 
-    def _pools(self, shape: tuple[int, ...], layers: int) -> list[Tensor]:
-        dtype, device = self.model.dtype, self.model.device
+    def _pools(self, shape: tuple[int, ...], layers: int) -> list[CacheBlocks]:
+        if (dtype := self._cache_dtype) is None:
+            return [self._zeros(shape, self.model.dtype) for _ in range(layers)]
+        zeros = self._zeros
+        return [QuantizedBlocks(zeros(shape, dtype), zeros(shape[:-1], torch.float32)) for _ in range(layers)]
+
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        device = self.model.device
         if device.type != "cpu":
-            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+            return torch.zeros(shape, dtype=dtype, device=device)
         # The system gives such zeros a page at a time as they are written to: what is not used takes no memory.
         nbytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        return [torch.from_numpy(np.zeros(nbytes, np.uint8)).view(dtype).view(shape) for _ in range(layers)]
+        return torch.from_numpy(np.zeros(nbytes, np.uint8)).view(dtype).view(shape)
 
     # --- images ------------------------------------------------------------------------------------------------------
 
@@ -111,14 +120,14 @@ class Runner:
     @torch.inference_mode()
     def store(self, units: Sequence[int], parts: Sequence[Tensor]) -> None:
         """Put what `encode` returned for an image into its units."""
-        pools = (
+        pools: Sequence[CacheBlocks] = (
             [self.embeddings]
             if self.embeddings is not None
             else [pool for pair in zip(self.image_keys, self.image_values) for pool in pair]
         )
         index = torch.tensor(units, device=self.model.device)
         for pool, part in zip(pools, parts, strict=True):
-            pool[index] = part.to(pool.dtype)
+            put_rows(pool, index, part)
 
     # --- tokens ------------------------------------------------------------------------------------------------------
 

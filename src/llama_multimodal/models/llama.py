@@ -14,7 +14,7 @@ from .. import ops
 from ..cache import CrossAttentionCache, SelfAttentionCache
 from ..config import TextConfig
 from ..errors import PromptError
-from ..ops import DecoderBlock, KeyRanges, PagedCache, PagedReads, Span
+from ..ops import CacheBlocks, DecoderBlock, KeyRanges, PagedCache, PagedReads, Span
 from .layers import Linear, Projections, RMSNorm, merge_heads, split_heads
 
 
@@ -76,10 +76,11 @@ class CrossAttention(nn.Module):
         k, v = (split_heads(x[None], self.num_kv_heads)[0] for x in self.kv(features))
         return self.k_norm(k), v
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges | PagedReads) -> Tensor:
+    def forward(self, x: Tensor, k: CacheBlocks, v: CacheBlocks, ranges: KeyRanges | PagedReads) -> Tensor:
         q = self.q_norm(split_heads(self.q_proj(x), self.num_heads))  # [B, H, T, D]
         if isinstance(ranges, PagedReads):
             return self.o_proj(merge_heads(ops.paged_attention(q, k, v, ranges)))
+        assert isinstance(k, Tensor) and isinstance(v, Tensor)
         return self.o_proj(merge_heads(ops.cross_attention(q, k, v, ranges)))
 
 
@@ -152,7 +153,9 @@ class CrossAttentionBlock(nn.Module):
         self.mlp = MLP(config)
         self.mlp_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges | PagedReads, sees_image: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, k: CacheBlocks, v: CacheBlocks, ranges: KeyRanges | PagedReads, sees_image: Tensor
+    ) -> Tensor:
         # `cross_attention` already returns zeros for tokens outside every span, and `o_proj` has no bias.
         x = x + self.attention_gate.tanh() * self.attention(self.input_norm(x), k, v, ranges)
         return x + self.mlp_gate.tanh() * self.mlp(self.post_attention_norm(x)) * sees_image

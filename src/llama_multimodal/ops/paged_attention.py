@@ -6,6 +6,7 @@ S slots of a block · M blocks of a row
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .attention import attention
 from .decode_attention import kv_write, paged_decode_attention
+from .quantized_blocks import CacheBlocks, take_blocks
 
 _MASKED_AT_ONCE = 1 << 23  # queries times keys of a mask: a long prompt's chunk is read by so many at a time
 
@@ -51,8 +53,8 @@ class PagedCache:
     slots: int64 [N], where its own keys and values go: block · S + place; None where nothing is written.
     """
 
-    keys: list[Tensor]  # one a layer, [P, S, Hkv, D]
-    values: list[Tensor]
+    keys: Sequence[CacheBlocks]  # one a layer, [P, S, Hkv, D]
+    values: Sequence[CacheBlocks]
     reads: PagedReads
     slots: Tensor | None = None
 
@@ -62,7 +64,7 @@ class PagedCache:
         kv_write(k[0].transpose(0, 1), v[0].transpose(0, 1), self.keys[layer], self.values[layer], self.slots)
 
 
-def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, reads: PagedReads) -> Tensor:
+def paged_attention(q: Tensor, k_cache: CacheBlocks, v_cache: CacheBlocks, reads: PagedReads) -> Tensor:
     """Each token's attention over what it reads; zeros where it reads nothing.
 
     q: [1, H, N, D]; k_cache, v_cache: [P, S, Hkv, D] → [1, H, N, D]
@@ -76,14 +78,14 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, reads: PagedRea
         flat = q[0, :, :rows].transpose(0, 1)
         out[0, :, :rows] = paged_decode_attention(flat, k_cache, v_cache, reads.table, reads.lengths).transpose(0, 1)
     for run in reads.runs:
-        k, v = (_gather(cache, run) for cache in (k_cache, v_cache))
+        k, v = (_gather(cache, run, q.dtype) for cache in (k_cache, v_cache))
         out[:, :, run.first : run.end] = _attend(q[:, :, run.first : run.end], k, v, run.causal)
     return out
 
 
-def _gather(cache: Tensor, run: PagedRun) -> Tensor:
+def _gather(cache: CacheBlocks, run: PagedRun, dtype: torch.dtype) -> Tensor:
     """A run's keys or values as they lie one after the other: [1, Hkv, length, D]."""
-    return cache[run.blocks].flatten(0, 1)[: run.length].transpose(0, 1)[None]
+    return take_blocks(cache, run.blocks, dtype).flatten(0, 1)[: run.length].transpose(0, 1)[None]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

@@ -9,7 +9,7 @@ import importlib
 
 from . import library
 
-_MODULES = ("cross_attention", "decode_attention", "decode_block", "packed_linear")
+_MODULES = ("cross_attention", "decode_attention", "decode_block", "packed_linear", "quantized_cache")
 
 
 def load() -> str | None:
