@@ -21,7 +21,7 @@ from ..sampling import sample
 from .block_manager import BlockManager, ImageEntry, ImagePool
 from .config import EngineConfig, plan_cache
 from .metrics import EngineMetrics
-from .request import Answer, Event, FinishReason, ImageUse, Job, Request
+from .request import Answer, Event, FinishReason, ImageSizes, ImageUse, Job, Request
 from .runner import Runner, Segment
 from .scheduler import Scheduler, Step
 
@@ -53,6 +53,9 @@ class Engine:
         self.metrics = EngineMetrics(self.blocks, self.images)
         self.scheduler = Scheduler(self.config, self.blocks, self.images, self.metrics)
         self.runner = Runner(model, self.plan, spliced=spliced, cache_dtype=self.config.cache_dtype)
+        self._image_sizes = None
+        if isinstance(model.config, ModelConfig) and not spliced:
+            self._image_sizes = ImageSizes(model.config.num_tokens, self.plan.unit_tokens)
         self._numbers = itertools.count()
         self._jobs: set[Job] = set()  # that have no answer yet
         self._torn = False
@@ -167,8 +170,8 @@ class Engine:
             if self.processor is None:
                 raise PromptError("this engine has no processor; give one, or requests with their inputs")
             inputs = self.processor(request.messages)
-        context, token = text.max_position_embeddings, self._spliced_token
-        job.prepare(inputs, text.eos_token_ids, context, spliced_token=token, adapter=adapter)
+        context, sizes, token = text.max_position_embeddings, self._image_sizes, self._spliced_token
+        job.prepare(inputs, text.eos_token_ids, context, images=sizes, spliced_token=token, adapter=adapter)
         last = min(job.prompt_length + request.params.max_new_tokens, context) - 1
         if self.blocks.blocks_for(last) > self.blocks.num_blocks:
             room = self.blocks.num_blocks * self.blocks.block_size
@@ -181,8 +184,6 @@ class Engine:
                 f"images of {units} units are looked at together and never fit in the cache of {self.images.num_units};"
                 " use fewer or smaller images, or give the engine more cache_memory or a larger image_share"
             )
-        for use in job.images:
-            self.runner.check_image(use)
 
     def _run(self, segments: list[Segment]) -> Iterator[tuple[Job, int, Tensor | None]]:
         """Each request, the end of its tokens that were computed, and the logits of its last token if that is among

@@ -9,6 +9,7 @@ E hidden size
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapters.lora import adapter_names, adapter_set, use_adapter
@@ -35,9 +37,7 @@ Segment = tuple[Job, int, int]
 class Runner:
     """Runs a model over a cache in blocks."""
 
-    def __init__(
-        self, model: LanguageModel, plan: CachePlan, *, spliced: bool, cache_dtype: str | None = None
-    ) -> None:
+    def __init__(self, model: LanguageModel, plan: CachePlan, *, spliced: bool, cache_dtype: str | None = None) -> None:
         text, heads = model.config.text, model.decoder.num_kv_heads
         self.model, self.plan, self.spliced = model, plan, spliced
         self._cache_dtype = None if cache_dtype is None else CACHE_DTYPES[cache_dtype]
@@ -75,19 +75,6 @@ class Runner:
 
     # --- images ------------------------------------------------------------------------------------------------------
 
-    def check_image(self, use: ImageUse) -> None:
-        """Raises:
-        PromptError: an image whose tiles become another number of tokens than the cache's units have.
-        """
-        if self.spliced:
-            return
-        tokens = self.model.config.num_tokens(*use.tiles.shape[2:])  # type: ignore[union-attr]
-        if tokens != self.plan.unit_tokens:
-            size = f"{use.tiles.shape[3]} × {use.tiles.shape[2]} pixels"
-            raise PromptError(
-                f"the engine keeps images of {self.plan.unit_tokens} tokens, and one of {size} has {tokens}"
-            )
-
     def encode(self, uses: Sequence[ImageUse]) -> list[list[Tensor]]:
         """What the cache keeps of each image; nothing is stored yet.
 
@@ -110,12 +97,14 @@ class Runner:
         inputs = ModelInputs(one, one, (1,), tiles, layouts, one[..., None].expand(1, 1, 2))
         images = self.model.read_images(inputs)
         if isinstance(images, SplicedImages):
-            return [[part] for part in images.embeddings.split([use.size for use in uses])]
+            return [[part] for part in images.embeddings.split([use.tokens for use in uses])]
         assert isinstance(images, CrossAttentionCache)
-        sizes = [use.size * self.plan.unit_tokens for use in uses]
+        unit = self.plan.unit_tokens
+        sizes = [use.tokens for use in uses]
         layers = [tensor for pair in zip(images.keys, images.values) for tensor in pair]  # [Hkv, all tokens, D]
         cut = [layer.transpose(0, 1).split(sizes) for layer in layers]
-        return [[layer[i].unflatten(0, (-1, self.plan.unit_tokens)) for layer in cut] for i in range(len(uses))]
+        rest = [(0, 0, 0, 0, 0, use.size * unit - use.tokens) for use in uses]  # of a last unit that is not full
+        return [[F.pad(layer[i], rest[i]).unflatten(0, (-1, unit)) for layer in cut] for i in range(len(uses))]
 
     @torch.inference_mode()
     def store(self, units: Sequence[int], parts: Sequence[Tensor]) -> None:
@@ -187,21 +176,30 @@ class Runner:
             for begin, stop, *images in job.spans:
                 begin, stop = max(begin, first), min(stop, end)
                 if begin < stop:
-                    uses = job.images[images[0] : images[1]]
-                    units = [unit for use in uses if use.entry is not None for unit in use.entry.units]
-                    found.append((place + begin - first, place + stop - first, units))
+                    uses = [use for use in job.images[images[0] : images[1]] if use.entry is not None]
+                    found.append((place + begin - first, place + stop - first, uses))
                     sees[0, place + begin - first : place + stop - first, 1] = 1
-            if end - first == 1:
-                units = found[0][2] if found else []
-                rows.append((units, len(units) * self.plan.unit_tokens))
-            else:
-                for begin, stop, units in found:
-                    blocks = torch.tensor(units, device=self.model.device)
-                    runs.append(PagedRun(begin, stop, blocks, len(units) * self.plan.unit_tokens, causal=False))
+            one = end - first == 1
+            full = one and found and self._are_full(found[0][2])
+            rows += [_units(found[0][2]) if full else ([], 0)] * one
+            runs += [self._image_run(*part) for part in found if not full]
             place += end - first
         if not sees.any():
             return None, sees
         return PagedCache(self.image_keys, self.image_values, PagedReads(*self._table(rows), tuple(runs))), sees
+
+    def _are_full(self, uses: Sequence[ImageUse]) -> bool:
+        """Whether the images' tokens lie without gaps in their units: all but the last one fill theirs."""
+        return all(use.tokens == use.size * self.plan.unit_tokens for use in uses[:-1])
+
+    def _image_run(self, first: int, end: int, uses: Sequence[ImageUse]) -> PagedRun:
+        """Tokens [first, end) of the batch that read these images."""
+        units, length = _units(uses)
+        device, places = self.model.device, None
+        if not self._are_full(uses):
+            starts = itertools.accumulate((use.size * self.plan.unit_tokens for use in uses), initial=0)
+            places = torch.cat([torch.arange(start, start + use.tokens) for start, use in zip(starts, uses)]).to(device)
+        return PagedRun(first, end, torch.tensor(units, device=device), length, causal=False, places=places)
 
     def _table(self, rows: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
         """Blocks of each row, filled up to one width, and how many keys it reads."""
@@ -259,3 +257,9 @@ class Runner:
     def _adapter(self, choice: Any) -> AbstractContextManager[None]:
         merged = self.has_adapters and adapter_set(self.model).merged  # it is in the weights, and nothing is chosen
         return use_adapter(self.model, choice) if self.has_adapters and not merged else nullcontext()
+
+
+def _units(uses: Sequence[ImageUse]) -> tuple[list[int], int]:
+    """The units of some images, and how many tokens these have."""
+    units = [unit for use in uses if use.entry is not None for unit in use.entry.units]
+    return units, sum(use.tokens for use in uses)

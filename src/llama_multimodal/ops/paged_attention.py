@@ -24,6 +24,7 @@ class PagedRun:
     """Tokens [first, end) of the batch that read the first `length` keys of `blocks` (int64 [M]).
 
     causal: they are the last of these keys' own tokens, and each sees up to itself; otherwise each sees all.
+    places: which of the M·S keys they read instead, int64 [length], where not every block is full.
     """
 
     first: int
@@ -31,6 +32,7 @@ class PagedRun:
     blocks: Tensor
     length: int
     causal: bool
+    places: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class PagedReads:
     """What each token of a flat batch reads; one that is in neither part reads nothing.
 
     table: int32 [R, M] and lengths: int32 [R], as `paged_decode_attention` takes them, of the batch's first R tokens,
-    each a row of its own. runs: of those behind them, in their order.
+    each a row of its own. runs: of others; a row that is in one, too, reads what that says.
     """
 
     table: Tensor
@@ -70,7 +72,7 @@ def paged_attention(q: Tensor, k_cache: CacheBlocks, v_cache: CacheBlocks, reads
     q: [1, H, N, D]; k_cache, v_cache: [P, S, Hkv, D] → [1, H, N, D]
     """
     rows = reads.table.shape[0]
-    if rows == q.shape[2]:
+    if rows == q.shape[2] and not reads.runs:
         flat = q[0].transpose(0, 1)  # [N, H, D]
         return paged_decode_attention(flat, k_cache, v_cache, reads.table, reads.lengths).transpose(0, 1)[None]
     out = torch.zeros_like(q)
@@ -85,7 +87,8 @@ def paged_attention(q: Tensor, k_cache: CacheBlocks, v_cache: CacheBlocks, reads
 
 def _gather(cache: CacheBlocks, run: PagedRun, dtype: torch.dtype) -> Tensor:
     """A run's keys or values as they lie one after the other: [1, Hkv, length, D]."""
-    return take_blocks(cache, run.blocks, dtype).flatten(0, 1)[: run.length].transpose(0, 1)[None]
+    keys = take_blocks(cache, run.blocks, dtype).flatten(0, 1)  # [M·S, Hkv, D]
+    return (keys[: run.length] if run.places is None else keys[run.places]).transpose(0, 1)[None]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

@@ -47,15 +47,12 @@ def check_paged(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tabl
     """Raises ValueError where a paged cache, its table and queries do not go together."""
     if q.ndim != 3 or k_cache.ndim != 4:
         raise ValueError(
-            f"{op} takes q [B, H, D] and k_cache [N, S, Hkv, D], "
-            f"not {q.ndim} and {k_cache.ndim} dimensions"
+            f"{op} takes q [B, H, D] and k_cache [N, S, Hkv, D], not {q.ndim} and {k_cache.ndim} dimensions"
         )
     check_heads(op, q, k_cache, v_cache, k_cache.shape[2])
     if block_table.ndim != 2 or block_table.shape[0] != q.shape[0] or lengths.shape != q.shape[:1]:
         shapes = (q.shape[0], tuple(block_table.shape), tuple(lengths.shape))
-        raise ValueError(
-            "{}: q has {} rows, block_table shape {}, lengths shape {}".format(op, *shapes)
-        )
+        raise ValueError("{}: q has {} rows, block_table shape {}, lengths shape {}".format(op, *shapes))
 
 
 def raise_for(op: str, status: int, what: str) -> None:
