@@ -19,7 +19,7 @@ from ..inputs import ModelInputs
 from ..models import LanguageModel
 from ..sampling import sample
 from .block_manager import BlockManager, ImageEntry, ImagePool
-from .config import EngineConfig, plan_cache
+from .config import EngineConfig, is_static, plan_cache
 from .metrics import EngineMetrics
 from .request import Answer, Event, FinishReason, ImageSizes, ImageUse, Job, Request
 from .runner import Runner, Segment
@@ -52,7 +52,9 @@ class Engine:
         self.images = ImagePool(self.plan.num_units)
         self.metrics = EngineMetrics(self.blocks, self.images)
         self.scheduler = Scheduler(self.config, self.blocks, self.images, self.metrics)
-        self.runner = Runner(model, self.plan, spliced=spliced, cache_dtype=self.config.cache_dtype)
+        rows = self.config.max_requests if is_static(self.config, model.device) else 0
+        dtype = self.config.cache_dtype
+        self.runner = Runner(model, self.plan, spliced=spliced, cache_dtype=dtype, static_rows=rows)
         self._image_sizes = None
         if isinstance(model.config, ModelConfig) and not spliced:
             self._image_sizes = ImageSizes(model.config.num_tokens, self.plan.unit_tokens)
@@ -113,6 +115,13 @@ class Engine:
         """Forget every prefix and every image, as after a change of the weights. Requests go on, from the beginning."""
         self._torn = True
         self._mend()
+        if self.runner.static is not None:
+            self.runner.static.forget()
+
+    def warm_up(self) -> None:
+        """Record decoding steps of fixed shapes before requests come; without it each is when it is first needed."""
+        if self.runner.static is not None:
+            self.runner.static.warm_up()
 
     def close(self) -> None:
         """Cancel what is left and end the thread that encodes images."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -28,6 +28,7 @@ from ..inputs import ModelInputs
 from ..models import LanguageModel
 from ..ops import CACHE_DTYPES, CacheBlocks, PagedCache, PagedReads, PagedRun, QuantizedBlocks, put_rows
 from .config import CachePlan
+from .graphs import StaticDecode
 from .request import ImageUse, Job
 
 Segment = tuple[Job, int, int]
@@ -37,11 +38,20 @@ Segment = tuple[Job, int, int]
 class Runner:
     """Runs a model over a cache in blocks."""
 
-    def __init__(self, model: LanguageModel, plan: CachePlan, *, spliced: bool, cache_dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        plan: CachePlan,
+        *,
+        spliced: bool,
+        cache_dtype: str | None = None,
+        static_rows: int = 0,
+    ) -> None:
+        """static_rows: the most rows of a decoding step of fixed shapes; 0: none has."""
         text, heads = model.config.text, model.decoder.num_kv_heads
         self.model, self.plan, self.spliced = model, plan, spliced
         self._cache_dtype = None if cache_dtype is None else CACHE_DTYPES[cache_dtype]
-        shape = (plan.num_blocks, plan.block_size, heads, text.head_dim)
+        shape = (plan.num_blocks + plan.padding_blocks, plan.block_size, heads, text.head_dim)
         self.keys, self.values = (self._pools(shape, len(text.self_attention_layers)) for _ in range(2))
         self.image_keys: list[CacheBlocks] = []
         self.image_values: list[CacheBlocks] = []
@@ -52,6 +62,10 @@ class Runner:
             shape = (plan.num_units, plan.unit_tokens, heads, text.head_dim)
             layers = len(text.cross_attention_layers)
             self.image_keys, self.image_values = (self._pools(shape, layers) for _ in range(2))
+        self.static: StaticDecode | None = None
+        if static_rows and heads == text.num_key_value_heads:  # processes that share heads talk within a step
+            caches, images = (self.keys, self.values), (self.image_keys, self.image_values)
+            self.static = StaticDecode(model, plan, caches, images, static_rows)
 
     @property
     def nbytes(self) -> int:
@@ -136,6 +150,8 @@ class Runner:
             slots += [job.blocks[p // size] * size + p % size for p in range(first, end)]
             if end == len(job.tokens):
                 complete.append((job, len(tokens) - 1))
+        if (static := self._static_logits(segments, tokens, positions, slots)) is not None:
+            return [job for job, _ in complete], static[[place for _, place in complete]]
         ids = torch.tensor([tokens], device=device)
         spliced = self._spliced(segments) if self.spliced else None
         images, sees = self._image_reads(segments, len(tokens))
@@ -152,6 +168,23 @@ class Runner:
                 last_token_of=[place for _, place in complete],
             )
         return [job for job, _ in complete], logits[:, 0]
+
+    def _static_logits(
+        self, segments: Sequence[Segment], tokens: list[int], positions: list[int], slots: list[int]
+    ) -> Tensor | None:
+        """Each token's logits by a step of fixed shapes; None where there is none for these segments."""
+        if self.static is None or self.has_adapters or len(tokens) > len(segments):
+            return None
+        if self.spliced and any(job.image_places and first <= job.image_places[-1] for job, first, _ in segments):
+            return None  # an image's embedding may be among them
+        size, image_rows = self.plan.block_size, []
+        for job, first, end in segments:
+            seen = [uses for *_, uses in _seen(job, first, end)]
+            if seen and not self._are_full(seen[0]):
+                return None
+            image_rows.append(_units(seen[0]) if seen else ([], 0))
+        rows = [(job.blocks[: -(-end // size)], end) for job, _, end in segments]
+        return self.static.logits(tokens, positions, slots, rows, image_rows)
 
     def _reads(self, segments: Sequence[Segment]) -> PagedReads:
         """Each segment reads its own tokens so far."""
@@ -172,13 +205,11 @@ class Runner:
         runs = []
         place = 0
         for job, first, end in segments:
-            found = []
-            for begin, stop, *images in job.spans:
-                begin, stop = max(begin, first), min(stop, end)
-                if begin < stop:
-                    uses = [use for use in job.images[images[0] : images[1]] if use.entry is not None]
-                    found.append((place + begin - first, place + stop - first, uses))
-                    sees[0, place + begin - first : place + stop - first, 1] = 1
+            found = [
+                (place + begin - first, place + stop - first, uses) for begin, stop, uses in _seen(job, first, end)
+            ]
+            for begin, stop, _ in found:
+                sees[0, begin:stop, 1] = 1
             one = end - first == 1
             full = one and found and self._are_full(found[0][2])
             rows += [_units(found[0][2]) if full else ([], 0)] * one
@@ -257,6 +288,14 @@ class Runner:
     def _adapter(self, choice: Any) -> AbstractContextManager[None]:
         merged = self.has_adapters and adapter_set(self.model).merged  # it is in the weights, and nothing is chosen
         return use_adapter(self.model, choice) if self.has_adapters and not merged else nullcontext()
+
+
+def _seen(job: Job, first: int, end: int) -> Iterator[tuple[int, int, list[ImageUse]]]:
+    """Runs of a request's tokens [first, end) that look at the same images, and these."""
+    for begin, stop, *images in job.spans:
+        begin, stop = max(begin, first), min(stop, end)
+        if begin < stop:
+            yield begin, stop, [use for use in job.images[images[0] : images[1]] if use.entry is not None]
 
 
 def _units(uses: Sequence[ImageUse]) -> tuple[list[int], int]:

@@ -205,16 +205,20 @@ class LlamaDecoder(nn.Module):
         cross_cache: CrossAttentionCache | PagedCache | None = None,
         self_cache: SelfAttentionCache | PagedCache | None = None,
         last_token_of: Sequence[int] | None = None,
+        angles: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Logits [B, T, vocab]; with `last_token_of` (one index a row) only that token's, [B, 1, vocab].
 
         With paged caches the rows lie one after the other in a single one, B = 1, and `last_token_of` lists any of its
-        tokens: [tokens, 1, vocab]. Whoever made them has checked the positions.
+        tokens: [tokens, 1, vocab]. Whoever made them has checked the positions. `visible` may lie on the device then.
+
+        angles: cos and sin of the positions, fp32 [B, T, D/2], where they are there already
 
         Raises:
             PromptError: a position past `max_position_embeddings` or past the cache.
         """
-        logits = self.lm_head(self.hidden(x, positions, visible, cross_cache, self_cache, last_token_of))
+        hidden = self.hidden(x, positions, visible, cross_cache, self_cache, last_token_of, angles=angles)
+        logits = self.lm_head(hidden)
         # An embedding that is the LM head too may have rows past the vocabulary: they stand for images.
         return logits if logits.shape[-1] == self.config.vocab_size else logits[..., : self.config.vocab_size]
 
@@ -227,13 +231,15 @@ class LlamaDecoder(nn.Module):
         self_cache: SelfAttentionCache | PagedCache | None = None,
         last_token_of: Sequence[int] | None = None,
         segments: Tensor | None = None,  # [B, T], without a cache only
+        angles: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """What the LM head reads, [B, T, E] or [B, 1, E]; arguments and errors are those of the whole decoder."""
         mask = None if isinstance(self_cache, PagedCache) else self._cache_mask(positions, self_cache)
         if segments is not None:
             mask = segment_mask(segments)
-        frequencies = ops.rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        angles = ops.rope_angles(positions, frequencies.to(x.device))
+        if angles is None:
+            frequencies = ops.rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+            angles = ops.rope_angles(positions, frequencies.to(x.device))
         ranges = None if cross_cache is None else _ranges(visible, cross_cache, x.device)
         sees_image = (visible[..., 0] < visible[..., 1])[..., None].to(x.device, x.dtype)  # [B, T, 1]
         self_layer = cross_layer = 0
