@@ -26,7 +26,7 @@ from ..config import nearest
 from ..errors import PromptError
 from ..inputs import ModelInputs
 from ..models import LanguageModel
-from ..ops import CACHE_DTYPES, CacheBlocks, PagedCache, PagedReads, PagedRun, QuantizedBlocks, put_rows
+from ..ops import CACHE_DTYPES, CacheBlocks, PagedCache, PagedReads, PagedRun, QuantizedBlocks, put_blocks
 from .config import CachePlan
 from .graphs import StaticDecode
 from .request import ImageUse, Job
@@ -130,7 +130,7 @@ class Runner:
         )
         index = torch.tensor(units, device=self.model.device)
         for pool, part in zip(pools, parts, strict=True):
-            put_rows(pool, index, part)
+            put_blocks(pool, index, part)
 
     # --- tokens ------------------------------------------------------------------------------------------------------
 

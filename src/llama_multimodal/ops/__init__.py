@@ -23,7 +23,7 @@ from .packed_linear import (
     unpack_weight,
 )
 from .paged_attention import PagedCache, PagedReads, PagedRun, paged_attention
-from .quantized_blocks import CACHE_DTYPES, SCALE_BYTES, CacheBlocks, QuantizedBlocks, put_rows
+from .quantized_blocks import CACHE_DTYPES, SCALE_BYTES, CacheBlocks, QuantizedBlocks, put_blocks
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import apply_rope, rope_angles, rope_frequencies
 from .swiglu import swiglu
@@ -65,7 +65,7 @@ __all__ = [
     "paged_decode_attention",
     "paged_decode_block",
     "prepare_weight",
-    "put_rows",
+    "put_blocks",
     "restore_weight",
     "rms_norm",
     "rope_angles",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _dispatch
 from .attention import attention
-from .quantized_blocks import CacheBlocks, QuantizedBlocks, put_rows, take_blocks
+from .quantized_blocks import CacheBlocks, QuantizedBlocks, put_slots, take_blocks
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, key_bias: Tensor | None = None) -> Tensor:
@@ -80,9 +80,15 @@ def _quantized(
 
 
 def _write(k: Tensor, v: Tensor, k_cache: CacheBlocks, v_cache: CacheBlocks, slots: Tensor) -> None:
+    if not len(slots):
+        return
+    # A mask's indices would have to be waited for, and no CUDA graph does so: a dropped token does once more what
+    # the first kept one does, or nothing where none is kept.
     kept = slots >= 0
+    first = kept.int().argmax(0, keepdim=True)  # an index without a dimension would be waited for, too
+    slots = torch.where(kept, slots, slots[first])
     for new, cache in ((k, k_cache), (v, v_cache)):
-        put_rows(cache, slots[kept], new[kept], slots=True)
+        put_slots(cache, slots, torch.where(kept[:, None, None], new, new[first]), kept[first])
 
 
 def _quantized_write(

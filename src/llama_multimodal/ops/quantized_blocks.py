@@ -63,13 +63,23 @@ def take_blocks(cache: CacheBlocks, blocks: Tensor, dtype: torch.dtype) -> Tenso
     return dequantize(bytes_.view(cache.values.dtype), cache.scales[blocks], dtype)
 
 
-def put_rows(cache: CacheBlocks, index: Tensor, x: Tensor, *, slots: bool = False) -> None:
-    """Store x at places that `index` (int64) names: whole blocks [n, S, Hkv, D], or with `slots` tokens [n, Hkv, D]."""
-    parts = [(cache, x.to(cache.dtype))] if isinstance(cache, Tensor) else _parts(cache, x)
-    for room, new in parts:
-        (room.view(-1, *room.shape[2:]) if slots else room)[index] = new
+def put_blocks(cache: CacheBlocks, blocks: Tensor, x: Tensor) -> None:
+    """Store x [n, S, Hkv, D] in whole blocks (int64 [n])."""
+    for room, new in _parts(cache, x):
+        room[blocks] = new
 
 
-def _parts(cache: QuantizedBlocks, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+def put_slots(cache: CacheBlocks, slots: Tensor, x: Tensor, really: Tensor) -> None:
+    """Store tokens x [T, Hkv, D] at `slots` (int64 [T], block · S + place) where `really` (bool [1]); equal slots have
+    equal tokens."""
+    for room, new in _parts(cache, x):
+        flat = room.view(-1, *room.shape[2:])
+        flat[slots] = torch.where(really, new, flat[slots])
+
+
+def _parts(cache: CacheBlocks, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """A cache's tensors, and what becomes of x in each."""
+    if isinstance(cache, Tensor):
+        return [(cache, x.to(cache.dtype))]
     values, scales = quantize(x, cache.values.dtype)
     return [(cache.values.view(torch.int8), values.view(torch.int8)), (cache.scales, scales)]
