@@ -1,4 +1,4 @@
-"""`benchmarks/throughput.py --gpu`, which a GPU is needed for, tried out on the CPU at a tiny size; and `--roofline`."""
+"""`benchmarks/throughput.py --gpu`, which needs a GPU, tried out on the CPU at a tiny size; and `--roofline`."""
 
 from __future__ import annotations
 
