@@ -10,10 +10,12 @@ Shapes: B rows of a step, padding among them · M blocks of a row · U units of 
 from __future__ import annotations
 
 import bisect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +39,8 @@ class Recorder(Protocol):
 
 
 class CudaGraphs:
-    """Captures steps as CUDA graphs, which share the memory of what they compute in between."""
+    """Captures steps as CUDA graphs, which share the memory of what they compute in between. One that cannot be
+    captured runs as it is, with a warning."""
 
     def __init__(self, device: torch.device) -> None:
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
@@ -49,8 +52,14 @@ class CudaGraphs:
                 step()
         torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            out = step()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                out = step()
+        except RuntimeError as error:
+            torch.cuda.synchronize(self._stream.device)
+            why = str(error).partition("\n")[0]
+            warnings.warn(f"a decoding step cannot be captured as a CUDA graph and runs as it is: {why}", stacklevel=2)
+            return step
 
         def replay() -> Tensor:
             graph.replay()
@@ -157,10 +166,10 @@ class StaticDecode:
         _put(self._positions[0], [*positions, *(slot for _, slot in scratch)])
         _put(self._slots, places)
         _put(self._lengths, [length for _, length in rows])
-        _put(self._table, _filled([blocks for blocks, _ in rows], shape.blocks))
+        _put_rows(self._table_of(shape), [blocks for blocks, _ in rows])
         if shape.units:
             image_rows = [*image_rows, *(([], 0) for _ in pads)]
-            _put(self._units, _filled([units for units, _ in image_rows], shape.units))
+            _put_rows(self._units_of(shape), [units for units, _ in image_rows])
             _put(self._image_lengths, [length for _, length in image_rows])
             self._sees[0, : shape.rows, 1] = self._image_lengths[: shape.rows] > 0
         cos, sin = ops.rope_angles(self._positions[:, : shape.rows], self._frequencies)
@@ -169,15 +178,23 @@ class StaticDecode:
             self._steps[shape] = self._recorder.record(self._step(shape))
         return self._steps[shape]()
 
+    def _table_of(self, shape: Shape) -> Tensor:
+        """int32 [B, M]"""
+        return self._table[: shape.rows * shape.blocks].view(shape.rows, shape.blocks)
+
+    def _units_of(self, shape: Shape) -> Tensor:
+        """int32 [B, U]"""
+        return self._units[: shape.rows * shape.units].view(shape.rows, shape.units)
+
     def _step(self, shape: Shape) -> Callable[[], Tensor]:
         """The computation of a shape, all of whose inputs lie in buffers."""
         rows, decoder = shape.rows, self._model.decoder
-        table = self._table[: rows * shape.blocks].view(rows, shape.blocks)
-        cache = PagedCache(*self._caches, PagedReads(table, self._lengths[:rows], ()), self._slots[:rows])
+        cache = PagedCache(
+            *self._caches, PagedReads(self._table_of(shape), self._lengths[:rows], ()), self._slots[:rows]
+        )
         images = None
         if shape.units:
-            units = self._units[: rows * shape.units].view(rows, shape.units)
-            images = PagedCache(*self._images, PagedReads(units, self._image_lengths[:rows], ()))
+            images = PagedCache(*self._images, PagedReads(self._units_of(shape), self._image_lengths[:rows], ()))
         tokens, positions, sees = self._tokens[:, :rows], self._positions[:, :rows], self._sees[:, :rows]
         angles = self._cos[:, :rows], self._sin[:, :rows]
 
@@ -202,9 +219,13 @@ def _at_least(sizes: Sequence[int], wanted: int) -> int | None:
     return sizes[place] if place < len(sizes) else None
 
 
-def _filled(rows: Sequence[Sequence[int]], width: int) -> list[int]:
-    return [block for blocks in rows for block in (*blocks, *[0] * (width - len(blocks)))]
-
-
 def _put(buffer: Tensor, values: Sequence[int]) -> None:
     buffer[: len(values)].copy_(torch.tensor(values, dtype=buffer.dtype))
+
+
+def _put_rows(table: Tensor, rows: Sequence[Sequence[int]]) -> None:
+    """Each row's blocks at its beginning; what is behind them is not read, and stays as it was."""
+    used = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, blocks in zip(used, rows):
+        row[: len(blocks)] = blocks
+    table[:, : used.shape[1]].copy_(torch.from_numpy(used))
