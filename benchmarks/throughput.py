@@ -7,12 +7,15 @@ Half of the requests look at a picture of one to four tiles; prompts and answers
 its whole length: the end token is switched off. transformers gets the requests with pictures and those without in
 batches of their own, padded on the left, sorted by the length of the answer, and the best of several batch sizes; a
 batch goes on until its longest answer is done, and what the others say behind their own length is not counted.
+
+`--gpu` and `--roofline` are programs of their own: see throughput_gpu.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -171,4 +174,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if {"--gpu", "--roofline"} & set(sys.argv):
+        import throughput_gpu
+
+        throughput_gpu.main()
+    else:
+        main()

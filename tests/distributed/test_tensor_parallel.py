@@ -15,6 +15,7 @@ from torch import nn
 from llama_multimodal.config import LanguageModelConfig
 from llama_multimodal.distributed import DECODER, ParallelConfig, make_mesh, parallelize
 from llama_multimodal.distributed.tensor_parallel import TensorParallelLinear
+from llama_multimodal.engine import Engine, EngineConfig, Request, plan_cache
 from llama_multimodal.errors import ConfigError
 from llama_multimodal.generate import generate
 from llama_multimodal.models import LanguageModel, build_model
@@ -64,6 +65,26 @@ def test_parts_answer_as_the_whole(name: str, dtype: torch.dtype, two: Group) ->
         torch.testing.assert_close(theirs, logits, rtol=0, atol=tolerance)
         told.append(theirs)
     assert torch.equal(*told)  # to the bit: ranks that sample go the same way
+
+
+def engine_answers(name: str) -> Any:
+    """What the engine answers over parts, what `generate` answers over the whole, and the cache's blocks of each."""
+    whole, model = shared(name)
+    rows = [make_batch(name, 7 + count, [count])[0] for count in (2, 0, 1)]
+    params = SamplingParams(max_new_tokens=8)
+    config = EngineConfig(block_size=4, cache_memory="256KiB")
+    engine = Engine(model, None, config)
+    answers = engine.generate([Request(inputs=row, params=params) for row in rows])
+    wanted = [generate(whole, row, params).token_ids[0] for row in rows]
+    blocks = [plan_cache(whole.config, config, whole.dtype, whole.device).block_bytes, engine.plan.block_bytes]
+    return wanted, [answer.token_ids for answer in answers], blocks, engine.runner.nbytes
+
+
+@pytest.mark.parametrize("name", ["llama vision", "llama", "siglip"])
+def test_the_engine_runs_over_parts(name: str, two: Group) -> None:
+    for wanted, said, (whole, part), nbytes in two(engine_answers, name):
+        assert said == wanted
+        assert whole == 2 * part and nbytes <= 256 << 10  # each holds its own heads' keys alone
 
 
 def sizes(name: str) -> Any:

@@ -11,6 +11,7 @@ import torch
 from ..config import AnyModelConfig, ModelConfig, TiledVisionConfig
 from ..config.checks import require
 from ..errors import ConfigError
+from ..ops import CACHE_DTYPES, SCALE_BYTES
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _TEXT_PER_PICTURE = 1024  # tokens; what the cache is shared out for, where pictures have keys and values of their own
@@ -27,6 +28,10 @@ class EngineConfig:
     max_tokens_in_batch: of one step, all rows together; a longer prompt is read in chunks.
     max_requests: that are worked on at a time. max_tiles_in_batch: that are encoded in a step, but at least a picture.
     image_share: of the cache's memory; None goes by the model.
+    cache_dtype: "int8" or "fp8" keeps keys and values, those of images too, in 8 bits with a scale for each token and
+    head; None in the model's dtype. Embeddings of spliced images stay in that.
+    static_decode: whether steps in which every request decodes have one of a few shapes, see `graphs`; None does so on
+    a CUDA device, where they are captured as graphs.
     patience: by how many places in the queue one step of priority moves a request forward, and no further.
     prefix_cache: whether equal beginnings of prompts are computed once.
     overlap_images: encode pictures in a thread beside the decoding of others.
@@ -38,6 +43,8 @@ class EngineConfig:
     cache_memory: int | str | None = None
     block_size: int = 16
     image_share: float | None = None
+    cache_dtype: str | None = None
+    static_decode: bool | None = None
     patience: int = 64
     prefix_cache: bool = True
     overlap_images: bool = False
@@ -49,6 +56,9 @@ class EngineConfig:
         require(batch >= rows, f"max_tokens_in_batch must be at least max_requests, {rows}, not {batch}", self)
         share = self.image_share
         require(share is None or 0 <= share < 1, f"image_share must be from 0 to under 1, not {share}", self)
+        dtype, known = self.cache_dtype, tuple(CACHE_DTYPES)
+        either = " or ".join(f'"{name}"' for name in known)
+        require(dtype is None or dtype in known, f"cache_dtype must be {either}, or left out, not {dtype!r}", self)
         if self.cache_memory is not None:
             parse_bytes(self.cache_memory)
 
@@ -71,9 +81,15 @@ def parse_bytes(size: int | str) -> int:
     return found
 
 
+def row_buckets(most: int) -> tuple[int, ...]:
+    """The numbers of rows that a step of fixed shapes may have: powers of two, and `most`."""
+    return (*(1 << i for i in range((most - 1).bit_length())), most)
+
+
 @dataclass(frozen=True)
 class CachePlan:
-    """num_blocks: of `block_size` tokens of text. num_units: of images, `unit_tokens` of them each."""
+    """num_blocks: of `block_size` tokens of text. num_units: of images, `unit_tokens` of them each. padding_blocks:
+    behind the others, which only padding rows of steps of fixed shapes write to."""
 
     block_size: int
     num_blocks: int
@@ -81,22 +97,34 @@ class CachePlan:
     num_units: int
     unit_tokens: int
     unit_bytes: int
+    padding_blocks: int = 0
 
     @property
     def nbytes(self) -> int:
-        return self.num_blocks * self.block_bytes + self.num_units * self.unit_bytes
+        return (self.num_blocks + self.padding_blocks) * self.block_bytes + self.num_units * self.unit_bytes
 
 
-def plan_cache(config: AnyModelConfig, engine: EngineConfig, dtype: torch.dtype, device: torch.device) -> CachePlan:
+def plan_cache(
+    config: AnyModelConfig,
+    engine: EngineConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    num_kv_heads: int | None = None,
+) -> CachePlan:
     """How many blocks and units fit in the cache's memory.
+
+    num_kv_heads: of this process, where several share the heads; None: the configuration's
 
     Raises:
         ConfigError: not even a block of text and a picture fit.
     """
     text, size = config.text, dtype.itemsize
-    each = 2 * text.num_key_value_heads * text.head_dim * size  # a token's key and value in one layer
+    head = text.head_dim * size if engine.cache_dtype is None else text.head_dim + SCALE_BYTES
+    each = 2 * (num_kv_heads or text.num_key_value_heads) * head  # a token's key and value in one layer
     token_bytes = each * len(text.self_attention_layers)
     block_bytes, context = token_bytes * engine.block_size, text.max_position_embeddings
+    padding = _padding_blocks(engine) if is_static(engine, device) else 0
     unit_tokens, unit_bytes, picture_units, request_units, share = 1, 0, 0, 0, 0.0
     if isinstance(config, ModelConfig):
         tokens = config.num_tokens(config.vision.image_size, config.vision.image_size)
@@ -111,21 +139,31 @@ def plan_cache(config: AnyModelConfig, engine: EngineConfig, dtype: torch.dtype,
             share = unit_bytes / (unit_bytes + token_bytes)
         share = share if engine.image_share is None else engine.image_share
     if engine.cache_memory is None:
-        blocks = engine.max_requests * -(-context // engine.block_size)
+        blocks = engine.max_requests * -(-context // engine.block_size) + padding
         units = engine.max_requests * request_units
         memory = _free_share(device)
         if blocks * block_bytes + units * unit_bytes <= memory:
-            return CachePlan(engine.block_size, blocks, block_bytes, units, unit_tokens, unit_bytes)
+            return CachePlan(engine.block_size, blocks - padding, block_bytes, units, unit_tokens, unit_bytes, padding)
     else:
         memory = parse_bytes(engine.cache_memory)
     units = 0
     if unit_bytes and share:
         units = max(int(memory * share) // unit_bytes, picture_units)  # a whole picture in any case
-    blocks = (memory - units * unit_bytes) // block_bytes
+    blocks = (memory - units * unit_bytes) // block_bytes - padding
     if blocks < 1:
-        least = block_bytes + units * unit_bytes
+        least = (1 + padding) * block_bytes + units * unit_bytes
         raise ConfigError(f"a cache_memory of {memory} bytes is too little for this model; give at least {least}")
-    return CachePlan(engine.block_size, blocks, block_bytes, units, unit_tokens, unit_bytes)
+    return CachePlan(engine.block_size, blocks, block_bytes, units, unit_tokens, unit_bytes, padding)
+
+
+def is_static(engine: EngineConfig, device: torch.device) -> bool:
+    """Whether decoding steps have fixed shapes."""
+    return device.type == "cuda" if engine.static_decode is None else engine.static_decode
+
+
+def _padding_blocks(engine: EngineConfig) -> int:
+    """Blocks with a slot for each padding row of a step; all rows are, where a shape is recorded beforehand."""
+    return -(-engine.max_requests // engine.block_size)
 
 
 def _free_share(device: torch.device) -> int:

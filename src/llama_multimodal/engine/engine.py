@@ -19,9 +19,9 @@ from ..inputs import ModelInputs
 from ..models import LanguageModel
 from ..sampling import sample
 from .block_manager import BlockManager, ImageEntry, ImagePool
-from .config import EngineConfig, plan_cache
+from .config import EngineConfig, is_static, plan_cache
 from .metrics import EngineMetrics
-from .request import Answer, Event, FinishReason, ImageUse, Job, Request
+from .request import Answer, Event, FinishReason, ImageSizes, ImageUse, Job, Request
 from .runner import Runner, Segment
 from .scheduler import Scheduler, Step
 
@@ -46,12 +46,18 @@ class Engine:
         self.model, self.processor, self.config = model, processor, config or EngineConfig()
         spliced = isinstance(model.config, ModelConfig) and model.config.fusion == "splice"
         self._spliced_token = model.config.image_token_id if spliced else None
-        self.plan = plan_cache(model.config, self.config, model.dtype, model.device)
+        heads = model.decoder.num_kv_heads
+        self.plan = plan_cache(model.config, self.config, model.dtype, model.device, num_kv_heads=heads)
         self.blocks = BlockManager(self.plan.num_blocks, self.plan.block_size)
         self.images = ImagePool(self.plan.num_units)
         self.metrics = EngineMetrics(self.blocks, self.images)
         self.scheduler = Scheduler(self.config, self.blocks, self.images, self.metrics)
-        self.runner = Runner(model, self.plan, spliced=spliced)
+        rows = self.config.max_requests if is_static(self.config, model.device) else 0
+        dtype = self.config.cache_dtype
+        self.runner = Runner(model, self.plan, spliced=spliced, cache_dtype=dtype, static_rows=rows)
+        self._image_sizes = None
+        if isinstance(model.config, ModelConfig) and not spliced:
+            self._image_sizes = ImageSizes(model.config.num_tokens, self.plan.unit_tokens)
         self._numbers = itertools.count()
         self._jobs: set[Job] = set()  # that have no answer yet
         self._torn = False
@@ -109,6 +115,13 @@ class Engine:
         """Forget every prefix and every image, as after a change of the weights. Requests go on, from the beginning."""
         self._torn = True
         self._mend()
+        if self.runner.static is not None:
+            self.runner.static.forget()
+
+    def warm_up(self) -> None:
+        """Record decoding steps of fixed shapes before requests come; without it each is when it is first needed."""
+        if self.runner.static is not None:
+            self.runner.static.warm_up()
 
     def close(self) -> None:
         """Cancel what is left and end the thread that encodes images."""
@@ -166,8 +179,8 @@ class Engine:
             if self.processor is None:
                 raise PromptError("this engine has no processor; give one, or requests with their inputs")
             inputs = self.processor(request.messages)
-        context, token = text.max_position_embeddings, self._spliced_token
-        job.prepare(inputs, text.eos_token_ids, context, spliced_token=token, adapter=adapter)
+        context, sizes, token = text.max_position_embeddings, self._image_sizes, self._spliced_token
+        job.prepare(inputs, text.eos_token_ids, context, images=sizes, spliced_token=token, adapter=adapter)
         last = min(job.prompt_length + request.params.max_new_tokens, context) - 1
         if self.blocks.blocks_for(last) > self.blocks.num_blocks:
             room = self.blocks.num_blocks * self.blocks.block_size
@@ -180,8 +193,6 @@ class Engine:
                 f"images of {units} units are looked at together and never fit in the cache of {self.images.num_units};"
                 " use fewer or smaller images, or give the engine more cache_memory or a larger image_share"
             )
-        for use in job.images:
-            self.runner.check_image(use)
 
     def _run(self, segments: list[Segment]) -> Iterator[tuple[Job, int, Tensor | None]]:
         """Each request, the end of its tokens that were computed, and the logits of its last token if that is among

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -97,16 +97,26 @@ class Event:
 
 @dataclass(eq=False)
 class ImageUse:
-    """An image of a request: tokens [first, last] read it. size: units of the pool that it takes."""
+    """An image of a request: tokens [first, last] of the request read its `tokens`. size: units of the pool that it
+    takes; the last may be filled in part."""
 
     key: Key
     layout: ImageLayout
     tiles: torch.Tensor
     first: int
     last: int
+    tokens: int
     size: int
     adapter: str = ""  # that reads it
     entry: ImageEntry | None = None
+
+
+@dataclass(frozen=True)
+class ImageSizes:
+    """of_tile: tokens of a tile by its height and width in pixels. of_unit: tokens that a unit of the pool holds."""
+
+    of_tile: Callable[[int, int], int]
+    of_unit: int
 
 
 class Job:
@@ -139,15 +149,18 @@ class Job:
         eos_token_ids: tuple[int, ...],
         context: int,
         *,
+        images: ImageSizes | None = None,
         spliced_token: int | None = None,
         adapter: str = "",
     ) -> None:
         """Take a prepared prompt in.
 
-        spliced_token: whose places images take; None where text looks at images. adapter: empty is the plain model
+        images: how many tokens text looks at, None where there are none or they take `spliced_token`'s places.
+        adapter: empty is the plain model
 
         Raises:
             PromptError: not one row, no room for an answer in the context, or stop strings without a tokenizer.
+            ImageError: an image of a size that the encoder does not take.
         """
         if inputs.num_rows != 1:
             raise PromptError(f"a request is one conversation, and these inputs have {inputs.num_rows} rows")
@@ -174,9 +187,12 @@ class Job:
         for image, (first, last) in zip(inputs.images, reach, strict=True):
             tiles = inputs.tiles[first_tile : first_tile + image.num_tiles]
             first_tile += image.num_tiles
-            size = image.num_tiles if spliced_token is None else image.num_tokens
+            if image.pixels is not None:  # alone it is named as it is beside larger ones
+                tiles, image = tiles[:, :, : image.pixels[0], : image.pixels[1]], replace(image, pixels=None)
+            tokens = image.num_tokens if images is None else image.num_tiles * images.of_tile(*tiles.shape[2:])
+            size = tokens if images is None else -(-tokens // images.of_unit)
             key = _image_key(self._root, image, tiles)
-            self.images.append(ImageUse(key, image, tiles, first, last, size, adapter))
+            self.images.append(ImageUse(key, image, tiles, first, last, tokens, size, adapter))
 
     def restart(self) -> None:
         """As if nothing of it was in the cache; what it has said stays said."""

@@ -9,13 +9,15 @@ E hidden size
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapters.lora import adapter_names, adapter_set, use_adapter
@@ -24,8 +26,9 @@ from ..config import nearest
 from ..errors import PromptError
 from ..inputs import ModelInputs
 from ..models import LanguageModel
-from ..ops import PagedCache, PagedReads, PagedRun
+from ..ops import CACHE_DTYPES, CacheBlocks, PagedCache, PagedReads, PagedRun, QuantizedBlocks, put_blocks
 from .config import CachePlan
+from .graphs import StaticDecode
 from .request import ImageUse, Job
 
 Segment = tuple[Job, int, int]
@@ -35,49 +38,56 @@ Segment = tuple[Job, int, int]
 class Runner:
     """Runs a model over a cache in blocks."""
 
-    def __init__(self, model: LanguageModel, plan: CachePlan, *, spliced: bool) -> None:
-        text = model.config.text
+    def __init__(
+        self,
+        model: LanguageModel,
+        plan: CachePlan,
+        *,
+        spliced: bool,
+        cache_dtype: str | None = None,
+        static_rows: int = 0,
+    ) -> None:
+        """static_rows: the most rows of a decoding step of fixed shapes; 0: none has."""
+        text, heads = model.config.text, model.decoder.num_kv_heads
         self.model, self.plan, self.spliced = model, plan, spliced
-        shape = (plan.num_blocks, plan.block_size, text.num_key_value_heads, text.head_dim)
+        self._cache_dtype = None if cache_dtype is None else CACHE_DTYPES[cache_dtype]
+        shape = (plan.num_blocks + plan.padding_blocks, plan.block_size, heads, text.head_dim)
         self.keys, self.values = (self._pools(shape, len(text.self_attention_layers)) for _ in range(2))
-        self.image_keys: list[Tensor] = []
-        self.image_values: list[Tensor] = []
+        self.image_keys: list[CacheBlocks] = []
+        self.image_values: list[CacheBlocks] = []
         self.embeddings: Tensor | None = None
         if spliced:
-            self.embeddings = self._pools((plan.num_units, text.hidden_size), 1)[0]
+            self.embeddings = self._zeros((plan.num_units, text.hidden_size), model.dtype)
         elif plan.num_units:
-            shape = (plan.num_units, plan.unit_tokens, text.num_key_value_heads, text.head_dim)
+            shape = (plan.num_units, plan.unit_tokens, heads, text.head_dim)
             layers = len(text.cross_attention_layers)
             self.image_keys, self.image_values = (self._pools(shape, layers) for _ in range(2))
+        self.static: StaticDecode | None = None
+        if static_rows and heads == text.num_key_value_heads:  # processes that share heads talk within a step
+            caches, images = (self.keys, self.values), (self.image_keys, self.image_values)
+            self.static = StaticDecode(model, plan, caches, images, static_rows)
 
     @property
     def nbytes(self) -> int:
         """What the cache takes."""
-        tensors = (*self.keys, *self.values, *self.image_keys, *self.image_values)
-        return sum(t.nbytes for t in tensors) + (0 if self.embeddings is None else self.embeddings.nbytes)
+        pools = (*self.keys, *self.values, *self.image_keys, *self.image_values)
+        return sum(pool.nbytes for pool in pools) + (0 if self.embeddings is None else self.embeddings.nbytes)
 
-    def _pools(self, shape: tuple[int, ...], layers: int) -> list[Tensor]:
-        dtype, device = self.model.dtype, self.model.device
+    def _pools(self, shape: tuple[int, ...], layers: int) -> list[CacheBlocks]:
+        if (dtype := self._cache_dtype) is None:
+            return [self._zeros(shape, self.model.dtype) for _ in range(layers)]
+        zeros = self._zeros
+        return [QuantizedBlocks(zeros(shape, dtype), zeros(shape[:-1], torch.float32)) for _ in range(layers)]
+
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        device = self.model.device
         if device.type != "cpu":
-            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+            return torch.zeros(shape, dtype=dtype, device=device)
         # The system gives such zeros a page at a time as they are written to: what is not used takes no memory.
         nbytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        return [torch.from_numpy(np.zeros(nbytes, np.uint8)).view(dtype).view(shape) for _ in range(layers)]
+        return torch.from_numpy(np.zeros(nbytes, np.uint8)).view(dtype).view(shape)
 
     # --- images ------------------------------------------------------------------------------------------------------
-
-    def check_image(self, use: ImageUse) -> None:
-        """Raises:
-        PromptError: an image whose tiles become another number of tokens than the cache's units have.
-        """
-        if self.spliced:
-            return
-        tokens = self.model.config.num_tokens(*use.tiles.shape[2:])  # type: ignore[union-attr]
-        if tokens != self.plan.unit_tokens:
-            size = f"{use.tiles.shape[3]} × {use.tiles.shape[2]} pixels"
-            raise PromptError(
-                f"the engine keeps images of {self.plan.unit_tokens} tokens, and one of {size} has {tokens}"
-            )
 
     def encode(self, uses: Sequence[ImageUse]) -> list[list[Tensor]]:
         """What the cache keeps of each image; nothing is stored yet.
@@ -101,24 +111,26 @@ class Runner:
         inputs = ModelInputs(one, one, (1,), tiles, layouts, one[..., None].expand(1, 1, 2))
         images = self.model.read_images(inputs)
         if isinstance(images, SplicedImages):
-            return [[part] for part in images.embeddings.split([use.size for use in uses])]
+            return [[part] for part in images.embeddings.split([use.tokens for use in uses])]
         assert isinstance(images, CrossAttentionCache)
-        sizes = [use.size * self.plan.unit_tokens for use in uses]
+        unit = self.plan.unit_tokens
+        sizes = [use.tokens for use in uses]
         layers = [tensor for pair in zip(images.keys, images.values) for tensor in pair]  # [Hkv, all tokens, D]
         cut = [layer.transpose(0, 1).split(sizes) for layer in layers]
-        return [[layer[i].unflatten(0, (-1, self.plan.unit_tokens)) for layer in cut] for i in range(len(uses))]
+        rest = [(0, 0, 0, 0, 0, use.size * unit - use.tokens) for use in uses]  # of a last unit that is not full
+        return [[F.pad(layer[i], rest[i]).unflatten(0, (-1, unit)) for layer in cut] for i in range(len(uses))]
 
     @torch.inference_mode()
     def store(self, units: Sequence[int], parts: Sequence[Tensor]) -> None:
         """Put what `encode` returned for an image into its units."""
-        pools = (
+        pools: Sequence[CacheBlocks] = (
             [self.embeddings]
             if self.embeddings is not None
             else [pool for pair in zip(self.image_keys, self.image_values) for pool in pair]
         )
         index = torch.tensor(units, device=self.model.device)
         for pool, part in zip(pools, parts, strict=True):
-            pool[index] = part.to(pool.dtype)
+            put_blocks(pool, index, part)
 
     # --- tokens ------------------------------------------------------------------------------------------------------
 
@@ -138,6 +150,8 @@ class Runner:
             slots += [job.blocks[p // size] * size + p % size for p in range(first, end)]
             if end == len(job.tokens):
                 complete.append((job, len(tokens) - 1))
+        if (static := self._static_logits(segments, tokens, positions, slots)) is not None:
+            return [job for job, _ in complete], static[[place for _, place in complete]]
         ids = torch.tensor([tokens], device=device)
         spliced = self._spliced(segments) if self.spliced else None
         images, sees = self._image_reads(segments, len(tokens))
@@ -154,6 +168,23 @@ class Runner:
                 last_token_of=[place for _, place in complete],
             )
         return [job for job, _ in complete], logits[:, 0]
+
+    def _static_logits(
+        self, segments: Sequence[Segment], tokens: list[int], positions: list[int], slots: list[int]
+    ) -> Tensor | None:
+        """Each token's logits by a step of fixed shapes; None where there is none for these segments."""
+        if self.static is None or self.has_adapters or len(tokens) > len(segments):
+            return None
+        if self.spliced and any(job.image_places and first <= job.image_places[-1] for job, first, _ in segments):
+            return None  # an image's embedding may be among them
+        size, image_rows = self.plan.block_size, []
+        for job, first, end in segments:
+            seen = [uses for *_, uses in _seen(job, first, end)]
+            if seen and not self._are_full(seen[0]):
+                return None
+            image_rows.append(_units(seen[0]) if seen else ([], 0))
+        rows = [(job.blocks[: -(-end // size)], end) for job, _, end in segments]
+        return self.static.logits(tokens, positions, slots, rows, image_rows)
 
     def _reads(self, segments: Sequence[Segment]) -> PagedReads:
         """Each segment reads its own tokens so far."""
@@ -174,25 +205,32 @@ class Runner:
         runs = []
         place = 0
         for job, first, end in segments:
-            found = []
-            for begin, stop, *images in job.spans:
-                begin, stop = max(begin, first), min(stop, end)
-                if begin < stop:
-                    uses = job.images[images[0] : images[1]]
-                    units = [unit for use in uses if use.entry is not None for unit in use.entry.units]
-                    found.append((place + begin - first, place + stop - first, units))
-                    sees[0, place + begin - first : place + stop - first, 1] = 1
-            if end - first == 1:
-                units = found[0][2] if found else []
-                rows.append((units, len(units) * self.plan.unit_tokens))
-            else:
-                for begin, stop, units in found:
-                    blocks = torch.tensor(units, device=self.model.device)
-                    runs.append(PagedRun(begin, stop, blocks, len(units) * self.plan.unit_tokens, causal=False))
+            found = [
+                (place + begin - first, place + stop - first, uses) for begin, stop, uses in _seen(job, first, end)
+            ]
+            for begin, stop, _ in found:
+                sees[0, begin:stop, 1] = 1
+            one = end - first == 1
+            full = one and found and self._are_full(found[0][2])
+            rows += [_units(found[0][2]) if full else ([], 0)] * one
+            runs += [self._image_run(*part) for part in found if not full]
             place += end - first
         if not sees.any():
             return None, sees
         return PagedCache(self.image_keys, self.image_values, PagedReads(*self._table(rows), tuple(runs))), sees
+
+    def _are_full(self, uses: Sequence[ImageUse]) -> bool:
+        """Whether the images' tokens lie without gaps in their units: all but the last one fill theirs."""
+        return all(use.tokens == use.size * self.plan.unit_tokens for use in uses[:-1])
+
+    def _image_run(self, first: int, end: int, uses: Sequence[ImageUse]) -> PagedRun:
+        """Tokens [first, end) of the batch that read these images."""
+        units, length = _units(uses)
+        device, places = self.model.device, None
+        if not self._are_full(uses):
+            starts = itertools.accumulate((use.size * self.plan.unit_tokens for use in uses), initial=0)
+            places = torch.cat([torch.arange(start, start + use.tokens) for start, use in zip(starts, uses)]).to(device)
+        return PagedRun(first, end, torch.tensor(units, device=device), length, causal=False, places=places)
 
     def _table(self, rows: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
         """Blocks of each row, filled up to one width, and how many keys it reads."""
@@ -250,3 +288,17 @@ class Runner:
     def _adapter(self, choice: Any) -> AbstractContextManager[None]:
         merged = self.has_adapters and adapter_set(self.model).merged  # it is in the weights, and nothing is chosen
         return use_adapter(self.model, choice) if self.has_adapters and not merged else nullcontext()
+
+
+def _seen(job: Job, first: int, end: int) -> Iterator[tuple[int, int, list[ImageUse]]]:
+    """Runs of a request's tokens [first, end) that look at the same images, and these."""
+    for begin, stop, *images in job.spans:
+        begin, stop = max(begin, first), min(stop, end)
+        if begin < stop:
+            yield begin, stop, [use for use in job.images[images[0] : images[1]] if use.entry is not None]
+
+
+def _units(uses: Sequence[ImageUse]) -> tuple[list[int], int]:
+    """The units of some images, and how many tokens these have."""
+    units = [unit for use in uses if use.entry is not None for unit in use.entry.units]
+    return units, sum(use.tokens for use in uses)

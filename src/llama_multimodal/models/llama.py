@@ -14,7 +14,7 @@ from .. import ops
 from ..cache import CrossAttentionCache, SelfAttentionCache
 from ..config import TextConfig
 from ..errors import PromptError
-from ..ops import DecoderBlock, KeyRanges, PagedCache, PagedReads, Span
+from ..ops import CacheBlocks, DecoderBlock, KeyRanges, PagedCache, PagedReads, Span
 from .layers import Linear, Projections, RMSNorm, merge_heads, split_heads
 
 
@@ -76,10 +76,11 @@ class CrossAttention(nn.Module):
         k, v = (split_heads(x[None], self.num_kv_heads)[0] for x in self.kv(features))
         return self.k_norm(k), v
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges | PagedReads) -> Tensor:
+    def forward(self, x: Tensor, k: CacheBlocks, v: CacheBlocks, ranges: KeyRanges | PagedReads) -> Tensor:
         q = self.q_norm(split_heads(self.q_proj(x), self.num_heads))  # [B, H, T, D]
         if isinstance(ranges, PagedReads):
             return self.o_proj(merge_heads(ops.paged_attention(q, k, v, ranges)))
+        assert isinstance(k, Tensor) and isinstance(v, Tensor)
         return self.o_proj(merge_heads(ops.cross_attention(q, k, v, ranges)))
 
 
@@ -152,7 +153,9 @@ class CrossAttentionBlock(nn.Module):
         self.mlp = MLP(config)
         self.mlp_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges | PagedReads, sees_image: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, k: CacheBlocks, v: CacheBlocks, ranges: KeyRanges | PagedReads, sees_image: Tensor
+    ) -> Tensor:
         # `cross_attention` already returns zeros for tokens outside every span, and `o_proj` has no bias.
         x = x + self.attention_gate.tanh() * self.attention(self.input_norm(x), k, v, ranges)
         return x + self.mlp_gate.tanh() * self.mlp(self.post_attention_norm(x)) * sees_image
@@ -202,16 +205,20 @@ class LlamaDecoder(nn.Module):
         cross_cache: CrossAttentionCache | PagedCache | None = None,
         self_cache: SelfAttentionCache | PagedCache | None = None,
         last_token_of: Sequence[int] | None = None,
+        angles: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Logits [B, T, vocab]; with `last_token_of` (one index a row) only that token's, [B, 1, vocab].
 
         With paged caches the rows lie one after the other in a single one, B = 1, and `last_token_of` lists any of its
-        tokens: [tokens, 1, vocab]. Whoever made them has checked the positions.
+        tokens: [tokens, 1, vocab]. Whoever made them has checked the positions. `visible` may lie on the device then.
+
+        angles: cos and sin of the positions, fp32 [B, T, D/2], where they are there already
 
         Raises:
             PromptError: a position past `max_position_embeddings` or past the cache.
         """
-        logits = self.lm_head(self.hidden(x, positions, visible, cross_cache, self_cache, last_token_of))
+        hidden = self.hidden(x, positions, visible, cross_cache, self_cache, last_token_of, angles=angles)
+        logits = self.lm_head(hidden)
         # An embedding that is the LM head too may have rows past the vocabulary: they stand for images.
         return logits if logits.shape[-1] == self.config.vocab_size else logits[..., : self.config.vocab_size]
 
@@ -224,13 +231,15 @@ class LlamaDecoder(nn.Module):
         self_cache: SelfAttentionCache | PagedCache | None = None,
         last_token_of: Sequence[int] | None = None,
         segments: Tensor | None = None,  # [B, T], without a cache only
+        angles: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """What the LM head reads, [B, T, E] or [B, 1, E]; arguments and errors are those of the whole decoder."""
         mask = None if isinstance(self_cache, PagedCache) else self._cache_mask(positions, self_cache)
         if segments is not None:
             mask = segment_mask(segments)
-        frequencies = ops.rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        angles = ops.rope_angles(positions, frequencies.to(x.device))
+        if angles is None:
+            frequencies = ops.rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+            angles = ops.rope_angles(positions, frequencies.to(x.device))
         ranges = None if cross_cache is None else _ranges(visible, cross_cache, x.device)
         sees_image = (visible[..., 0] < visible[..., 1])[..., None].to(x.device, x.dtype)  # [B, T, 1]
         self_layer = cross_layer = 0

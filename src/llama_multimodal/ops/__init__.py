@@ -23,6 +23,7 @@ from .packed_linear import (
     unpack_weight,
 )
 from .paged_attention import PagedCache, PagedReads, PagedRun, paged_attention
+from .quantized_blocks import CACHE_DTYPES, SCALE_BYTES, CacheBlocks, QuantizedBlocks, put_blocks
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import apply_rope, rope_angles, rope_frequencies
 from .swiglu import swiglu
@@ -30,8 +31,11 @@ from .swiglu import swiglu
 __all__ = [
     "ACTIVATION_BLOCK",
     "BACKENDS",
+    "CACHE_DTYPES",
     "INTEGERS",
+    "SCALE_BYTES",
     "Approximation",
+    "CacheBlocks",
     "DecoderBlock",
     "Format",
     "Grid",
@@ -41,6 +45,7 @@ __all__ = [
     "PagedCache",
     "PagedReads",
     "PagedRun",
+    "QuantizedBlocks",
     "Span",
     "add_rms_norm",
     "apply_rope",
@@ -60,6 +65,7 @@ __all__ = [
     "paged_decode_attention",
     "paged_decode_block",
     "prepare_weight",
+    "put_blocks",
     "restore_weight",
     "rms_norm",
     "rope_angles",

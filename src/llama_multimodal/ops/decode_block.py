@@ -15,6 +15,7 @@ from torch import Tensor
 from . import _dispatch
 from .decode_attention import decode_attention, kv_write, paged_decode_attention
 from .packed_linear import PackedWeight, packed_linear
+from .quantized_blocks import CacheBlocks
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import apply_rope
 from .swiglu import swiglu
@@ -70,13 +71,13 @@ def paged_decode_block(
     block: DecoderBlock,
     cos: Tensor,
     sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: CacheBlocks,
+    v_cache: CacheBlocks,
     block_table: Tensor,
     lengths: Tensor,
 ) -> Tensor:
-    """`decode_block` over a cache in blocks, as `paged_decode_attention` reads it: k_cache, v_cache [N, S, Hkv, D];
-    block_table: int32 [B, M]; lengths: int32 [B], 1 to M·S, the new token included."""
+    """`decode_block` over a cache in blocks, as `paged_decode_attention` reads it: k_cache, v_cache [N, S, Hkv, D],
+    both plain or both quantized; block_table: int32 [B, M]; lengths: int32 [B], 1 to M·S, the new token included."""
     return _dispatch.call("paged_decode_block", _paged, x, block, cos, sin, k_cache, v_cache, block_table, lengths)
 
 
@@ -96,8 +97,8 @@ def _paged(
     block: DecoderBlock,
     cos: Tensor,
     sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: CacheBlocks,
+    v_cache: CacheBlocks,
     block_table: Tensor,
     lengths: Tensor,
 ) -> Tensor:

@@ -6,6 +6,7 @@ S slots of a block · M blocks of a row
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .attention import attention
 from .decode_attention import kv_write, paged_decode_attention
+from .quantized_blocks import CacheBlocks, take_blocks
 
 _MASKED_AT_ONCE = 1 << 23  # queries times keys of a mask: a long prompt's chunk is read by so many at a time
 
@@ -22,6 +24,7 @@ class PagedRun:
     """Tokens [first, end) of the batch that read the first `length` keys of `blocks` (int64 [M]).
 
     causal: they are the last of these keys' own tokens, and each sees up to itself; otherwise each sees all.
+    places: which of the M·S keys they read instead, int64 [length], where not every block is full.
     """
 
     first: int
@@ -29,6 +32,7 @@ class PagedRun:
     blocks: Tensor
     length: int
     causal: bool
+    places: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class PagedReads:
     """What each token of a flat batch reads; one that is in neither part reads nothing.
 
     table: int32 [R, M] and lengths: int32 [R], as `paged_decode_attention` takes them, of the batch's first R tokens,
-    each a row of its own. runs: of those behind them, in their order.
+    each a row of its own. runs: of others; a row that is in one, too, reads what that says.
     """
 
     table: Tensor
@@ -51,8 +55,8 @@ class PagedCache:
     slots: int64 [N], where its own keys and values go: block · S + place; None where nothing is written.
     """
 
-    keys: list[Tensor]  # one a layer, [P, S, Hkv, D]
-    values: list[Tensor]
+    keys: Sequence[CacheBlocks]  # one a layer, [P, S, Hkv, D]
+    values: Sequence[CacheBlocks]
     reads: PagedReads
     slots: Tensor | None = None
 
@@ -62,13 +66,13 @@ class PagedCache:
         kv_write(k[0].transpose(0, 1), v[0].transpose(0, 1), self.keys[layer], self.values[layer], self.slots)
 
 
-def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, reads: PagedReads) -> Tensor:
+def paged_attention(q: Tensor, k_cache: CacheBlocks, v_cache: CacheBlocks, reads: PagedReads) -> Tensor:
     """Each token's attention over what it reads; zeros where it reads nothing.
 
     q: [1, H, N, D]; k_cache, v_cache: [P, S, Hkv, D] → [1, H, N, D]
     """
     rows = reads.table.shape[0]
-    if rows == q.shape[2]:
+    if rows == q.shape[2] and not reads.runs:
         flat = q[0].transpose(0, 1)  # [N, H, D]
         return paged_decode_attention(flat, k_cache, v_cache, reads.table, reads.lengths).transpose(0, 1)[None]
     out = torch.zeros_like(q)
@@ -76,14 +80,15 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, reads: PagedRea
         flat = q[0, :, :rows].transpose(0, 1)
         out[0, :, :rows] = paged_decode_attention(flat, k_cache, v_cache, reads.table, reads.lengths).transpose(0, 1)
     for run in reads.runs:
-        k, v = (_gather(cache, run) for cache in (k_cache, v_cache))
+        k, v = (_gather(cache, run, q.dtype) for cache in (k_cache, v_cache))
         out[:, :, run.first : run.end] = _attend(q[:, :, run.first : run.end], k, v, run.causal)
     return out
 
 
-def _gather(cache: Tensor, run: PagedRun) -> Tensor:
+def _gather(cache: CacheBlocks, run: PagedRun, dtype: torch.dtype) -> Tensor:
     """A run's keys or values as they lie one after the other: [1, Hkv, length, D]."""
-    return cache[run.blocks].flatten(0, 1)[: run.length].transpose(0, 1)[None]
+    keys = take_blocks(cache, run.blocks, dtype).flatten(0, 1)  # [M·S, Hkv, D]
+    return (keys[: run.length] if run.places is None else keys[run.places]).transpose(0, 1)[None]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

@@ -244,6 +244,6 @@ def test_torch_knows_the_operator(attached: None, guards: Guards) -> None:
         (
             given["x"], tensors, numbers, block.input_norm, block.post_attention_norm, block.eps, block.heads,
             block.kv_heads, given["cos"], given["sin"], given["k_cache"].nan_to_num(), given["v_cache"].nan_to_num(),
-            None, given["lengths"],
+            None, None, None, given["lengths"],
         ),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from ..references import randn
 
 OPS = [
     "cross_attention", "decode_attention", "decode_block", "kv_write", "packed_linear", "paged_decode_attention",
-    "paged_decode_block", "prepare_weight",
+    "paged_decode_block", "prepare_weight", "quantized_kv_write", "quantized_paged_decode_attention",
 ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import _dispatch
 from ..operators import define
-from .library import DTYPES, dense_last, functions, pointer, strides
+from .library import DTYPES, QUANTIZED, dense_last, functions, pointer, strides
 
 
 def refuses_tensors(**tensors: Tensor | None) -> str | None:
@@ -41,6 +41,18 @@ def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, kv_heads: int) -> None
         raise ValueError(f"{op}: q has a head dim of {q.shape[-1]}, and k of {k.shape[-1]}")
     if kv_heads == 0 or q.shape[1] % kv_heads:
         raise ValueError(f"{op}: {q.shape[1]} query heads cannot share {kv_heads} key heads evenly")
+
+
+def check_paged(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor) -> None:
+    """Raises ValueError where a paged cache, its table and queries do not go together."""
+    if q.ndim != 3 or k_cache.ndim != 4:
+        raise ValueError(
+            f"{op} takes q [B, H, D] and k_cache [N, S, Hkv, D], not {q.ndim} and {k_cache.ndim} dimensions"
+        )
+    check_heads(op, q, k_cache, v_cache, k_cache.shape[2])
+    if block_table.ndim != 2 or block_table.shape[0] != q.shape[0] or lengths.shape != q.shape[:1]:
+        shapes = (q.shape[0], tuple(block_table.shape), tuple(lengths.shape))
+        raise ValueError("{}: q has {} rows, block_table shape {}, lengths shape {}".format(op, *shapes))
 
 
 def raise_for(op: str, status: int, what: str) -> None:
@@ -103,17 +115,7 @@ def _refuses_paged(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Ten
 @_dispatch.register("paged_decode_attention", "cpu", refuses=_refuses_paged)
 def paged_decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
     """Raises ValueError where shapes do not go together, or a length or a block that it needs is out of range."""
-    if q.ndim != 3 or k_cache.ndim != 4:
-        raise ValueError(
-            f"paged_decode_attention takes q [B, H, D] and k_cache [N, S, Hkv, D], "
-            f"not {q.ndim} and {k_cache.ndim} dimensions"
-        )
-    check_heads("paged_decode_attention", q, k_cache, v_cache, k_cache.shape[2])
-    if block_table.ndim != 2 or block_table.shape[0] != q.shape[0] or lengths.shape != q.shape[:1]:
-        shapes = (q.shape[0], tuple(block_table.shape), tuple(lengths.shape))
-        raise ValueError(
-            "paged_decode_attention: q has {} rows, block_table shape {}, lengths shape {}".format(*shapes)
-        )
+    check_paged("paged_decode_attention", q, k_cache, v_cache, block_table, lengths)
     return cpu_paged_decode_attention(q, k_cache, v_cache, block_table, lengths)
 
 
@@ -128,6 +130,7 @@ def cpu_paged_decode_attention(
     status = functions().paged_decode_attention(
         *queries_of(q, kv_heads),
         *keys_of(k_cache, v_cache),
+        *stored(k_cache, None, None),
         blocks,
         slots,
         block_table.data_ptr(),
@@ -198,3 +201,7 @@ def queries_of(q: Tensor, kv_heads: int) -> tuple[int, ...]:
 
 def keys_of(k: Tensor, v: Tensor) -> tuple[object, ...]:
     return k.data_ptr(), strides(k), v.data_ptr(), strides(v)
+
+
+def stored(cache: Tensor, k_scales: Tensor | None, v_scales: Tensor | None) -> tuple[int | None, ...]:
+    return (DTYPES | QUANTIZED)[cache.dtype], pointer(k_scales), pointer(v_scales)

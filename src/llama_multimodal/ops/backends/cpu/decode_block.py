@@ -14,22 +14,22 @@ from torch import Tensor
 
 from ... import _dispatch
 from ...decode_block import DecoderBlock
+from ...quantized_blocks import CacheBlocks, QuantizedBlocks
 from ..operators import define
-from .decode_attention import raise_for, refuses_dtype, refuses_tensors
+from .decode_attention import raise_for, refuses_dtype, refuses_tensors, stored
 from .library import DTYPES, functions, instruction_set, pointer, strides
 from .packed_linear import FEW_BF16, LAYOUT
+from .quantized_cache import refuses_quantized
 
 _MOST_ROWS = 8
 _PRODUCT = struct.Struct("@PPPPqqqii")  # LlamaMmProduct of csrc/decode_block.cpp
 _BLOCK = struct.Struct("@PPfiqqq")  # LlamaMmBlock behind its four products
 
 
-def _refuses_block(
-    x: Tensor, block: DecoderBlock, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor
-) -> str | None:
+def _refuses_block(x: Tensor, block: DecoderBlock, cos: Tensor, sin: Tensor, **others: Tensor) -> str | None:
     """Why not, whatever shapes the caches have."""
     norms = {"input_norm": block.input_norm, "post_attention_norm": block.post_attention_norm}
-    if why := refuses_dtype(x) or refuses_tensors(x=x, k_cache=k_cache, v_cache=v_cache, lengths=lengths, **norms):
+    if why := refuses_dtype(x) or refuses_tensors(x=x, **others, **norms):
         return why
     most = _MOST_ROWS
     for product in (block.qkv, block.output, block.gate_up, block.down):
@@ -56,7 +56,7 @@ def _refuses_caches(k_cache: Tensor, v_cache: Tensor, shape: tuple[int, ...]) ->
 def _refuses(
     x: Tensor, block: DecoderBlock, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor
 ) -> str | None:
-    if why := _refuses_block(x, block, cos, sin, k_cache, v_cache, lengths):
+    if why := _refuses_block(x, block, cos, sin, k_cache=k_cache, v_cache=v_cache, lengths=lengths):
         return why
     return _refuses_caches(k_cache, v_cache, (len(x), block.kv_heads, k_cache.shape[2], block.head_dim))
 
@@ -66,16 +66,29 @@ def _refuses_paged(
     block: DecoderBlock,
     cos: Tensor,
     sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: CacheBlocks,
+    v_cache: CacheBlocks,
     block_table: Tensor,
     lengths: Tensor,
 ) -> str | None:
-    if why := _refuses_block(x, block, cos, sin, k_cache, v_cache, lengths):
+    k, v, *scales = _unwrapped(k_cache, v_cache)
+    plain = {} if scales else {"k_cache": k, "v_cache": v}
+    if why := _refuses_block(x, block, cos, sin, lengths=lengths, **plain):
+        return why
+    if scales and (why := refuses_quantized(k, v, *scales)):
         return why
     if block_table.ndim != 2 or len(block_table) != len(x) or not block_table.is_cpu:
         return f"block_table has shape {list(block_table.shape)}; takes [B, M] on the CPU"
-    return _refuses_caches(k_cache, v_cache, (*k_cache.shape[:2], block.kv_heads, block.head_dim))
+    return _refuses_caches(k, v, (*k.shape[:2], block.kv_heads, block.head_dim))
+
+
+def _unwrapped(k_cache: CacheBlocks, v_cache: CacheBlocks) -> tuple[Tensor, ...]:
+    """Keys and values, and where they are in 8 bits their scales."""
+    if isinstance(k_cache, QuantizedBlocks):
+        assert isinstance(v_cache, QuantizedBlocks)
+        return k_cache.values, v_cache.values, k_cache.scales, v_cache.scales
+    assert isinstance(v_cache, Tensor)
+    return k_cache, v_cache
 
 
 @_dispatch.register("decode_block", "cpu", refuses=_refuses)
@@ -83,7 +96,7 @@ def decode_block(
     x: Tensor, block: DecoderBlock, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor
 ) -> Tensor:
     """Raises ValueError where a length is below 1 or past the cache's slots; the caches stay as they are then."""
-    return _run(x, block, cos, sin, k_cache, v_cache, None, lengths)
+    return _run(x, block, cos, sin, (k_cache, v_cache), None, lengths)
 
 
 @_dispatch.register("paged_decode_block", "cpu", refuses=_refuses_paged)
@@ -92,13 +105,13 @@ def paged_decode_block(
     block: DecoderBlock,
     cos: Tensor,
     sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: CacheBlocks,
+    v_cache: CacheBlocks,
     block_table: Tensor,
     lengths: Tensor,
 ) -> Tensor:
     """Raises ValueError where a length or a block that it needs is out of range; the caches stay as they are then."""
-    return _run(x, block, cos, sin, k_cache, v_cache, block_table, lengths)
+    return _run(x, block, cos, sin, _unwrapped(k_cache, v_cache), block_table, lengths)
 
 
 def _run(
@@ -106,15 +119,15 @@ def _run(
     block: DecoderBlock,
     cos: Tensor,
     sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    caches: tuple[Tensor, ...],
     block_table: Tensor | None,
     lengths: Tensor,
 ) -> Tensor:
     tensors, numbers = flattened(block)
+    k_cache, v_cache, k_scales, v_scales = (*caches, None, None)[:4]
     return cpu_decode_block(
         x, tensors, numbers, block.input_norm, block.post_attention_norm, block.eps, block.heads, block.kv_heads,
-        cos, sin, k_cache, v_cache, block_table, lengths,
+        cos, sin, k_cache, v_cache, k_scales, v_scales, block_table, lengths,
     )  # fmt: skip
 
 
@@ -130,7 +143,7 @@ def flattened(block: DecoderBlock) -> tuple[list[Tensor | None], list[int]]:
     return tensors, numbers
 
 
-@define(lambda x, *_: torch.empty_like(x), mutates=("k_cache", "v_cache"), devices=("CPU",))
+@define(lambda x, *_: torch.empty_like(x), mutates=("k_cache", "v_cache", "k_scales", "v_scales"), devices=("CPU",))
 def cpu_decode_block(
     x: Tensor,
     tensors: Sequence[Tensor | None],
@@ -144,10 +157,12 @@ def cpu_decode_block(
     sin: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     block_table: Tensor | None,
     lengths: Tensor,
 ) -> Tensor:
-    """tensors, numbers: of `flattened`; block_table: where the caches are in blocks."""
+    """tensors, numbers: of `flattened`; block_table: where the caches are in blocks; scales: where in 8 bits."""
     x, cos, sin, lengths = x.contiguous(), cos.contiguous(), sin.contiguous(), lengths.to(torch.int32).contiguous()
     out = torch.empty_like(x)
     pointers = [pointer(tensor) or 0 for tensor in tensors]
@@ -169,7 +184,8 @@ def cpu_decode_block(
         return out
     block_table = block_table.to(torch.int32).contiguous()
     blocks, slots, most = *k_cache.shape[:2], block_table.shape[1]
-    status = functions().paged_decode_block(*first, blocks, slots, block_table.data_ptr(), most, *last)
+    kept = stored(k_cache, k_scales, v_scales)
+    status = functions().paged_decode_block(*first, *kept, blocks, slots, block_table.data_ptr(), most, *last)
     wanted = f"its length must be from 1 to {most * slots}, and its blocks from 0 to {blocks - 1}"
     raise_for("paged_decode_block", status, wanted)
     return out

@@ -16,8 +16,12 @@ INSTRUCTION_SETS = ("avx512", "avx2", "plain")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes that kernels take, and their numbers in C."""
 
+QUANTIZED = {torch.int8: 2, torch.float8_e4m3fn: 3}
+"""Those of caches in 8 bits."""
+
 _POINTER, _INT, _SIZE, _TEXT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_char_p
 _KEYS = [_POINTER, _POINTER, _POINTER, _POINTER]  # k, its strides, v, its strides
+_STORED = [_INT, _POINTER, _POINTER]  # the cache's dtype, k's and v's scales
 _QUERIES = [_POINTER, _INT, _SIZE, _SIZE, _SIZE, _SIZE]  # q, dtype, B, H, Hkv, D
 _WEIGHT = [_POINTER, _POINTER, _POINTER, _INT, _SIZE]  # values, scales, zeros, int4, G
 _SIGNATURES = {  # without the llama_mm_cpu_ that every name begins with
@@ -40,14 +44,21 @@ _SIGNATURES = {  # without the llama_mm_cpu_ that every name begins with
     "decode_attention": ([*_QUERIES, *_KEYS, _SIZE, _POINTER, _POINTER, _POINTER, _INT], _INT),
     "decode_block": ([_TEXT, _POINTER, _INT, _POINTER, _POINTER, *_KEYS, _SIZE, _POINTER, _POINTER, _INT], _INT),
     "paged_decode_block": (
-        [_TEXT, _POINTER, _INT, _POINTER, _POINTER, *_KEYS, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _INT],
+        [
+            *[_TEXT, _POINTER, _INT, _POINTER, _POINTER, *_KEYS, *_STORED, _SIZE, _SIZE, _POINTER, _SIZE],
+            *[_POINTER, _POINTER, _INT],
+        ],
         _INT,
     ),
     "paged_decode_attention": (
-        [*_QUERIES, *_KEYS, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _INT],
+        [*_QUERIES, *_KEYS, *_STORED, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _INT],
         _INT,
     ),
     "cross_attention": ([*_QUERIES, *_KEYS, _SIZE, _POINTER, _POINTER, _INT], _INT),
+    "quantized_kv_write": (
+        [*_KEYS, _INT, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, *_STORED, _SIZE, _POINTER, _INT],
+        _INT,
+    ),
     "kv_write": (
         [_POINTER, _POINTER, _POINTER, _POINTER, _INT, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER, _INT],
         _INT,

@@ -53,7 +53,7 @@ INLINE void add_values(const T* v, int64_t stride, int count, const float (*weig
 
 template <typename T, int G>
 void attend_chunk(const T* k, const T* v, const llama_mm::Run& run, int count, const float* bias, const float* q,
-                  int64_t dim, float* acc, float* max, float* total) {
+                  int64_t dim, const float* k_scales, const float* v_scales, float* acc, float* max, float* total) {
   constexpr int keys = LANES == 16 || G <= 2 ? 4 : 2;  // that the registers hold sums for
   alignas(64) float weights[G][kChunk];
   int first = 0;
@@ -67,6 +67,9 @@ void attend_chunk(const T* k, const T* v, const llama_mm::Run& run, int count, c
     score<T, G, keys>(k + first * run.k_stride, run.k_stride, q, dim, weights, first);
   }
   for (; first < count; first++) score<T, G, 1>(k + first * run.k_stride, run.k_stride, q, dim, weights, first);
+  if (k_scales)
+    for (int g = 0; g < G; g++)
+      for (int j = 0; j < count; j++) weights[g][j] *= k_scales[j * run.scale_stride];
   if (bias)
     for (int g = 0; g < G; g++)
       for (int j = 0; j < count; j++) weights[g][j] += bias[j];
@@ -87,6 +90,9 @@ void attend_chunk(const T* k, const T* v, const llama_mm::Run& run, int count, c
       for (int64_t d = 0; d < dim; d++) acc[g * dim + d] *= correction;
     max[g] = top;
   }
+  if (v_scales)  // the sum of the weights has them as they are
+    for (int g = 0; g < G; g++)
+      for (int j = 0; j < count; j++) weights[g][j] *= v_scales[j * run.scale_stride];
   int64_t d = 0;
   constexpr int width = G == 1 ? 4 : 2;  // enough sums at once to hide the latency of an addition
   for (; d + width * LANES <= dim; d += width * LANES)
@@ -104,14 +110,19 @@ void attend(const llama_mm::Run& run, const llama_mm::Softmax& state) {
   for (int64_t first = 0; first < run.count; first += kChunk, k += kChunk * run.k_stride, v += kChunk * run.v_stride) {
     const int count = static_cast<int>(run.count - first < kChunk ? run.count - first : kChunk);
     const float* bias = run.bias ? run.bias + first : nullptr;
+    const float* k_scales = run.k_scales ? run.k_scales + first * run.scale_stride : nullptr;
+    const float* v_scales = run.v_scales ? run.v_scales + first * run.scale_stride : nullptr;
     for (int head = 0; head < state.heads; head += llama_mm::kMaxHeads) {
       const float* q = state.q + head * state.dim;
       float *acc = state.acc + head * state.dim, *max = state.max + head, *total = state.sum + head;
+      const auto run_chunk = [&](auto* chunk) {
+        chunk(k, v, run, count, bias, q, state.dim, k_scales, v_scales, acc, max, total);
+      };
       switch (state.heads - head) {
-        case 1: attend_chunk<T, 1>(k, v, run, count, bias, q, state.dim, acc, max, total); break;
-        case 2: attend_chunk<T, 2>(k, v, run, count, bias, q, state.dim, acc, max, total); break;
-        case 3: attend_chunk<T, 3>(k, v, run, count, bias, q, state.dim, acc, max, total); break;
-        default: attend_chunk<T, 4>(k, v, run, count, bias, q, state.dim, acc, max, total);
+        case 1: run_chunk(attend_chunk<T, 1>); break;
+        case 2: run_chunk(attend_chunk<T, 2>); break;
+        case 3: run_chunk(attend_chunk<T, 3>); break;
+        default: run_chunk(attend_chunk<T, 4>);
       }
     }
   }

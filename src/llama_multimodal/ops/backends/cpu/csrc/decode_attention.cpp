@@ -11,6 +11,7 @@
 
 #include "drivers.h"
 #include "kernels.h"
+#include "quantize_row.h"
 #include "scalar.h"
 
 namespace {
@@ -27,6 +28,7 @@ struct Problem {
   DType dtype;
   int64_t rows, heads, kv_heads, dim;
   int threads;
+  DType cache;  // of keys and values
 };
 
 // Keys: keys.count(row), and keys.run(row, kv head, first, end): the longest run from `first` on.
@@ -39,7 +41,7 @@ int attend_all(const Problem& p, const Keys& keys) {
     total += keys.count(row);
   }
   int threads = p.threads;
-  if (total * p.kv_heads * p.dim * 2 * bytes_of(p.dtype) < kSmall) threads = 1;
+  if (total * p.kv_heads * p.dim * 2 * bytes_of(p.cache) < kSmall) threads = 1;
   int64_t parts = 1;
   if (pairs < 4 * threads && pairs % threads) {
     const int64_t wanted = (4 * threads + pairs - 1) / pairs, most = longest / kLeastPart;
@@ -50,7 +52,7 @@ int attend_all(const Problem& p, const Keys& keys) {
   const int64_t floats = group * (2 * p.dim + 2), tasks = pairs * parts;
   float* memory = static_cast<float*>(malloc(static_cast<size_t>(tasks * floats + 1) * sizeof(float)));
   if (!memory) return kNoMemory;
-  const auto attend = kernels()->attend[p.dtype];
+  const auto attend = kernels()->attend[p.cache];
   const float scale = kLog2E / std::sqrt(static_cast<float>(p.dim));
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -121,14 +123,18 @@ struct Paged {
   const int32_t* table;  // [B, M]
   int64_t slots, blocks_of_row;
   int bytes;
+  const float *k_scales, *v_scales;  // [N, S, Hkv]; or null
+  int64_t kv_heads;
 
   int64_t count(int64_t row) const { return lengths[row]; }
   Run run(int64_t row, int64_t head, int64_t first, int64_t end) const {
     const int64_t block = table[row * blocks_of_row + first / slots], slot = first % slots;
     const int64_t left = slots - slot, count = end - first < left ? end - first : left;
+    const int64_t scale = (block * slots + slot) * kv_heads + head;
     return {k + (block * k_strides[0] + slot * k_strides[1] + head * k_strides[2]) * bytes,
             v + (block * v_strides[0] + slot * v_strides[1] + head * v_strides[2]) * bytes,
-            k_strides[1], v_strides[1], count, nullptr};
+            k_strides[1], v_strides[1], count, nullptr,
+            k_scales ? k_scales + scale : nullptr, v_scales ? v_scales + scale : nullptr, kv_heads};
   }
 };
 
@@ -165,7 +171,7 @@ int llama_mm_cpu_decode_attention(const void* q, int dtype, int64_t rows, int64_
     for (int64_t key = 0; key < capacity; key++) bias[key] = key_bias[key] * kLog2E;
   }
   const DType type = static_cast<DType>(dtype);
-  const Problem problem = {q, out, type, rows, heads, kv_heads, dim, threads};
+  const Problem problem = {q, out, type, rows, heads, kv_heads, dim, threads, type};
   const Dense keys = {static_cast<const char*>(k), static_cast<const char*>(v), k_strides, v_strides, lengths, bias,
                       bytes_of(type)};
   const int status = attend_all(problem, keys);
@@ -175,7 +181,8 @@ int llama_mm_cpu_decode_attention(const void* q, int dtype, int64_t rows, int64_
 
 int llama_mm_cpu_paged_decode_attention(const void* q, int dtype, int64_t rows, int64_t heads, int64_t kv_heads,
                                         int64_t dim, const void* k, const int64_t* k_strides, const void* v,
-                                        const int64_t* v_strides, int64_t blocks, int64_t slots, const int32_t* table,
+                                        const int64_t* v_strides, int cache_dtype, const float* k_scales,
+                                        const float* v_scales, int64_t blocks, int64_t slots, const int32_t* table,
                                         int64_t blocks_of_row, const int32_t* lengths, void* out, int threads) {
   for (int64_t row = 0; row < rows; row++) {
     if (lengths[row] < 0 || lengths[row] > blocks_of_row * slots) return static_cast<int>(row + 1);
@@ -184,11 +191,10 @@ int llama_mm_cpu_paged_decode_attention(const void* q, int dtype, int64_t rows, 
       if (block < 0 || block >= blocks) return static_cast<int>(row + 1);
     }
   }
-  const DType type = static_cast<DType>(dtype);
-  const Problem problem = {q, out, type, rows, heads, kv_heads, dim, threads};
-  const Paged keys = {static_cast<const char*>(k), static_cast<const char*>(v), k_strides,     v_strides,
-                      lengths,                     table,                       slots,         blocks_of_row,
-                      bytes_of(type)};
+  const DType cache = static_cast<DType>(cache_dtype);
+  const Problem problem = {q, out, static_cast<DType>(dtype), rows, heads, kv_heads, dim, threads, cache};
+  const Paged keys = {static_cast<const char*>(k), static_cast<const char*>(v), k_strides, v_strides, lengths, table,
+                      slots, blocks_of_row, bytes_of(cache), k_scales, v_scales, kv_heads};
   return attend_all(problem, keys);
 }
 
@@ -199,7 +205,7 @@ int llama_mm_cpu_cross_attention(const void* q, int dtype, int64_t rows, int64_t
     if (ranges[2 * row] < 0 || ranges[2 * row + 1] < ranges[2 * row] || ranges[2 * row + 1] > tokens)
       return static_cast<int>(row + 1);
   const DType type = static_cast<DType>(dtype);
-  const Problem problem = {q, out, type, rows, heads, kv_heads, dim, threads};
+  const Problem problem = {q, out, type, rows, heads, kv_heads, dim, threads, type};
   const Ranges keys = {static_cast<const char*>(k), static_cast<const char*>(v), k_strides, v_strides, ranges,
                        bytes_of(type)};
   return attend_all(problem, keys);
@@ -222,6 +228,29 @@ int llama_mm_cpu_kv_write(const void* k, const int64_t* k_strides, const void* v
       const int64_t from_v = (t * v_strides[0] + head * v_strides[1]) * bytes;
       memcpy(static_cast<char*>(k_cache) + to, static_cast<const char*>(k) + from_k, static_cast<size_t>(row_bytes));
       memcpy(static_cast<char*>(v_cache) + to, static_cast<const char*>(v) + from_v, static_cast<size_t>(row_bytes));
+    }
+  }
+  return 0;
+}
+
+// The same for caches in 8 bits: k, v of `dtype` are rounded, and scales [slots, Hkv] go with them.
+int llama_mm_cpu_quantized_kv_write(const void* k, const int64_t* k_strides, const void* v, const int64_t* v_strides,
+                                    int dtype, int64_t tokens, int64_t kv_heads, int64_t dim, void* k_cache,
+                                    void* v_cache, int cache_dtype, float* k_scales, float* v_scales,
+                                    int64_t cache_slots, const int64_t* slots, int threads) {
+  for (int64_t t = 0; t < tokens; t++)
+    if (slots[t] >= cache_slots) return static_cast<int>(t + 1);
+  const DType from = static_cast<DType>(dtype), to = static_cast<DType>(cache_dtype);
+  const int team = tokens * kv_heads * dim < kSmall ? 1 : threads;
+#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
+  for (int64_t t = 0; t < tokens; t++) {
+    if (slots[t] < 0) continue;  // padding
+    for (int64_t head = 0; head < kv_heads; head++) {
+      const int64_t row = slots[t] * kv_heads + head;
+      quantize_row(k, from, t * k_strides[0] + head * k_strides[1], dim, to, static_cast<uint8_t*>(k_cache) + row * dim,
+                   k_scales + row);
+      quantize_row(v, from, t * v_strides[0] + head * v_strides[1], dim, to, static_cast<uint8_t*>(v_cache) + row * dim,
+                   v_scales + row);
     }
   }
   return 0;

@@ -7,6 +7,7 @@
 
 #include "drivers.h"
 #include "kernels.h"
+#include "quantize_row.h"
 #include "scalar.h"
 #include "scratch.h"
 
@@ -48,6 +49,8 @@ struct Caches {
   const int64_t* v_strides;
   const int32_t* table;                      // null: dense
   int64_t capacity, blocks, blocks_of_row;   // C, 0, 0; or S, N, M
+  DType dtype;
+  float *k_scales, *v_scales;  // in 8 bits, [N, S, Hkv], and the caches contiguous; or null
 };
 
 static bool out_of_range(const Caches& c, int row, int32_t length) {
@@ -65,6 +68,16 @@ static int64_t place(const Caches& c, const int64_t* strides, int row, int64_t h
   if (!c.table) return row * strides[0] + head * strides[1] + slot * strides[2];
   const int64_t block = c.table[row * c.blocks_of_row + slot / c.capacity];
   return block * strides[0] + slot % c.capacity * strides[1] + head * strides[2];
+}
+
+// A row's new key or value of one head; from: those of all heads.
+static void store(const Caches& c, void* cache, const int64_t* strides, float* scales, int row, int64_t head,
+                  int64_t slot, const char* from, const LlamaMmBlock& b, DType type) {
+  const int64_t at = place(c, strides, row, head, slot), bytes = bytes_of(type);
+  if (scales)
+    quantize_row(from, type, head * b.dim, b.dim, c.dtype, static_cast<uint8_t*>(cache) + at, scales + at / b.dim);
+  else
+    memcpy(static_cast<char*>(cache) + at * bytes, from + head * b.dim * bytes, static_cast<size_t>(b.dim * bytes));
 }
 
 static int run_block(const LlamaMmBlock* block, const void* x, int rows, const float* cos, const float* sin,
@@ -92,18 +105,16 @@ static int run_block(const LlamaMmBlock* block, const void* x, int rows, const f
     for (int64_t h = 0; h < b.heads + b.kv_heads; h++) use.rotate(q + h * head, c, s, b.dim / 2);
     memcpy(narrow.memory + t * q_row, q, static_cast<size_t>(q_row));
     for (int64_t h = 0; h < b.kv_heads; h++) {
-      const int64_t slot = lengths[t] - 1;
-      memcpy(static_cast<char*>(caches.k) + place(caches, caches.k_strides, t, h, slot) * bytes,
-             q + q_row + h * head, static_cast<size_t>(head));
-      memcpy(static_cast<char*>(caches.v) + place(caches, caches.v_strides, t, h, slot) * bytes,
-             q + q_row + kv_row + h * head, static_cast<size_t>(head));
+      store(caches, caches.k, caches.k_strides, caches.k_scales, t, h, lengths[t] - 1, q + q_row, b, type);
+      store(caches, caches.v, caches.v_strides, caches.v_scales, t, h, lengths[t] - 1, q + q_row + kv_row, b, type);
     }
   }
   // The attention's result takes the place of the queries, keys and values.
   const Caches& c = caches;
   if (c.table ? llama_mm_cpu_paged_decode_attention(narrow.memory, type, rows, b.heads, b.kv_heads, b.dim, c.k,
-                                                    c.k_strides, c.v, c.v_strides, c.blocks, c.capacity, c.table,
-                                                    c.blocks_of_row, lengths, wide.memory, threads)
+                                                    c.k_strides, c.v, c.v_strides, c.dtype, c.k_scales, c.v_scales,
+                                                    c.blocks, c.capacity, c.table, c.blocks_of_row, lengths,
+                                                    wide.memory, threads)
               : llama_mm_cpu_decode_attention(narrow.memory, type, rows, b.heads, b.kv_heads, b.dim, c.k, c.k_strides,
                                               c.v, c.v_strides, c.capacity, lengths, nullptr, wide.memory, threads))
     return -1;
@@ -130,15 +141,18 @@ static int run_block(const LlamaMmBlock* block, const void* x, int rows, const f
 int llama_mm_cpu_decode_block(const LlamaMmBlock* block, const void* x, int rows, const float* cos, const float* sin,
                               void* k_cache, const int64_t* k_strides, void* v_cache, const int64_t* v_strides,
                               int64_t capacity, const int32_t* lengths, void* out, int threads) {
-  const Caches caches = {k_cache, k_strides, v_cache, v_strides, nullptr, capacity, 0, 0};
+  const Caches caches = {k_cache, k_strides, v_cache, v_strides, nullptr, capacity, 0, 0,
+                         static_cast<DType>(block->dtype), nullptr, nullptr};
   return run_block(block, x, rows, cos, sin, caches, lengths, out, threads);
 }
 
 int llama_mm_cpu_paged_decode_block(const LlamaMmBlock* block, const void* x, int rows, const float* cos,
                                     const float* sin, void* k_cache, const int64_t* k_strides, void* v_cache,
-                                    const int64_t* v_strides, int64_t blocks, int64_t slots, const int32_t* table,
-                                    int64_t blocks_of_row, const int32_t* lengths, void* out, int threads) {
-  const Caches caches = {k_cache, k_strides, v_cache, v_strides, table, slots, blocks, blocks_of_row};
+                                    const int64_t* v_strides, int cache_dtype, float* k_scales, float* v_scales,
+                                    int64_t blocks, int64_t slots, const int32_t* table, int64_t blocks_of_row,
+                                    const int32_t* lengths, void* out, int threads) {
+  const Caches caches = {k_cache, k_strides, v_cache, v_strides, table, slots, blocks, blocks_of_row,
+                         static_cast<DType>(cache_dtype), k_scales, v_scales};
   return run_block(block, x, rows, cos, sin, caches, lengths, out, threads);
 }
 

@@ -18,6 +18,7 @@ int llama_mm_cpu_decode_attention(const void* q, int dtype, int64_t rows, int64_
                                   int threads);
 int llama_mm_cpu_paged_decode_attention(const void* q, int dtype, int64_t rows, int64_t heads, int64_t kv_heads,
                                         int64_t dim, const void* k, const int64_t* k_strides, const void* v,
-                                        const int64_t* v_strides, int64_t blocks, int64_t slots, const int32_t* table,
+                                        const int64_t* v_strides, int cache_dtype, const float* k_scales,
+                                        const float* v_scales, int64_t blocks, int64_t slots, const int32_t* table,
                                         int64_t blocks_of_row, const int32_t* lengths, void* out, int threads);
 }

@@ -10,7 +10,7 @@
 
 namespace llama_mm {
 
-enum DType : int { kFloat32 = 0, kBFloat16 = 1 };
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kFp8 = 3 };  // the last two of caches only
 
 // How finely x is rounded for a product of whole numbers (see round_row.h), by its dtype, or to 8 bits where asked for.
 enum Rounding : int { kForFloat32 = kFloat32, kForBFloat16 = kBFloat16, kTo8Bits = 2 };
@@ -54,6 +54,9 @@ struct Run {
   int64_t v_stride;
   int64_t count;
   const float* bias;  // [count], in powers of two; or null
+  const float* k_scales = nullptr;  // of each key and value in 8 bits, at a stride; or null
+  const float* v_scales = nullptr;
+  int64_t scale_stride = 0;
 };
 
 // Softmax over the runs seen so far, in powers of two: out = acc / sum.
@@ -95,7 +98,7 @@ struct Kernels {
   // sums [rows, 4] of 1 to 8 ordered rows of x at x_stride against up to 4 outputs' bf16 weights [K].
   void (*dot_bf16)(const uint16_t* weight, int64_t inputs, int outputs, const float* x, int64_t x_stride, int rows,
                    float* sums);
-  void (*attend[2])(const Run& run, const Softmax& state);  // by the dtype of the cache
+  void (*attend[4])(const Run& run, const Softmax& state);  // by the dtype of the cache
   Elementwise elementwise[2];  // by dtype
 };
 

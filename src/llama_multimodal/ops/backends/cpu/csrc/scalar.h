@@ -9,7 +9,9 @@ namespace {
 
 constexpr float kLog2E = 1.44269504f;  // softmax runs in powers of two
 
-inline int bytes_of(llama_mm::DType dtype) { return dtype == llama_mm::kFloat32 ? 4 : 2; }
+inline int bytes_of(llama_mm::DType dtype) {
+  return dtype == llama_mm::kFloat32 ? 4 : dtype == llama_mm::kBFloat16 ? 2 : 1;
+}
 
 inline float get(const void* from, llama_mm::DType dtype, int64_t i) {
   if (dtype == llama_mm::kFloat32) return static_cast<const float*>(from)[i];

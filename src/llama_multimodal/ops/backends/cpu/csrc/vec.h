@@ -20,6 +20,11 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+typedef int8_t SignedBytes __attribute__((vector_size(LANES)));
+
+struct Fp8 {  // e4m3: 1 bit of sign, 4 of exponent, 3 of mantissa
+  uint8_t byte;
+};
 
 template <typename To, typename From>
 INLINE To bits(From from) {
@@ -39,12 +44,19 @@ INLINE Floats load(const float* from) {
 
 // The compilers' own conversions take several instructions where there is one.
 #if defined(__AVX512F__)
+INLINE Floats floats(SignedBytes x) {
+  return bits<Floats>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bits<__m128i>(x))));
+}
 INLINE Words words(Shorts x) { return bits<Words>(_mm512_cvtepu16_epi32(bits<__m256i>(x))); }
 INLINE Words words(Bytes x) { return bits<Words>(_mm512_cvtepu8_epi32(bits<__m128i>(x))); }
 #elif defined(__AVX2__)
+INLINE Floats floats(SignedBytes x) {
+  return bits<Floats>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bits<long long>(x)))));
+}
 INLINE Words words(Shorts x) { return bits<Words>(_mm256_cvtepu16_epi32(bits<__m128i>(x))); }
 INLINE Words words(Bytes x) { return bits<Words>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits<long long>(x)))); }
 #else
+INLINE Floats floats(SignedBytes x) { return __builtin_convertvector(__builtin_convertvector(x, Ints), Floats); }
 INLINE Words words(Shorts x) { return __builtin_convertvector(x, Words); }
 INLINE Words words(Bytes x) { return words(__builtin_convertvector(x, Shorts)); }
 #endif
@@ -53,6 +65,19 @@ INLINE Floats load(const uint16_t* from) {  // bf16: the upper half of an fp32
   Shorts x;
   memcpy(&x, from, sizeof(x));
   return bits<Floats>(words(x) << 16);
+}
+
+INLINE Floats load(const int8_t* from) {
+  SignedBytes x;
+  memcpy(&x, from, sizeof(x));
+  return floats(x);
+}
+
+INLINE Floats load(const Fp8* from) {  // finite values; 2^120 moves the exponent to fp32's
+  Bytes x;
+  memcpy(&x, from, sizeof(x));
+  const Words word = words(x);
+  return bits<Floats>((word & 0x7fu) << 20 | (word & 0x80u) << 24) * 0x1p120f;
 }
 
 INLINE float half_to_float(uint16_t half) {  // finite values; 2^112 moves the exponent from fp16's to fp32's
@@ -72,6 +97,11 @@ INLINE void put(uint16_t* to, Floats x) {  // to the nearest bf16, ties to even
 
 INLINE float widen(float x) { return x; }
 INLINE float widen(uint16_t x) { return bits<float>(static_cast<uint32_t>(x) << 16); }
+
+INLINE float widen(int8_t x) { return x; }
+INLINE float widen(Fp8 x) {
+  return bits<float>((x.byte & 0x7fu) << 20 | (x.byte & 0x80u) << 24) * 0x1p120f;
+}
 
 INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 

@@ -1,0 +1,142 @@
+"""`paged_decode_attention` and `kv_write` on CPUs over caches in 8 bits, which are read as they are.
+
+Shapes: B rows · H query heads · Hkv key heads · D head dim · N blocks · S slots of a block · M blocks of a row
+T tokens to store
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _dispatch
+from ..operators import define
+from .decode_attention import check_paged, keys_of, queries_of, raise_for, refuses_dtype, refuses_tensors, stored
+from .library import DTYPES, QUANTIZED, dense_last, functions
+
+
+def refuses_quantized(k_cache: Tensor, v_cache: Tensor, k_scales: Tensor, v_scales: Tensor) -> str | None:
+    """Why not: another dtype, gaps, or scales of another shape."""
+    for cache, scales in ((k_cache, k_scales), (v_cache, v_scales)):
+        if cache.dtype not in QUANTIZED or cache.dtype != k_cache.dtype:
+            return f"takes int8 or float8_e4m3fn, the same for both, not {k_cache.dtype} and {v_cache.dtype}"
+        if scales.dtype != torch.float32 or scales.shape != cache.shape[:-1]:
+            return f"a cache of shape {list(cache.shape)} has scales {scales.dtype} {list(scales.shape)}; takes fp32"
+        if not (cache.is_cpu and scales.is_cpu and cache.is_contiguous() and scales.is_contiguous()):
+            return "takes contiguous caches on the CPU"
+    return None
+
+
+# --- paged_decode_attention ------------------------------------------------------------------------------------------
+
+
+def _refuses_read(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor,
+    v_scales: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+) -> str | None:
+    if why := refuses_dtype(q) or refuses_tensors(q=q, block_table=block_table, lengths=lengths):
+        return why
+    return refuses_quantized(k_cache, v_cache, k_scales, v_scales)
+
+
+@_dispatch.register("quantized_paged_decode_attention", "cpu", refuses=_refuses_read)
+def quantized_paged_decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor,
+    v_scales: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+) -> Tensor:
+    """Raises ValueError where shapes do not go together, or a length or a block that it needs is out of range."""
+    check_paged("quantized_paged_decode_attention", q, k_cache, v_cache, block_table, lengths)
+    return cpu_quantized_paged_decode_attention(q, k_cache, v_cache, k_scales, v_scales, block_table, lengths)
+
+
+@define(lambda q, *_: q.new_empty(q.shape), devices=("CPU",))
+def cpu_quantized_paged_decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor,
+    v_scales: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+) -> Tensor:
+    q = q.contiguous()
+    block_table, lengths = (x.to(torch.int32).contiguous() for x in (block_table, lengths))
+    out = q.new_empty(q.shape)
+    blocks, slots, kv_heads, _ = k_cache.shape
+    status = functions().paged_decode_attention(
+        *queries_of(q, kv_heads),
+        *keys_of(k_cache, v_cache),
+        *stored(k_cache, k_scales, v_scales),
+        blocks,
+        slots,
+        block_table.data_ptr(),
+        block_table.shape[1],
+        lengths.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    raise_for(
+        "quantized_paged_decode_attention",
+        status,
+        f"its length must be from 0 to {block_table.shape[1] * slots}, and its blocks from 0 to {blocks - 1}",
+    )
+    return out
+
+
+# --- kv_write --------------------------------------------------------------------------------------------------------
+
+
+def _refuses_write(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_scales: Tensor, v_scales: Tensor, slots: Tensor
+) -> str | None:
+    if why := refuses_dtype(k) or refuses_tensors(k=k, v=v, slots=slots):
+        return why
+    return refuses_quantized(k_cache, v_cache, k_scales, v_scales)
+
+
+@_dispatch.register("quantized_kv_write", "cpu", refuses=_refuses_write)
+def quantized_kv_write(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_scales: Tensor, v_scales: Tensor, slots: Tensor
+) -> None:
+    """Raises ValueError where shapes do not go together or a slot is past the cache; nothing is written then."""
+    for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        if new.ndim != 3 or new.shape[1:] != cache.shape[2:] or slots.shape != new.shape[:1]:
+            shapes = f"{tuple(new.shape)}, {tuple(cache.shape)} and {tuple(slots.shape)}"
+            raise ValueError(
+                f"quantized_kv_write: {name}, its cache and slots have shapes {shapes}; takes [T, Hkv, D],"
+                " [N, S, Hkv, D] and [T]"
+            )
+    cpu_quantized_kv_write(k, v, k_cache, v_cache, k_scales, v_scales, slots)
+
+
+@define(lambda *_: None, mutates=("k_cache", "v_cache", "k_scales", "v_scales"), devices=("CPU",))
+def cpu_quantized_kv_write(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_scales: Tensor, v_scales: Tensor, slots: Tensor
+) -> None:
+    k, v, slots = dense_last(k), dense_last(v), slots.to(torch.int64).contiguous()
+    cache_slots = k_cache.shape[0] * k_cache.shape[1]
+    status = functions().quantized_kv_write(
+        *keys_of(k, v),
+        DTYPES[k.dtype],
+        *k.shape,
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        *stored(k_cache, k_scales, v_scales),
+        cache_slots,
+        slots.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if status:
+        token = status - 1
+        where = f"slots[{token}] is {int(slots[token])}, and the cache has {cache_slots} slots"
+        raise ValueError(f"quantized_kv_write: {where}")
