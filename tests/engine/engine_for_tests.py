@@ -58,6 +58,17 @@ def model(kind: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
     return made.to(dtype).eval()
 
 
+@functools.cache
+def stranger(context: int = CONTEXT) -> LanguageModel:
+    """A smaller model of the same vocabulary that knows nothing of the others: a bad draft."""
+    text = replace(CONFIGS["long"].text, max_position_embeddings=context)
+    torch.manual_seed(1)
+    made = build_model(LanguageModelConfig(text))
+    with torch.no_grad():
+        made.decoder.lm_head.weight.mul_(20)
+    return made.eval()
+
+
 def picture(number: int) -> torch.Tensor:
     rows, columns = GRIDS[number % len(GRIDS)]
     generator = torch.Generator().manual_seed(number)
@@ -93,10 +104,13 @@ def alone(
 
 
 def check_accounts(engine: Engine) -> None:
-    """Every block and unit has as many references as holders, and lies in one place."""
+    """Every block and unit has as many references as holders, and lies in one place. Nothing is left of proposals."""
     blocks, images = engine.blocks, engine.images
     held = Counter(block for job in engine.scheduler.running for block in job.blocks)
     assert [held[b] for b in range(blocks.num_blocks)] == blocks._references
+    for job in engine.scheduler.running:
+        assert job.proposed == [] and job.computed < len(job.tokens)
+        assert len(job.blocks) == blocks.blocks_for(job.computed) and job.drafted <= job.computed
     free = [*blocks._empty, *blocks._kept]
     assert sorted([*held, *free]) == list(range(blocks.num_blocks))
     assert {key: b for b, key in enumerate(blocks._keys) if key is not None} == blocks._by_key

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from llama_multimodal import SamplingParams
-from llama_multimodal.engine import Engine, EngineConfig, Request, plan_cache
+from llama_multimodal.engine import DraftModel, Engine, EngineConfig, PromptLookup, Request, Speculation, plan_cache
 from llama_multimodal.errors import ConfigError
 
-from .engine_for_tests import CONTEXT, IMAGE, alone, check_accounts, check_whole, model, prompt
+from .engine_for_tests import CONTEXT, IMAGE, alone, check_accounts, check_whole, model, prompt, stranger
 
 WORKLOADS = int(os.environ.get("ENGINE_WORKLOADS", "42"))
 KINDS = ("cross_attention", "splice", "text")
@@ -54,6 +54,18 @@ def draw(rng: random.Random, kind: str, beginnings: list[list[int]]) -> Asked:
     return Asked(tuple(tokens), tuple(pictures), params, rng.randrange(6), cancelled, rng.choice([0, 0, 0, 1]))
 
 
+def speculation(rng: random.Random, kind: str, dtype: torch.dtype) -> Speculation | None:
+    """None, look-up, the model itself, or a model that knows nothing of it."""
+    which = rng.choice(["none", "lookup", "itself", "stranger"])
+    most = rng.choice([1, 2, 5, 20])
+    if which == "none":
+        return None
+    if which == "lookup":
+        smallest = rng.choice([1, 2])
+        return PromptLookup(most, max_ngram=smallest + rng.randrange(3), min_ngram=smallest)
+    return DraftModel(model(kind, dtype) if which == "itself" else stranger(rng.choice([24, CONTEXT])), most)
+
+
 def settings(rng: random.Random, kind: str, dtype: torch.dtype, asked: list[Asked]) -> EngineConfig:
     """Memory for the largest request and little more, so that requests have to give way."""
     rows = rng.choice([1, 2, 3, 5])
@@ -66,6 +78,7 @@ def settings(rng: random.Random, kind: str, dtype: torch.dtype, asked: list[Aske
         prefix_cache=rng.random() < 0.8,
         overlap_images=rng.random() < 0.3,
         image_share=rng.choice([0.2, 0.4]),
+        speculation=speculation(rng, kind, dtype),
     )
     lengths = [prompt(kind, one.tokens, one.pictures).lengths[0] + one.params.max_new_tokens - 1 for one in asked]
     tokens = min(CONTEXT - 1, max(lengths))
@@ -100,7 +113,7 @@ def run(number: int) -> Engine:
             break
     engine.close()
     check_whole(engine)
-    assert engine.runner.nbytes == engine.plan.nbytes <= engine.config.cache_memory
+    assert engine.nbytes == engine.plan.nbytes <= engine.config.cache_memory
     assert len(jobs) == len(asked)
     for i, one in enumerate(asked):
         answer = jobs[i].answer
@@ -135,3 +148,5 @@ def test_the_workloads_are_hard() -> None:
     assert sum(m.preemptions for m in metrics) > 10
     assert sum(m.cached_tokens for m in metrics) > 50
     assert sum(m._images.hits for m in metrics) > 5
+    assert sum(m.accepted_tokens for m in metrics) > 50
+    assert sum(m.proposed_tokens - m.accepted_tokens for m in metrics) > 50
