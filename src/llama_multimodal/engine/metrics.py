@@ -61,6 +61,11 @@ class EngineMetrics:
         self.peak_blocks = self.peak_image_units = 0
         self.busy_seconds = 0.0  # in steps
 
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Share of the proposed tokens that were accepted; None where none was proposed."""
+        return self.accepted_tokens / self.proposed_tokens if self.proposed_tokens else None
+
     def admitted(self, job: Job) -> None:
         """A request begins; again, where it had to give way before."""
         if job.metrics.queue_seconds is None:
@@ -118,7 +123,7 @@ class EngineMetrics:
             "blocks": {"held": self._blocks.num_held, "all": self._blocks.num_blocks},
             "image_units": {"held": self._images.num_held, "all": self._images.num_units},
             "prefix_hit_rate": self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None,
-            "acceptance_rate": self.accepted_tokens / self.proposed_tokens if self.proposed_tokens else None,
+            "acceptance_rate": self.acceptance_rate,
             "image_hits": self._images.hits,
             "image_misses": self._images.misses,
         }
