@@ -233,10 +233,13 @@ class Engine:
         if logits is None:
             return
         self.metrics.proposed(job, len(proposed))
+        before = len(job.tokens)
         for row, guess in zip(logits, (*proposed, None), strict=True):
             if not self._choose(job, row, guess):
                 break
         if job.answer is None:
+            if proposed:  # twice as many as were accepted and one more: what is rarely right costs little
+                job.trust = 2 * (len(job.tokens) - before) - 1
             self.scheduler.roll_back(job)
 
     def _choose(self, job: Job, logits: Tensor, proposed: int | None) -> bool:

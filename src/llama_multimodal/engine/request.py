@@ -123,7 +123,7 @@ class Job:
     """A request while it is worked on: its tokens so far, how many are in the cache, and what it holds there.
 
     proposed: tokens behind them that the step checks. drafted: how many a draft model has in its cache, proposed ones
-    among them. named: how many of the blocks have their names.
+    among them. trust: how many may be proposed next. named: how many of the blocks have their names.
     """
 
     def __init__(self, number: int, request: Request, index: int, patience: int) -> None:
@@ -136,6 +136,7 @@ class Job:
         self.answer: Answer | None = None
         self.tokens: list[int] = []
         self.proposed: list[int] = []
+        self.trust = sys.maxsize
         self.running = False
         self.computed = self.drafted = self.named = 0
         self.blocks: list[int] = []

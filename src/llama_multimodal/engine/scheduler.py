@@ -75,7 +75,7 @@ class Scheduler:
                 continue
             room = (len(job.blocks) + self.blocks.num_free) * size - end
             left = self.config.max_tokens_in_batch - step.num_tokens
-            count = min(self.config.speculation.num_tokens, job.most_proposals, left, room)
+            count = min(self.config.speculation.num_tokens, job.trust, job.most_proposals, left, room)
             if count < 1:
                 continue
             more = self.blocks.allocate(max(0, self.blocks.blocks_for(end + count) - len(job.blocks)))
