@@ -106,9 +106,9 @@ def processor_seconds(candidates: dict[str, Callable[[], Any]], repeats: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=128, help="of an answer, at most")
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer, at most")
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8], help="requests at a time")
     parser.add_argument("--pack", choices=("none", "bf16"), nargs="*", default=["bf16"], help="our weights; none: fp32")
     parser.add_argument("--lookup", type=int, nargs="*", default=[8], help="tokens that look-up proposes, at most")
