@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .adapters.lora import apply_lora, merge_lora, unmerge_lora, use_adapter
     from .adapters.peft_format import load_adapter, save_adapter
     from .assemble import from_parts, from_preset
-    from .engine import AsyncEngine, Engine, EngineConfig, Request
+    from .engine import AsyncEngine, DraftModel, Engine, EngineConfig, PromptLookup, Request
     from .errors import UserError
     from .generate import GenerationEvent, GenerationOutput, generate
     from .loading import load, save
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AsyncEngine": ".engine",
+    "DraftModel": ".engine",
     "Engine": ".engine",
     "EngineConfig": ".engine",
     "GenerationEvent": ".generate",
     "GenerationOutput": ".generate",
     "LoraConfig": ".adapters.config",
+    "PromptLookup": ".engine",
     "Request": ".engine",
     "SamplingParams": ".sampling",
     "UserError": ".errors",
@@ -51,11 +53,13 @@ _HOMES = {
 }
 __all__ = [
     "AsyncEngine",
+    "DraftModel",
     "Engine",
     "EngineConfig",
     "GenerationEvent",
     "GenerationOutput",
     "LoraConfig",
+    "PromptLookup",
     "Request",
     "SamplingParams",
     "UserError",

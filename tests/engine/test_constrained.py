@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llama_multimodal import SamplingParams
-from llama_multimodal.engine import Engine, EngineConfig, Grammars, Request
+from llama_multimodal.engine import DraftModel, Engine, EngineConfig, Grammars, PromptLookup, Request
 from llama_multimodal.errors import MissingExtraError, PromptError
 from llama_multimodal.models import LanguageModel, build_model
 from llama_multimodal.processing.processor import Processor
@@ -79,6 +79,23 @@ def test_each_request_keeps_to_its_own_grammar(engine: Engine, grammars: Grammar
         assert re.fullmatch("yes|no [a-z]", word.text)
         assert free.token_ids == engine.generate([replace(requests[first + 3])])[0].token_ids
     assert len({answers[i].text for i in range(0, 16, 4)}) > 1
+
+
+@pytest.mark.parametrize("params", [HOT, SamplingParams(max_new_tokens=60)])
+@pytest.mark.parametrize("method", ["lookup", "draft"])
+def test_proposed_tokens_keep_to_the_grammar(
+    engine: Engine, grammars: Grammars, method: str, params: SamplingParams
+) -> None:
+    """Proposals know nothing of a grammar; what is not allowed is never accepted, and the answers stay the same."""
+    speculation = PromptLookup(4, min_ngram=1) if method == "lookup" else DraftModel(engine.model, 3)
+    config = replace(engine.config, speculation=speculation)
+    speculating = Engine(engine.model, engine.processor, config)
+    constraints = [grammars.regex("(ab|cd){3,9}"), grammars.json_schema(SCHEMA), None]
+    requests = [Request(question(), params, constraint=constraint) for constraint in constraints]
+    plain, answers = engine.generate(requests), speculating.generate(requests)
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in plain]
+    assert 0 < speculating.metrics.accepted_tokens < speculating.metrics.proposed_tokens
+    assert re.fullmatch("(ab|cd){3,9}", answers[0].text) and json.loads(answers[1].text)
 
 
 def test_greedy_takes_the_likeliest_of_what_is_allowed(engine: Engine, grammars: Grammars) -> None:

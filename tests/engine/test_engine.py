@@ -10,11 +10,10 @@ import pytest
 import torch
 from small_model import Letters, random_model
 
-from llama_multimodal import LoraConfig, SamplingParams, apply_lora, generate, use_adapter
+from llama_multimodal import SamplingParams, generate
 from llama_multimodal.engine import Answer, Engine, EngineConfig, Request
 from llama_multimodal.errors import ConfigError, ImageError, PromptError
 from llama_multimodal.inputs import ModelInputs
-from llama_multimodal.models import LanguageModel
 from llama_multimodal.ops import Format
 from llama_multimodal.quant.pack import pack
 
@@ -311,27 +310,15 @@ def test_histograms_know_their_quantiles() -> None:
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def adapted() -> LanguageModel:
-    """A model with two adapters that change its answers, "first" in force."""
-    made = random_model(dtype=torch.float64)
-    for name in ("first", "second"):
-        apply_lora(made, LoraConfig(rank=3, targets=("self", "mlp", "cross")), name)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for key, parameter in made.named_parameters():
-            if "lora" in key:
-                parameter.copy_(0.3 * torch.randn(parameter.shape))
-    return made.eval()
-
-
-def test_requests_with_different_adapters_share_a_batch(adapted: LanguageModel) -> None:
+def test_requests_with_different_adapters_share_a_batch() -> None:
     asked = [(one, adapter) for one in GOOD for adapter in ("first", "second", "", None)]
-    expected = []
-    for one, adapter in asked:
-        with use_adapter(adapted, "first" if adapter is None else adapter or None):
-            expected.append(generate(adapted, prompt(KIND, *one), GREEDY).token_ids[0])
-    engine = Engine(adapted, None, replace(SMALL, image_share=0.2))
+    expected = [
+        alone(
+            KIND, tuple(tokens), tuple(pictures), GREEDY, torch.float64, "first" if adapter is None else adapter
+        ).token_ids[0]
+        for (tokens, pictures), adapter in asked
+    ]
+    engine = Engine(model(KIND, torch.float64, True), None, replace(SMALL, image_share=0.2))
     for _ in range(2):  # from the cache, too
         answers = engine.generate([request(*one, adapter=adapter) for one, adapter in asked])
         assert [answer.token_ids for answer in answers] == expected

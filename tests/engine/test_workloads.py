@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from llama_multimodal import SamplingParams
-from llama_multimodal.engine import Engine, EngineConfig, Request, plan_cache
+from llama_multimodal.engine import DraftModel, Engine, EngineConfig, PromptLookup, Request, Speculation, plan_cache
 from llama_multimodal.errors import ConfigError
 
-from .engine_for_tests import CONTEXT, IMAGE, alone, check_accounts, check_whole, model, prompt
+from .engine_for_tests import ADAPTERS, CONTEXT, IMAGE, alone, check_accounts, check_whole, model, prompt, stranger
 
 WORKLOADS = int(os.environ.get("ENGINE_WORKLOADS", "42"))
 KINDS = ("cross_attention", "splice", "text")
@@ -31,9 +31,10 @@ class Asked:
     arrival: int  # step
     cancelled: int | None  # step
     priority: int
+    adapter: str | None
 
 
-def draw(rng: random.Random, kind: str, beginnings: list[list[int]]) -> Asked:
+def draw(rng: random.Random, kind: str, beginnings: list[list[int]], adapted: bool) -> Asked:
     tokens = rng.choice(beginnings) + [rng.randrange(60) for _ in range(rng.randrange(1, 12))]
     pictures: list[int] = []
     if kind != "text" and rng.random() < 0.6:
@@ -51,7 +52,20 @@ def draw(rng: random.Random, kind: str, beginnings: list[list[int]]) -> Asked:
         seed=rng.randrange(100),
     )
     cancelled = rng.randrange(12) if rng.random() < 0.15 else None
-    return Asked(tuple(tokens), tuple(pictures), params, rng.randrange(6), cancelled, rng.choice([0, 0, 0, 1]))
+    adapter = rng.choice(["", *ADAPTERS]) if adapted else None
+    return Asked(tuple(tokens), tuple(pictures), params, rng.randrange(6), cancelled, rng.choice([0, 0, 0, 1]), adapter)
+
+
+def speculation(rng: random.Random, kind: str, dtype: torch.dtype) -> Speculation | None:
+    """None, look-up, the model itself, or a model that knows nothing of it."""
+    which = rng.choice(["none", "lookup", "itself", "stranger"])
+    most = rng.choice([1, 2, 5, 20])
+    if which == "none":
+        return None
+    if which == "lookup":
+        smallest = rng.choice([1, 2])
+        return PromptLookup(most, max_ngram=smallest + rng.randrange(3), min_ngram=smallest)
+    return DraftModel(model(kind, dtype) if which == "itself" else stranger(rng.choice([24, CONTEXT])), most)
 
 
 def settings(rng: random.Random, kind: str, dtype: torch.dtype, asked: list[Asked]) -> EngineConfig:
@@ -66,6 +80,7 @@ def settings(rng: random.Random, kind: str, dtype: torch.dtype, asked: list[Aske
         prefix_cache=rng.random() < 0.8,
         overlap_images=rng.random() < 0.3,
         image_share=rng.choice([0.2, 0.4]),
+        speculation=speculation(rng, kind, dtype),
     )
     lengths = [prompt(kind, one.tokens, one.pictures).lengths[0] + one.params.max_new_tokens - 1 for one in asked]
     tokens = min(CONTEXT - 1, max(lengths))
@@ -84,14 +99,17 @@ def run(number: int) -> Engine:
     kind = KINDS[number % 3]
     dtype = rng.choice([torch.float32, torch.float64])
     beginnings = [[60, *(rng.randrange(60) for _ in range(rng.randrange(14)))] for _ in range(2)]
-    asked = [draw(rng, kind, beginnings) for _ in range(rng.randrange(3, 11))]
-    engine = Engine(model(kind, dtype), None, settings(rng, kind, dtype, asked))
+    adapted = rng.random() < 0.3
+    asked = [draw(rng, kind, beginnings, adapted) for _ in range(rng.randrange(3, 11))]
+    engine = Engine(model(kind, dtype, adapted), None, settings(rng, kind, dtype, asked))
     jobs = {}
     for step in range(2000):
         for i, one in enumerate(asked):
             if one.arrival == step:
                 inputs = prompt(kind, one.tokens, one.pictures)
-                jobs[i] = engine.add(Request(inputs=inputs, params=one.params, priority=one.priority))
+                jobs[i] = engine.add(
+                    Request(inputs=inputs, params=one.params, priority=one.priority, adapter=one.adapter)
+                )
             if one.cancelled == step and i in jobs:
                 engine.cancel(jobs[i])
         engine.step()
@@ -100,7 +118,7 @@ def run(number: int) -> Engine:
             break
     engine.close()
     check_whole(engine)
-    assert engine.runner.nbytes == engine.plan.nbytes <= engine.config.cache_memory
+    assert engine.nbytes == engine.plan.nbytes <= engine.config.cache_memory
     assert len(jobs) == len(asked)
     for i, one in enumerate(asked):
         answer = jobs[i].answer
@@ -108,7 +126,7 @@ def run(number: int) -> Engine:
         if prompt(kind, one.tokens, one.pictures).lengths[0] >= CONTEXT:
             assert answer.finish_reason in ("error", "cancelled")
             continue
-        expected = alone(kind, one.tokens, one.pictures, one.params, dtype)
+        expected = alone(kind, one.tokens, one.pictures, one.params, dtype, one.adapter)
         if answer.finish_reason == "cancelled":
             assert one.cancelled is not None
             assert answer.token_ids == expected.token_ids[0][: len(answer.token_ids)]
@@ -135,3 +153,5 @@ def test_the_workloads_are_hard() -> None:
     assert sum(m.preemptions for m in metrics) > 10
     assert sum(m.cached_tokens for m in metrics) > 50
     assert sum(m._images.hits for m in metrics) > 5
+    assert sum(m.accepted_tokens for m in metrics) > 50
+    assert sum(m.proposed_tokens - m.accepted_tokens for m in metrics) > 50

@@ -1,7 +1,7 @@
 """Continuous batching over a cache in blocks."""
 
 from .async_engine import AsyncEngine
-from .config import CachePlan, EngineConfig, plan_cache
+from .config import CachePlan, DraftModel, EngineConfig, PromptLookup, Speculation, plan_cache
 from .constrained import Grammars
 from .engine import Engine
 from .metrics import EngineMetrics, Histogram
@@ -12,13 +12,16 @@ __all__ = [
     "AsyncEngine",
     "CachePlan",
     "Constraint",
+    "DraftModel",
     "Engine",
     "EngineConfig",
     "EngineMetrics",
     "Event",
     "Grammars",
     "Histogram",
+    "PromptLookup",
     "Request",
     "RequestMetrics",
+    "Speculation",
     "plan_cache",
 ]

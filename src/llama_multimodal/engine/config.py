@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ..config import AnyModelConfig, ModelConfig, TiledVisionConfig
 from ..config.checks import require
 from ..errors import ConfigError
+from ..models import LanguageModel
 from ..ops import CACHE_DTYPES, SCALE_BYTES
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -18,6 +19,42 @@ _TEXT_PER_PICTURE = 1024  # tokens; what the cache is shared out for, where pict
 _TILES_PER_PICTURE = 4  # where the model's configuration does not say
 _PICTURES_PER_REQUEST = 8  # that one may look at together, where nothing bounds the memory
 _CPU_SHARE, _GPU_SHARE = 0.5, 0.8  # of the memory that is free, where nothing is asked for
+
+
+@dataclass(frozen=True)
+class PromptLookup:
+    """Propose what came before: the tokens that followed the last occurrence of the newest ones (Saxena 2023).
+
+    num_tokens: that are proposed for a request in a step, at most. max_ngram, min_ngram: newest tokens that must have
+    occurred together; the longest that has occurred decides.
+    """
+
+    num_tokens: int = 8
+    max_ngram: int = 4
+    min_ngram: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.num_tokens >= 1, f"num_tokens must be at least 1, not {self.num_tokens}", self)
+        fits = 1 <= self.min_ngram <= self.max_ngram
+        require(fits, f"min_ngram must be from 1 to max_ngram, {self.max_ngram}, not {self.min_ngram}", self)
+
+
+@dataclass(frozen=True)
+class DraftModel:
+    """Propose what a smaller model with the same tokenizer says, from the text alone and without adapters.
+
+    num_tokens: that are proposed for a request in a step, at most.
+    """
+
+    model: LanguageModel = field(repr=False)
+    num_tokens: int = 4
+
+    def __post_init__(self) -> None:
+        require(self.num_tokens >= 1, f"num_tokens must be at least 1, not {self.num_tokens}", self)
+
+
+Speculation = PromptLookup | DraftModel
+"""How tokens are proposed, which the model then checks several at a time."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +72,8 @@ class EngineConfig:
     patience: by how many places in the queue one step of priority moves a request forward, and no further.
     prefix_cache: whether equal beginnings of prompts are computed once.
     overlap_images: encode pictures in a thread beside the decoding of others.
+    speculation: `PromptLookup()` or `DraftModel(model)`: propose tokens, and check several in one step. The answers
+        are those without it.
     """
 
     max_tokens_in_batch: int = 4096
@@ -48,6 +87,7 @@ class EngineConfig:
     patience: int = 64
     prefix_cache: bool = True
     overlap_images: bool = False
+    speculation: Speculation | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_tokens_in_batch", "max_requests", "max_tiles_in_batch", "block_size", "patience"):
@@ -88,8 +128,9 @@ def row_buckets(most: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """num_blocks: of `block_size` tokens of text. num_units: of images, `unit_tokens` of them each. padding_blocks:
-    behind the others, which only padding rows of steps of fixed shapes write to."""
+    """num_blocks: of `block_size` tokens of text. block_bytes: of a block, a draft model's keys and values among them.
+    num_units: of images, `unit_tokens` of them each. padding_blocks: behind the others, which only padding rows of
+    steps of fixed shapes write to."""
 
     block_size: int
     num_blocks: int
@@ -123,6 +164,8 @@ def plan_cache(
     head = text.head_dim * size if engine.cache_dtype is None else text.head_dim + SCALE_BYTES
     each = 2 * (num_kv_heads or text.num_key_value_heads) * head  # a token's key and value in one layer
     token_bytes = each * len(text.self_attention_layers)
+    if isinstance(engine.speculation, DraftModel):
+        token_bytes += _draft_token_bytes(engine.speculation.model)
     block_bytes, context = token_bytes * engine.block_size, text.max_position_embeddings
     padding = _padding_blocks(engine) if is_static(engine, device) else 0
     unit_tokens, unit_bytes, picture_units, request_units, share = 1, 0, 0, 0, 0.0
@@ -164,6 +207,12 @@ def is_static(engine: EngineConfig, device: torch.device) -> bool:
 def _padding_blocks(engine: EngineConfig) -> int:
     """Blocks with a slot for each padding row of a step; all rows are, where a shape is recorded beforehand."""
     return -(-engine.max_requests // engine.block_size)
+
+
+def _draft_token_bytes(draft: LanguageModel) -> int:
+    """A token's keys and values in all layers of a draft model."""
+    text = draft.config.text
+    return 2 * text.num_key_value_heads * text.head_dim * draft.dtype.itemsize * len(text.self_attention_layers)
 
 
 def _free_share(device: torch.device) -> int:

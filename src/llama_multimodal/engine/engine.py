@@ -21,6 +21,7 @@ from ..sampling import sample
 from .block_manager import BlockManager, ImageEntry, ImagePool
 from .config import EngineConfig, is_static, plan_cache
 from .metrics import EngineMetrics
+from .proposals import proposer_for
 from .request import Answer, Event, FinishReason, ImageSizes, ImageUse, Job, Request
 from .runner import Runner, Segment
 from .scheduler import Scheduler, Step
@@ -41,7 +42,7 @@ class Engine:
         """processor: may be left out where every request brings its `inputs`.
 
         Raises:
-            ConfigError: the cache's memory is too little for the model.
+            ConfigError: the cache's memory is too little for the model, or a draft model does not fit it.
         """
         self.model, self.processor, self.config = model, processor, config or EngineConfig()
         spliced = isinstance(model.config, ModelConfig) and model.config.fusion == "splice"
@@ -58,6 +59,7 @@ class Engine:
         self._image_sizes = None
         if isinstance(model.config, ModelConfig) and not spliced:
             self._image_sizes = ImageSizes(model.config.num_tokens, self.plan.unit_tokens)
+        self.proposer = proposer_for(self.config.speculation, model, self.plan)
         self._numbers = itertools.count()
         self._jobs: set[Job] = set()  # that have no answer yet
         self._torn = False
@@ -108,6 +110,11 @@ class Engine:
         self._end(job, "cancelled")
 
     @property
+    def nbytes(self) -> int:
+        """What the cache takes, a draft model's among it."""
+        return self.runner.nbytes + (0 if self.proposer is None else self.proposer.nbytes)
+
+    @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
@@ -143,6 +150,8 @@ class Engine:
             step = self.scheduler.schedule()
         self._encode(step)
         segments = [(job, *span) for job, span in step.segments.items() if job.answer is None]
+        if segments and self.proposer is not None:
+            segments = self._speculate(step, segments)
         if segments:
             for job, end, logits in self._run(segments):
                 with self._books():
@@ -194,9 +203,25 @@ class Engine:
                 " use fewer or smaller images, or give the engine more cache_memory or a larger image_share"
             )
 
+    def _speculate(self, step: Step, segments: list[Segment]) -> list[Segment]:
+        """The segments with proposed tokens behind them. Where the whole batch fails, each is tried alone."""
+        assert self.proposer is not None
+        with self._books():
+            most = self.scheduler.reserve(step)
+        try:
+            self.proposer.propose(segments, most)
+        except Exception:
+            for segment in segments:
+                try:
+                    self.proposer.propose([segment], {job: n for job, n in most.items() if job is segment[0]})
+                except Exception as error:
+                    self._end(segment[0], "error", error)
+        return [(job, first, end + len(job.proposed)) for job, first, end in segments if job.answer is None]
+
     def _run(self, segments: list[Segment]) -> Iterator[tuple[Job, int, Tensor | None]]:
-        """Each request, the end of its tokens that were computed, and the logits of its last token if that is among
-        them. Where the whole batch fails, each request is tried alone, and those that fail end."""
+        """Each request, the end of its tokens that were computed, and the logits of its last token, if that is among
+        them, and of the proposed ones behind it. Where the whole batch fails, each request is tried alone, and those
+        that fail end."""
         try:
             found = [self.runner.forward(segments)]
         except Exception:
@@ -207,15 +232,30 @@ class Engine:
                 except Exception as error:
                     segments.remove(segment)
                     self._end(segment[0], "error", error)
-        logits = {job: row for jobs, rows in found for job, row in zip(jobs, rows, strict=True)}
+        logits = {job: rows for part in found for job, rows in part.items()}
         for job, _, end in segments:
             yield job, end, logits.get(job)
 
     def _take(self, job: Job, end: int, logits: Tensor | None) -> None:
-        """Note what was computed, and choose the next token where the logits are there."""
-        self.scheduler.computed(job, end)
+        """Note what was computed, and choose the next tokens where the logits [tokens, vocab] are there: one, and one
+        more for each proposed token that is the one chosen."""
+        proposed = job.proposed
+        self.scheduler.computed(job, end - len(proposed))
         if logits is None:
             return
+        self.metrics.proposed(job, len(proposed))
+        before = len(job.tokens)
+        for row, guess in zip(logits, (*proposed, None), strict=True):
+            if not self._choose(job, row, guess):
+                break
+        if job.answer is None:
+            if proposed:  # twice as many as were accepted and one more: what is rarely right costs little
+                job.trust = 2 * (len(job.tokens) - before) - 1
+            self.scheduler.roll_back(job)
+
+    def _choose(self, job: Job, logits: Tensor, proposed: int | None) -> bool:
+        """Choose a request's next token by its logits [vocab]. Whether it is the one that was proposed there, and the
+        answer goes on."""
         row = job.row
         assert row is not None
         try:
@@ -227,13 +267,17 @@ class Engine:
                 job.constraint.take([token])
         except Exception as error:
             self._end(job, "error", error)
-            return
+            return False
         job.tokens.append(token)
         self.metrics.token(job)
+        if token == proposed:
+            self.scheduler.accepted(job)
+            self.metrics.accepted(job)
         if event.finish_reason:
             self._end(job, "stop" if event.finish_reason == "stop" else "length", token=token, text=event.text)
-        else:
-            job.events.append(Event(job.index, token, event.text))
+            return False
+        job.events.append(Event(job.index, token, event.text))
+        return token == proposed
 
     def _end(
         self,

@@ -56,9 +56,15 @@ class EngineMetrics:
         self.steps = 0
         self.prompt_tokens = self.cached_tokens = 0  # of requests that were let in; cached: not computed again
         self.computed_tokens = self.generated_tokens = 0
+        self.proposed_tokens = self.accepted_tokens = 0  # by speculation; proposed: that the model has checked
         self.encoded_images = self.preemptions = 0
         self.peak_blocks = self.peak_image_units = 0
         self.busy_seconds = 0.0  # in steps
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Share of the proposed tokens that were accepted; None where none was proposed."""
+        return self.accepted_tokens / self.proposed_tokens if self.proposed_tokens else None
 
     def admitted(self, job: Job) -> None:
         """A request begins; again, where it had to give way before."""
@@ -80,6 +86,16 @@ class EngineMetrics:
         job.last_token = now
         self.generated_tokens += 1
 
+    def proposed(self, job: Job, count: int) -> None:
+        """The model has checked so many proposed tokens of a request."""
+        job.metrics.proposed_tokens += count
+        self.proposed_tokens += count
+
+    def accepted(self, job: Job) -> None:
+        """One of them is in the answer."""
+        job.metrics.accepted_tokens += 1
+        self.accepted_tokens += 1
+
     def stepped(self, seconds: float, tokens: int) -> None:
         self.steps += 1
         self.busy_seconds += seconds
@@ -96,8 +112,8 @@ class EngineMetrics:
         """Everything as plain values, for JSON or a server's page of metrics."""
         times = ("queue_seconds", "first_token_seconds", "inter_token_seconds", "request_seconds")
         counts = (
-            "steps", "prompt_tokens", "cached_tokens", "computed_tokens", "generated_tokens", "encoded_images",
-            "preemptions", "peak_blocks", "peak_image_units", "busy_seconds",
+            "steps", "prompt_tokens", "cached_tokens", "computed_tokens", "generated_tokens", "proposed_tokens",
+            "accepted_tokens", "encoded_images", "preemptions", "peak_blocks", "peak_image_units", "busy_seconds",
         )  # fmt: skip
         return {
             "requests": dict(self.requests),
@@ -107,6 +123,7 @@ class EngineMetrics:
             "blocks": {"held": self._blocks.num_held, "all": self._blocks.num_blocks},
             "image_units": {"held": self._images.num_held, "all": self._images.num_units},
             "prefix_hit_rate": self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None,
+            "acceptance_rate": self.acceptance_rate,
             "image_hits": self._images.hits,
             "image_misses": self._images.misses,
         }

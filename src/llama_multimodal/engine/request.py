@@ -54,7 +54,10 @@ class Request:
 
 @dataclass
 class RequestMetrics:
-    """Times in seconds; None where it never came to it. cached_tokens: of the prompt, that were not computed again."""
+    """Times in seconds; None where it never came to it. cached_tokens: of the prompt, that were not computed again.
+
+    proposed_tokens: by speculation, that the model has checked; accepted_tokens: of these, that are in the answer.
+    """
 
     queue_seconds: float | None = None
     first_token_seconds: float | None = None
@@ -62,6 +65,13 @@ class RequestMetrics:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Share of the proposed tokens that were accepted; None where none was proposed."""
+        return self.accepted_tokens / self.proposed_tokens if self.proposed_tokens else None
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,11 @@ class ImageSizes:
 
 
 class Job:
-    """A request while it is worked on: its tokens so far, how many are in the cache, and what it holds there."""
+    """A request while it is worked on: its tokens so far, how many are in the cache, and what it holds there.
+
+    proposed: tokens behind them that the step checks. drafted: how many a draft model has in its cache, proposed ones
+    among them. trust: how many may be proposed next. named: how many of the blocks have their names.
+    """
 
     def __init__(self, number: int, request: Request, index: int, patience: int) -> None:
         self.number, self.request, self.index = number, request, index
@@ -131,8 +145,10 @@ class Job:
         self.events: deque[Event] = deque()
         self.answer: Answer | None = None
         self.tokens: list[int] = []
+        self.proposed: list[int] = []
+        self.trust = sys.maxsize
         self.running = False
-        self.computed = 0
+        self.computed = self.drafted = self.named = 0
         self.blocks: list[int] = []
         self.images: list[ImageUse] = []
         self.spans: list[tuple[int, int, int, int]] = []  # tokens [first, end) see images [first, end)
@@ -196,7 +212,7 @@ class Job:
 
     def restart(self) -> None:
         """As if nothing of it was in the cache; what it has said stays said."""
-        self.running, self.blocks, self.computed = False, [], 0
+        self.running, self.blocks, self.computed, self.proposed = False, [], 0, []
         for use in self.images:
             use.entry = None
         if self.row is not None:
@@ -213,6 +229,18 @@ class Job:
     def remaining(self) -> int:
         """Tokens that are not in the cache yet; one while decoding."""
         return len(self.tokens) - self.computed
+
+    @property
+    def most_proposals(self) -> int:
+        """Tokens that can be accepted before the answer's last one."""
+        assert self.row is not None
+        params, row = self.request.params, self.row
+        return max(0, min(params.max_new_tokens - len(row.answer), row.context - row.length) - 1)
+
+    def between(self, first: int, end: int) -> list[int]:
+        """Tokens [first, end), and proposed ones behind the last."""
+        length = len(self.tokens)
+        return self.tokens[first:end] + self.proposed[max(0, first - length) : max(0, end - length)]
 
     def block_keys(self, count: int, block_size: int) -> list[Key]:
         """Names of the first `count` blocks of its tokens: what was before, the tokens, and images that begin there."""

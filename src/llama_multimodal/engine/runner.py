@@ -1,6 +1,7 @@
 """The cache's tensors, and the two computations of a step: images into the cache, and tokens to logits.
 
-A step is one forward pass over a flat batch: first the rows of one token, then the others one after the other.
+A step is one forward pass over a flat batch: first the rows of one token, then the others one after the other. Few
+tokens behind an answer's beginning (proposed ones) are rows of one token each, that read the same blocks.
 
 Shapes: N tokens of the step · R rows of one token · P blocks · U units of images · S slots · Hkv key heads · D head dim
 E hidden size
@@ -32,7 +33,9 @@ from .graphs import StaticDecode
 from .request import ImageUse, Job
 
 Segment = tuple[Job, int, int]
-"""A request, and its tokens [first, end) that are computed."""
+"""A request, and its tokens [first, end) that are computed, proposed ones behind its last."""
+
+_FEW = 16  # tokens behind a prompt that go as rows: they take the kernels of decoding
 
 
 class Runner:
@@ -135,23 +138,25 @@ class Runner:
     # --- tokens ------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def forward(self, segments: Sequence[Segment]) -> tuple[list[Job], Tensor]:
-        """Compute the segments' tokens into the cache: requests whose last token was among them, and its logits
-        [requests, vocab]."""
-        segments = sorted(segments, key=lambda segment: segment[2] - segment[1] > 1)  # stable
+    def forward(self, segments: Sequence[Segment]) -> dict[Job, Tensor]:
+        """Compute the segments' tokens into the cache: requests whose last token was among them, and the logits of it
+        and of those proposed behind it, [tokens, vocab]."""
+        segments = [piece for segment in segments for piece in _pieces(*segment)]
+        segments.sort(key=lambda segment: segment[2] - segment[1] > 1)  # stable
         device, size = self.model.device, self.plan.block_size
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
-        complete: list[tuple[Job, int]] = []
+        wanted: dict[Job, list[int]] = {}
         for job, first, end in segments:
-            tokens += job.tokens[first:end]
+            wanted_first = max(first, len(job.tokens) - 1)
+            if wanted_first < end:
+                wanted.setdefault(job, []).extend(len(tokens) + p - first for p in range(wanted_first, end))
+            tokens += self._tokens(job, first, end)
             positions += range(first, end)
             slots += [job.blocks[p // size] * size + p % size for p in range(first, end)]
-            if end == len(job.tokens):
-                complete.append((job, len(tokens) - 1))
         if (static := self._static_logits(segments, tokens, positions, slots)) is not None:
-            return [job for job, _ in complete], static[[place for _, place in complete]]
+            return {job: static[places] for job, places in wanted.items()}
         ids = torch.tensor([tokens], device=device)
         spliced = self._spliced(segments) if self.spliced else None
         images, sees = self._image_reads(segments, len(tokens))
@@ -165,9 +170,12 @@ class Runner:
                 sees,
                 cross_cache=images,
                 self_cache=caches,
-                last_token_of=[place for _, place in complete],
+                last_token_of=[place for places in wanted.values() for place in places],
             )
-        return [job for job, _ in complete], logits[:, 0]
+        return dict(zip(wanted, logits[:, 0].split([len(places) for places in wanted.values()])))
+
+    def _tokens(self, job: Job, first: int, end: int) -> list[int]:
+        return job.between(first, end)
 
     def _static_logits(
         self, segments: Sequence[Segment], tokens: list[int], positions: list[int], slots: list[int]
@@ -302,3 +310,10 @@ def _units(uses: Sequence[ImageUse]) -> tuple[list[int], int]:
     """The units of some images, and how many tokens these have."""
     units = [unit for use in uses if use.entry is not None for unit in use.entry.units]
     return units, sum(use.tokens for use in uses)
+
+
+def _pieces(job: Job, first: int, end: int) -> list[Segment]:
+    """A segment as it goes through the model: in one piece, or token by token."""
+    if first >= job.prompt_length - 1 and end - first <= _FEW:
+        return [(job, place, place + 1) for place in range(first, end)]
+    return [(job, first, end)]

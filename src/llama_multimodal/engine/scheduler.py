@@ -47,6 +47,8 @@ class Scheduler:
     def schedule(self) -> Step:
         """Decoding requests first, one token each; prompts share what is left of the step's tokens, in chunks."""
         step = Step()
+        for job in self.running:
+            self.roll_back(job)  # where the last step was cut off
         for job in list(self.running):
             if job.running and job.remaining == 1:
                 self._advance(job, step)
@@ -62,18 +64,51 @@ class Scheduler:
         step.images = {entry: use for entry, use in step.images.items() if entry.references > 0}
         return step
 
+    def reserve(self, step: Step) -> dict[Job, int]:
+        """How many tokens may be proposed for each request that decodes, with blocks for them: what is left of the
+        step's tokens and of the blocks that nobody holds, in the order of ranks. Nobody gives way for proposals."""
+        assert self.config.speculation is not None
+        size = self.blocks.block_size
+        most: dict[Job, int] = {}
+        for job, (_, end) in step.segments.items():
+            if job.answer is not None or job.remaining != 1:
+                continue
+            room = (len(job.blocks) + self.blocks.num_free) * size - end
+            left = self.config.max_tokens_in_batch - step.num_tokens
+            count = min(self.config.speculation.num_tokens, job.trust, job.most_proposals, left, room)
+            if count < 1:
+                continue
+            more = self.blocks.allocate(max(0, self.blocks.blocks_for(end + count) - len(job.blocks)))
+            assert more is not None
+            job.blocks += more
+            step.num_tokens += count
+            most[job] = count
+        return most
+
     def computed(self, job: Job, end: int) -> None:
         """Tokens up to `end` are in the cache: full blocks get their names, images that were read are let go of."""
         size = self.blocks.block_size
         if self.config.prefix_cache:
-            done = job.computed // size
             keys = job.block_keys(end // size, size)
-            for block, key in zip(job.blocks[done : end // size], keys[done:]):
+            for block, key in zip(job.blocks[job.named : end // size], keys[job.named :]):
                 self.blocks.name(block, key)
+            job.named = len(keys)
         job.computed = end
         for use in job.images:
             if use.last < end:
                 self._let_go(use)
+
+    def accepted(self, job: Job) -> None:
+        """The token that has joined the request's was proposed: it is in the cache. Its block gets a name a step later,
+        when a draft model has read the token too."""
+        job.computed += 1
+
+    def roll_back(self, job: Job) -> None:
+        """Forget what was proposed and not accepted, and let go of the blocks behind the last token in the cache."""
+        job.proposed, job.drafted = [], min(job.drafted, job.computed)
+        kept = self.blocks.blocks_for(job.computed)
+        self.blocks.release(job.blocks[kept:])
+        del job.blocks[kept:]
 
     def restart(self, jobs: Iterable[Job]) -> None:
         """Nothing is in the cache any more: these requests wait for their turn and begin again."""
@@ -103,7 +138,8 @@ class Scheduler:
         self.waiting.remove(job)
         bisect.insort(self.running, job, key=_rank)
         job.running = True
-        job.blocks, job.computed = found, len(found) * size
+        job.blocks, job.named = found, len(found)
+        job.computed = job.drafted = len(found) * size
         self.metrics.admitted(job)
         return True
 
@@ -167,7 +203,7 @@ class Scheduler:
 
     def _release(self, job: Job) -> None:
         self.blocks.release(job.blocks)
-        job.blocks, job.computed = [], 0
+        job.blocks, job.computed, job.proposed = [], 0, []
         for use in job.images:
             self._let_go(use)
 
