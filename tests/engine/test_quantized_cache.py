@@ -43,7 +43,8 @@ def logits(kind: str, config: EngineConfig, tokens: list[int], pictures: list[in
     forward = engine.runner.forward
     engine.runner.forward = lambda segments: found.append(forward(segments)) or found[-1]  # type: ignore
     engine.generate([Request(inputs=prompt(kind, tokens, pictures), params=SamplingParams(max_new_tokens=1))])
-    return found[-1][1]
+    (last,) = found[-1].values()
+    return last
 
 
 @each_format
