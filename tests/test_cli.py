@@ -347,6 +347,19 @@ def test_chat_encodes_a_picture_once(llama_mm, monkeypatch, photo, checkpoint, t
     assert metrics.cached_tokens > metrics.prompt_tokens / 4  # earlier turns are read once
 
 
+def test_chat_looks_up_what_was_said(llama_mm, monkeypatch, photo, checkpoint):
+    """The same answers, some of whose tokens were guessed ahead."""
+    from llama_multimodal.engine import Engine
+
+    engines = []
+    stream = Engine.stream
+    monkeypatch.setattr(Engine, "stream", lambda engine, asked: (engines.append(engine), stream(engine, asked))[1])
+    asked = ("chat", "--image", photo, "--model", checkpoint, "--max-new-tokens", "40")
+    plain, ahead = (llama_mm(*asked, *more, lines="What?\nAnd?\n") for more in ((), ("--lookup",)))
+    assert ahead.code == 0 and ahead.out == plain.out
+    assert engines[0].metrics.proposed_tokens == 0 < engines[-1].metrics.proposed_tokens
+
+
 def test_chat_ctrl_c_stops_the_answer_only(llama_mm, monkeypatch, photo, checkpoint):
     script = Script(["One", signal.SIGINT, "two"], [signal.SIGINT, "x"], ["Yes."]).install(monkeypatch)
     lines = f"Count\n/image {photo}\nLook\nAgain\n"  # the end of the input is Ctrl-D

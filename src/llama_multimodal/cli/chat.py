@@ -32,6 +32,10 @@ def chat(
     image: Annotated[
         list[str] | None, typer.Option("--image", "-i", help="A picture for the first message. May be repeated.")
     ] = None,
+    lookup: Annotated[
+        bool,
+        typer.Option("--lookup", help="Faster where answers repeat what was said: guess ahead from the chat so far."),
+    ] = False,
     *,
     options: common.AnswerOptions,
 ) -> None:
@@ -42,7 +46,7 @@ def chat(
     common.bind_threads()
     # Python leaves Ctrl-C ignored where its parent did, as a script's background jobs do; a chat needs it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    from ..engine import Engine, EngineConfig
+    from ..engine import Engine, EngineConfig, PromptLookup
     from ..models import VisionLanguageModel
     from ..processing.images import open_image
 
@@ -51,7 +55,8 @@ def chat(
     loaded, processor = common.load_model(
         options.model, options.dtype, options.device, options.pack, options.int8_activations, options.adapter
     )
-    engine = Engine(loaded, processor, EngineConfig(max_requests=1))
+    speculation = PromptLookup() if lookup else None
+    engine = Engine(loaded, processor, EngineConfig(max_requests=1, speculation=speculation))
     conversation = Conversation(engine, params, options.system, pictures)
     pictures_too = "/image PATH adds a picture, " if isinstance(loaded, VisionLanguageModel) else ""
     common.say(f"{options.model} is ready. {pictures_too}/help lists the commands, Ctrl-D ends the chat.")
