@@ -26,6 +26,7 @@ from llama_multimodal.distributed import (
 )
 from llama_multimodal.distributed.fsdp import IGNORED
 from llama_multimodal.errors import ConfigError
+from llama_multimodal.inputs import ModelInputs
 from llama_multimodal.models import LanguageModel
 
 
@@ -210,17 +211,24 @@ def test_a_blank_picture_teaches_nothing(name: str, two: Group) -> None:
 def matched_in_segments() -> Any:
     mesh = make_mesh(ParallelConfig(), "cpu")
     inputs, labels = make_batch("siglip", 5, [[1], [0, 0]][reader(mesh)])
-    segments = (torch.arange(inputs.tokens.shape[1]) // 3).expand_as(inputs.tokens)
-    return match_images(dataclasses.replace(inputs, segments=segments), labels, CONFIGS["siglip"], mesh)
+    return match_images(in_threes(inputs), labels, CONFIGS["siglip"], mesh)
+
+
+def in_threes(inputs: ModelInputs) -> ModelInputs:
+    """As packed rows are: segments of three tokens, each of which counts its positions from 0."""
+    place = torch.arange(inputs.tokens.shape[1])
+    segments, positions = ((x.expand_as(inputs.tokens)).clone() for x in (place // 3, place % 3))
+    return dataclasses.replace(inputs, segments=segments, positions=positions)
 
 
 def test_rows_of_several_segments_get_a_blank_picture(two: Group) -> None:
     inputs, _ = two(matched_in_segments)[1]
     plain, _ = make_batch("siglip", 5, [0, 0])
-    segments = (torch.arange(plain.tokens.shape[1]) // 3).expand_as(plain.tokens)
+    plain = in_threes(plain)
+    assert torch.equal(inputs.positions[: plain.num_rows, : plain.tokens.shape[1]], plain.positions)
     assert inputs.segments.shape == inputs.tokens.shape and inputs.num_rows > plain.num_rows
     model = make_model("siglip")
-    wanted = model.hidden(dataclasses.replace(plain, segments=segments))
+    wanted = model.hidden(plain)
     got = model.hidden(inputs)[: plain.num_rows, : plain.tokens.shape[1]]
     torch.testing.assert_close(got, wanted)
 

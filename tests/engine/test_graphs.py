@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from llama_multimodal import SamplingParams, ops
-from llama_multimodal.engine import Engine, EngineConfig, Request
+from llama_multimodal.engine import Engine, EngineConfig, PromptLookup, Request
 from llama_multimodal.engine.config import row_buckets
 from llama_multimodal.engine.graphs import _at_least, _widths
 from llama_multimodal.quant.pack import Packing, pack
@@ -100,6 +100,21 @@ def test_recorded_steps_answer_as_alone(kind: str, budget: int) -> None:
             assert answer.error is None and answer.token_ids == expected.token_ids[0]
         check_whole(engine)
     assert 1 < recording.recorded <= 16 and recording.replayed > 2 * recording.recorded
+
+
+@each_kind
+def test_proposed_tokens_are_rows_of_a_recorded_step(kind: str) -> None:
+    """Each proposed token is a row, so that a full batch with proposals still has a shape that is large enough."""
+    config = replace(STATIC, max_requests=2, speculation=PromptLookup(3, min_ngram=1))
+    engine, recording = static_engine(kind, config)
+    params = SamplingParams(max_new_tokens=24, temperature=0.0)
+    for tokens, pictures in asked_of(kind)[:2]:
+        [answer] = engine.generate([Request(inputs=prompt(kind, tokens, pictures), params=params)])
+        expected = alone(kind, tuple(tokens), tuple(pictures), params, torch.float32)
+        assert answer.error is None and answer.token_ids == expected.token_ids[0]
+    check_whole(engine)
+    assert engine.runner.static is not None and max(engine.runner.static._rows) == config.most_rows == 8
+    assert engine.metrics.proposed_tokens and recording.replayed
 
 
 @pytest.mark.parametrize("backend", ["torch", None])

@@ -338,8 +338,12 @@ def test_a_draft_of_another_vocabulary() -> None:
     (lambda: PromptLookup(min_ngram=5), "min_ngram must be from 1 to max_ngram, 4, not 5"),
     (lambda: PromptLookup(min_ngram=0), "min_ngram must be from 1"),
     (lambda: DraftModel(stranger(), 0), "num_tokens must be at least 1"),
+    (lambda: DraftModel("some/model"), "model must be a loaded language model, as `load` gives, not str"),
+    (lambda: EngineConfig(speculation="lookup"), r"speculation must be PromptLookup\(\), .* not 'lookup'"),
+    (lambda: EngineConfig(speculation=PromptLookup), "speculation must be PromptLookup"),
+    (lambda: EngineConfig(static_decode="off"), "static_decode must be True, False or None, not 'off'"),
 ])  # fmt: skip
-def test_settings_out_of_range(make: Callable[[], Speculation], message: str) -> None:
+def test_settings_out_of_range(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
 

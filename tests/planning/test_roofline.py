@@ -115,6 +115,8 @@ def test_a_card_is_bound_by_what_takes_longer() -> None:
         ("NVIDIA H200", 139.8, "H200 141 GB"),
         ("NVIDIA H100 PCIe", 79.1, None),
         ("NVIDIA GeForce RTX 4080", 15.7, None),
+        ("NVIDIA GeForce RTX 3090 Ti", 23.6, None),
+        ("NVIDIA GeForce RTX 4090 D", 23.6, None),
     ],
 )
 def test_cards_by_name(name: str, memory: float, found: str | None) -> None:

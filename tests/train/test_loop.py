@@ -39,7 +39,7 @@ def losses(recipe: ToyRecipe) -> list[float]:
 
 
 def final(recipe: ToyRecipe) -> dict[str, torch.Tensor]:
-    saved = checkpoint.load_last(recipe.checkpoints)
+    saved = checkpoint.load(checkpoint.last_path(recipe.checkpoints))
     assert saved is not None and saved.step == recipe.steps
     return dict(saved.weights)
 
@@ -87,7 +87,7 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path, optimizer: str) ->
             loop.train(parts, die)
     loop.train(parts, lambda progress: None)
     assert losses(parts) == losses(whole) and len(losses(whole)) == 6
-    ends = [checkpoint.load_last(recipe.checkpoints) for recipe in (whole, parts)]
+    ends = [checkpoint.load(checkpoint.last_path(recipe.checkpoints)) for recipe in (whole, parts)]
     for name, value in ends[0].weights.items():  # type: ignore[union-attr]
         assert torch.equal(value, ends[1].weights[name]), name  # type: ignore[union-attr]
         assert torch.equal(ends[0].average[name], ends[1].average[name]), name  # type: ignore[union-attr,index]
@@ -162,7 +162,7 @@ def test_saving_leaves_something_whole_wherever_it_stops(tmp_path: Path, monkeyp
             assert list(checkpoint.saved_steps(folder)) == [2]
             assert not [path for path in folder.iterdir() if path.name.startswith(".")]
             break
-        found = checkpoint.load_last(folder)
+        found = checkpoint.load(checkpoint.last_path(folder))
         assert found is not None and found.weights["w"].tolist() == [float(found.step)] * 3
     else:
         pytest.fail("saving never came to its end")

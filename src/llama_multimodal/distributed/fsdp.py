@@ -221,6 +221,8 @@ def _with_rows(
     rows, width = inputs.tokens.shape
     wider = max(width, *(image.num_tokens for image in blank))
     tokens = F.pad(inputs.tokens, (0, wider - width, 0, len(blank)), value=config.text.pad_token_id)
+    positions = F.pad(inputs.positions, (0, wider - width, 0, len(blank)))  # packed rows count from 0 again and again
+    positions[rows:] = torch.arange(wider, device=positions.device)
     visible = F.pad(inputs.visible, (0, 0, 0, wider - width, 0, len(blank)))
     for row, image in enumerate(blank, start=rows):
         tokens[row, : image.num_tokens] = config.image_token_id
@@ -231,7 +233,7 @@ def _with_rows(
     more = replace(
         inputs,
         tokens=tokens,
-        positions=torch.arange(wider, device=inputs.positions.device).expand(len(tokens), wider).contiguous(),
+        positions=positions,
         lengths=(*inputs.lengths, *(image.num_tokens for image in blank)),
         tiles=torch.cat((inputs.tiles, pixels)) if len(inputs.tiles) else pixels,
         images=(*inputs.images, *(replace(image, row=row) for row, image in enumerate(blank, start=rows))),

@@ -51,6 +51,8 @@ class DraftModel:
 
     def __post_init__(self) -> None:
         require(self.num_tokens >= 1, f"num_tokens must be at least 1, not {self.num_tokens}", self)
+        given = f"model must be a loaded language model, as `load` gives, not {type(self.model).__name__}"
+        require(isinstance(self.model, LanguageModel), given, self)
 
 
 Speculation = PromptLookup | DraftModel
@@ -99,8 +101,22 @@ class EngineConfig:
         dtype, known = self.cache_dtype, tuple(CACHE_DTYPES)
         either = " or ".join(f'"{name}"' for name in known)
         require(dtype is None or dtype in known, f"cache_dtype must be {either}, or left out, not {dtype!r}", self)
+        static, guess = self.static_decode, self.speculation
+        require(
+            static is None or isinstance(static, bool),
+            f"static_decode must be True, False or None, not {static!r}",
+            self,
+        )
+        known_guess = guess is None or isinstance(guess, PromptLookup | DraftModel)
+        require(known_guess, f"speculation must be PromptLookup(), DraftModel(model) or left out, not {guess!r}", self)
         if self.cache_memory is not None:
             parse_bytes(self.cache_memory)
+
+    @property
+    def most_rows(self) -> int:
+        """Of one token each in a step where every request decodes, with all that may be proposed."""
+        proposed = 0 if self.speculation is None else self.speculation.num_tokens
+        return min(self.max_requests * (1 + proposed), self.max_tokens_in_batch)
 
 
 def parse_bytes(size: int | str) -> int:
@@ -206,7 +222,7 @@ def is_static(engine: EngineConfig, device: torch.device) -> bool:
 
 def _padding_blocks(engine: EngineConfig) -> int:
     """Blocks with a slot for each padding row of a step; all rows are, where a shape is recorded beforehand."""
-    return -(-engine.max_requests // engine.block_size)
+    return -(-engine.most_rows // engine.block_size)
 
 
 def _draft_token_bytes(draft: LanguageModel) -> int:

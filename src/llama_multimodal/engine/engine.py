@@ -53,7 +53,7 @@ class Engine:
         self.images = ImagePool(self.plan.num_units)
         self.metrics = EngineMetrics(self.blocks, self.images)
         self.scheduler = Scheduler(self.config, self.blocks, self.images, self.metrics)
-        rows = self.config.max_requests if is_static(self.config, model.device) else 0
+        rows = self.config.most_rows if is_static(self.config, model.device) else 0
         dtype = self.config.cache_dtype
         self.runner = Runner(model, self.plan, spliced=spliced, cache_dtype=dtype, static_rows=rows)
         self._image_sizes = None

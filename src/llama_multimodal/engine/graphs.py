@@ -40,7 +40,10 @@ class Recorder(Protocol):
 
 class CudaGraphs:
     """Captures steps as CUDA graphs, which share the memory of what they compute in between. One that cannot be
-    captured runs as it is, with a warning."""
+    captured runs as it is, with a warning.
+
+    Other threads go on meanwhile, which may encode pictures: a capture is of its own thread.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
@@ -53,7 +56,7 @@ class CudaGraphs:
         torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 out = step()
         except RuntimeError as error:
             torch.cuda.synchronize(self._stream.device)

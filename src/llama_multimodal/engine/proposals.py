@@ -81,6 +81,7 @@ class Lookup:
     def propose(self, segments: Sequence[Segment], most: Mapping[Job, int]) -> None:
         sizes = range(self.settings.min_ngram, self.settings.max_ngram + 1)
         for job, count in most.items():
+            job.proposed = []
             found = self._occurrences.setdefault(job, _Occurrences(sizes))
             if (start := found.last(job.tokens)) is None:
                 continue

@@ -51,10 +51,10 @@ GPUS = (
 
 
 def gpu_named(name: str, memory: float) -> Gpu | None:
-    """The card of a device's own name ("NVIDIA H100 80GB HBM3") and memory in GiB, if it is one of these; PCIe and NVL
-    variants, whose rates are others, are not."""
+    """The card of a device's own name ("NVIDIA H100 80GB HBM3") and memory in GiB, if it is one of these; its PCIe,
+    NVL, Ti, D and laptop variants and MIG slices, whose rates are others, are not."""
     words = re.split(r"[\s-]+", name.upper())
-    if {"PCIE", "NVL"} & set(words):
+    if {"PCIE", "NVL", "TI", "D", "LAPTOP", "MIG"} & set(words):
         return None
     for gpu in GPUS:
         *kind, _, _ = gpu.name.upper().split()

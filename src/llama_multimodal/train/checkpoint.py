@@ -134,12 +134,6 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return {name: file.tensor(name).clone() for name in file.entries}
 
 
-def load_last(folder: Path) -> Saved | None:
-    """The last saved step, None where there is none."""
-    path = last_path(folder)
-    return None if path is None else load(path)
-
-
 def last_path(folder: Path) -> Path | None:
     """Where the last saved step lies."""
     steps = saved_steps(folder)

@@ -56,7 +56,7 @@ def explain_loss(
 def explain_gradient(recipe: Recipe, task: Task[Any], step: int, group: Group) -> str:
     """Which weight's gradient is not finite, where the loss was; its parts may lie in other processes."""
     names = [name for name, p in trained(task.modules).items() if p.grad is not None and not _finite(p.grad)]
-    first = next((found[0] for found in group.gather(names) if found), "a weight")
+    first = next((found[0] for found in group.gather(names, of_all=True) if found), "a weight")
     return f"step {step + 1}: the gradient of {first} is not finite; {_way_out(recipe)}"
 
 

@@ -86,12 +86,14 @@ class Group:
             return value
         return int(max_over_readers(torch.tensor(value), self.mesh))
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every reader's value, in their order."""
+    def gather(self, value: Any, of_all: bool = False) -> list[Any]:
+        """Every reader's value, in their order; or every process's, where readers share a model's parts."""
         if self.mesh is None:
             return [value]
         values = [None] * self.mesh.size()
         dist.all_gather_object(values, value)
+        if of_all:
+            return values
         return values[self.mesh.get_local_rank(TENSOR) :: self.mesh[TENSOR].size()]
 
     # --- gradients ---------------------------------------------------------------------------------------------------

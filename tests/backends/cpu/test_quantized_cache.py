@@ -182,6 +182,8 @@ def test_indices_out_of_range_write_and_read_nothing(cpu: None) -> None:
     assert not k.values.any()
     with pytest.raises(ValueError, match="takes"):
         ops.kv_write(randn(2, 2, 8), randn(2, 2, 8), k, v, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="the same N and S for both"):
+        ops.kv_write(randn(1, 2, 16), randn(1, 2, 16), k, empty("int8", 1, 4, 2, 16), torch.tensor([6]))
 
 
 def test_torch_knows_the_operators(attached: None) -> None:

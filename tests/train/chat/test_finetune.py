@@ -95,7 +95,7 @@ def test_an_adapter_is_trained_saved_and_loaded(rows: Path, tmp_path: Path) -> N
     (batch, *_) = plain.dataset[0].micro
     before = model(batch.inputs).logits
     load_adapter(model, result)
-    saved = checkpoint.load_last(recipe.checkpoints)
+    saved = checkpoint.load(checkpoint.last_path(recipe.checkpoints))
     assert saved is not None and saved.average is not None
     for name, value in trained(plain.model).items():
         assert torch.equal(dict(model.named_parameters())[name], saved.average[name]), name
@@ -171,7 +171,7 @@ def test_half_precision_stays_near(rows: Path, tmp_path: Path, dtype: str, metho
     near = run(recipe)
     full = run(finetune(rows, tmp_path / "float32", **changes))
     assert near == pytest.approx(full, rel=0.1, abs=0.02)
-    saved = checkpoint.load_last(recipe.checkpoints)
+    saved = checkpoint.load(checkpoint.last_path(recipe.checkpoints))
     assert saved is not None and {value.dtype for value in saved.weights.values()} == {torch.float32}
 
 

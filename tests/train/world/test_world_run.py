@@ -45,7 +45,7 @@ def recipe(folder: Path, **changes: object) -> WorldRecipe:
 
 
 def weights(one: WorldRecipe) -> dict[str, torch.Tensor]:
-    saved = checkpoint.load_last(one.checkpoints)
+    saved = checkpoint.load(checkpoint.last_path(one.checkpoints))
     assert saved is not None and saved.average is not None
     return dict(saved.average)
 

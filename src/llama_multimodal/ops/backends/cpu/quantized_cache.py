@@ -110,11 +110,12 @@ def quantized_kv_write(
 ) -> None:
     """Raises ValueError where shapes do not go together or a slot is past the cache; nothing is written then."""
     for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
-        if new.ndim != 3 or new.shape[1:] != cache.shape[2:] or slots.shape != new.shape[:1]:
+        fits = cache.ndim == 4 and cache.shape[:2] == k_cache.shape[:2] and new.shape[1:] == cache.shape[2:]
+        if not fits or new.ndim != 3 or slots.shape != new.shape[:1]:
             shapes = f"{tuple(new.shape)}, {tuple(cache.shape)} and {tuple(slots.shape)}"
             raise ValueError(
                 f"quantized_kv_write: {name}, its cache and slots have shapes {shapes}; takes [T, Hkv, D],"
-                " [N, S, Hkv, D] and [T]"
+                " [N, S, Hkv, D], the same N and S for both, and [T]"
             )
     cpu_quantized_kv_write(k, v, k_cache, v_cache, k_scales, v_scales, slots)
 

@@ -14,7 +14,9 @@ constexpr int kTile = 64;    // keys whose scores are summed in registers with t
 constexpr int kKeys = 256;   // keys that they look at together
 constexpr float kHidden = -1e30f;  // a score below this weighs nothing; far from -inf, whose differences are NaN
 
+namespace {  // each instruction set has its own, see vec.h
 inline int64_t padded_dim(int64_t dim) { return (dim + 15) / 16 * 16; }
+}  // namespace
 
 // kQueries queries of one head, and their softmax over the keys seen so far, in powers of two: out = acc / sum.
 struct QueryGroup {
@@ -35,6 +37,8 @@ struct KeyBlock {
   int causal_from;  // the last key here that the first query sees, the next query one more; kKeys or more: all
 };
 
+namespace {
+
 // How many of a block's keys some query of a group sees.
 inline int seen_keys(const KeyBlock& block) {
   const int last = block.causal_from + kQueries;
@@ -48,6 +52,8 @@ inline float hide_later(float* scores, int from, int keys) {
   for (int i = 0; i < from && i < keys; i++) top = scores[i] > top ? scores[i] : top;
   return top;
 }
+
+}  // namespace
 
 // What is in order is in the kernel's own layout; its values all take `bytes`. Strides are in elements.
 struct Attention {
