@@ -1,4 +1,4 @@
-"""Fine-tuning with LoRA against transformers + peft: the same weights, rows and targets, bf16, tokens a second and memory.
+"""LoRA fine-tuning against transformers + peft, the same weights, rows and targets, bf16: tokens a second and memory.
 
     OMP_PROC_BIND=true python benchmarks/train.py --scratch /var/tmp/bench --output benchmarks/results
 
@@ -34,9 +34,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import llama_multimodal as lmm
+from llama_multimodal.train.chat.config import ChatData, FileSource
 from llama_multimodal.train.chat.encode import Example
 from llama_multimodal.train.chat.recipe import BatchConfig, ChatRecipe
-from llama_multimodal.train.chat.config import ChatData, FileSource
 from llama_multimodal.train.chat.steps import ChatSteps
 from llama_multimodal.train.config import OptimConfig, Progress
 from llama_multimodal.train.loop import train
@@ -44,7 +44,7 @@ from llama_multimodal.train.loop import train
 ROWS, STEPS = 8, 10  # of a step; of a run, the first not timed
 RATE, RANK, ALPHA = 1e-4, 16, 32
 LAYERS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
-WORDS = "the a small red large house river of on under and sees makes many people who then quickly water not light".split()
+WORDS = "the a small red large house river of on under and sees makes many people who then quickly water not light"
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
     "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}<image>{% endif %}"
@@ -95,20 +95,20 @@ def smolvlm(folder: Path) -> Path:
 
 
 CASES = {
-    "text": Case("SmolLM2 135M, chats", smollm2, 320),
-    "pictures": Case("SmolVLM 256M, a picture and an answer", smolvlm, 60, picture=True),
+    "text": Case("SmolLM2 135M, text", smollm2, 200),
+    "pictures": Case("SmolVLM 256M, a picture a row", smolvlm, 60, picture=True),
 }
 
 
 def write_rows(case: Case, folder: Path) -> Path:
     """Questions and answers of uneven length."""
-    rng, noise = random.Random(0), np.random.default_rng(0)
+    rng, noise, words = random.Random(0), np.random.default_rng(0), WORDS.split()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
         for number in range(ROWS * STEPS):
             longest = round(case.longest ** rng.uniform(0.4, 1.0))
-            row = {"question": " ".join(rng.choices(WORDS, k=rng.randint(5, 25))) + "?"}
-            row["answer"] = " ".join(rng.choices(WORDS, k=longest)) + "."
+            row = {"question": " ".join(rng.choices(words, k=rng.randint(5, 25))) + "?"}
+            row["answer"] = " ".join(rng.choices(words, k=longest)) + "."
             if case.picture:
                 pixels = noise.integers(0, 256, (96, 128, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number}.png")
@@ -162,7 +162,7 @@ class Peer:
         nn.utils.clip_grad_norm_(self.learnt, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
 
 def padded(examples: list[Example]) -> dict[str, Tensor]:
@@ -249,7 +249,7 @@ def main() -> None:
     for name in [args.case] if args.case else CASES:
         case = CASES[name]
         found = measure(case, args)
-        command = [sys.executable, *sys.argv, "--case", name, "--steps", "4", "--alone"]
+        command = [sys.executable, *sys.argv, "--case", name, "--steps", "2", "--alone"]
         for side in ("ours", "peft"):
             done = subprocess.run([*command, side], stdout=subprocess.PIPE, check=True, text=True)
             found.setdefault("memory", {})[side] = json.loads(done.stdout.splitlines()[-1])
@@ -263,7 +263,9 @@ def main() -> None:
                 f" {found['last_loss'][side]:.4f}"
             )
         shares = [memory["ours"][key] / memory["peft"][key] for key in memory["ours"]]
-        print(f"  ours: {rates['ours'] / rates['peft']:.2f} x the speed, {shares[0]:.2f} and {shares[1]:.2f} x the memory")
+        print(
+            f"  ours: {rates['ours'] / rates['peft']:.2f} x the speed, {shares[0]:.2f} and {shares[1]:.2f} x the memory"
+        )
     write("train", results, args.output)
 
 

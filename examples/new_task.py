@@ -21,7 +21,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from llama_multimodal.zoo.world import COLORS, SHAPES, Mark, Turn, sample
+from llama_multimodal.zoo.world import COLORS, SHAPES, Turn, sample
 from llama_multimodal.zoo.world.palette import RGB, contrast, from_hsv
 from llama_multimodal.zoo.world.questions import scene_turns
 from llama_multimodal.zoo.world.scenes import Scene, paint_scene, plan_scene
@@ -70,7 +70,9 @@ def example(seed: int) -> tuple[Image.Image, list[Turn]]:
         for old, new in words:
             asked, answer = renamed(asked, old, new), renamed(answer, old, new)
         turns.append(dataclasses.replace(turn, question=asked, answer=answer))
-    other = [i for i, m in enumerate(scene.marks) if (hearts and m.shape == like.shape) or (rosy and m.color == like.color)]
+    other = [
+        i for i, m in enumerate(scene.marks) if (hearts and m.shape == like.shape) or (rosy and m.color == like.color)
+    ]
     image = paint_scene(rng, without(scene, other))
     for i in other:
         mark, diameter = scene.marks[i], scene.diameters[i]

@@ -17,7 +17,6 @@ from ..errors import PromptError
 from ..ops import DecoderBlock, KeyRanges, PagedCache, PagedReads, Span
 from .layers import Linear, Projections, RMSNorm, merge_heads, split_heads
 
-
 SegmentLengths = tuple[tuple[int, ...], ...]
 """Of rows that hold several texts: the tokens of each text, row by row."""
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from small_model import CONFIG, IMAGE, random_model
 
-from llama_multimodal.inputs import ImageLayout
 from llama_multimodal import ops
+from llama_multimodal.inputs import ImageLayout
 from llama_multimodal.models.llama import segment_lengths
 from llama_multimodal.train.chat.batches import MicroBatch, micro_batches
 from llama_multimodal.train.chat.encode import Example, microbatch
