@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from peers import arguments, write
-from train import CASES, recipe_of
+from train import CASES, peak_resident, recipe_of
 
 import llama_multimodal as lmm
 from llama_multimodal.train.config import OptimConfig
@@ -56,8 +55,7 @@ def alone(case: str, variant: str, args: argparse.Namespace) -> None:
     recipe = replace(recipe, batch=replace(recipe.batch, packing=changes.pop("packing", True)), **changes)
     speeds: list[float] = []
     train(recipe, lambda progress: speeds.append(progress.values["tokens_per_second"]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"peak_mib": peak / 1024, "tokens_per_second": statistics.median(speeds[1:])}))
+    print(json.dumps({"peak_mib": peak_resident(), "tokens_per_second": statistics.median(speeds[1:])}))
 
 
 def draw(results: dict[str, dict[str, dict[str, float]]], file: Path) -> None:

@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import json
 import random
-import resource
 import shutil
 import statistics
 import subprocess
@@ -216,6 +215,12 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def peak_resident() -> float:
+    """Most MiB that this process had in memory. Not getrusage's: that begins with what the parent had."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
 def alone(case: Case, args: argparse.Namespace) -> None:
     """One side in this process; prints its peak memory in MiB, all of it and what came after the imports."""
     import peft  # noqa: F401  (both sides' processes begin alike)
@@ -223,15 +228,15 @@ def alone(case: Case, args: argparse.Namespace) -> None:
 
     recipe = recipe_of(case, args)
     steps = ChatSteps(recipe.data, lmm.load(recipe.model, device="meta")[1], ROWS, dtype=torch.bfloat16)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident()
     if args.alone == "ours":
         train(recipe, lambda progress: None)
     else:
         peer = Peer(recipe, case)
         for step in range(recipe.steps):
             peer.step(padded(steps[step].examples))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"peak_mib": peak / 1024, "above_imports_mib": (peak - before) / 1024}))
+    peak = peak_resident()
+    print(json.dumps({"peak_mib": peak, "above_imports_mib": peak - before}))
 
 
 def main() -> None:

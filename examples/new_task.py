@@ -1,4 +1,4 @@
-"""Renders a task for the embedded model, which knows neither hearts nor pink: 400 pictures of them with up to eight
+"""Renders a task for the embedded model, which knows neither hearts nor pink: 400 pictures of them with up to twelve
 questions each to learn from, 240 held-out pictures with a question each, and 800 pictures of what it knows already, so
 that it keeps that.
 
@@ -65,7 +65,9 @@ def example(seed: int) -> tuple[Image.Image, list[Turn]]:
         return example(seed + 1_000_003)
     words = [(SHAPES[like.shape], "heart")] * hearts + [(COLORS[like.color], "pink")] * rosy
     turns = []
-    for turn in scene_turns(rng, scene, 24):
+    for turn in scene_turns(rng, scene, 60):
+        if not turn.kind.startswith(KINDS):
+            continue
         asked, answer = turn.question, turn.answer
         for old, new in words:
             asked, answer = renamed(asked, old, new), renamed(answer, old, new)
@@ -122,7 +124,7 @@ def heldout(first: int, count: int) -> Iterator[tuple[Image.Image, list[Turn]]]:
 
 def known(seed: int) -> tuple[Image.Image | None, list[Turn]]:
     """A picture of the world that the model was trained on, and questions about it."""
-    item = sample(seed, small=0.9)
+    item = sample(seed, small=0.7)
     return item.image, list(item.turns)
 
 
@@ -140,7 +142,7 @@ def write(folder: Path, name: str, pictures: Iterator[tuple[Image.Image | None, 
 
 
 def main(folder: Path) -> None:
-    write(folder, "train", ((image, turns[:8]) for image, turns in map(example, range(400))))
+    write(folder, "train", ((image, turns[:12]) for image, turns in map(example, range(400))))
     write(folder, "heldout", heldout(500_000_000, 240))
     write(folder, "known", map(known, range(900_000_000, 900_000_800)))
 

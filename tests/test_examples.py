@@ -128,7 +128,7 @@ def test_lora(tmp_path: Path) -> None:
 
 
 def test_new_task() -> None:
-    """Every picture has questions with hearts or pink in them; held-out ones are of every kind; a seed repeats itself."""
+    """Every picture has questions with hearts or pink in them; held-out ones are of every kind; seeds repeat."""
     task = importlib.import_module("new_task")
     pictures = [task.example(seed) for seed in range(12)]
     assert all(task.is_new(turns[0]) for _, turns in pictures)

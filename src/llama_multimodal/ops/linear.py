@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _dispatch
 
@@ -24,6 +26,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and _widens_to_learn(x):
+        return _Widened.apply(x, weight, bias)
     if not widens(x):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -31,6 +35,30 @@ def _torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return linear_in_blocks(
         x, weight.shape[0], lambda first, end, room: room[: end - first].copy_(weight[first:end]), bias, torch.float32
     )
+
+
+class _Widened(torch.autograd.Function):
+    """`linear` in fp32, rounded once, that keeps x and the weight for the backward pass as they are: their fp32 copies
+    would take three times the memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        needs_weight = ctx.needs_input_grad[1]
+        ctx.save_for_backward(x if needs_weight else None, weight)
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        wide = grad.float()
+        rows = wide.flatten(0, -2)
+        return (
+            (wide @ weight.float()).to(grad.dtype) if for_x else None,
+            (rows.t() @ x.flatten(0, -2).float()).to(weight.dtype) if for_weight else None,
+            rows.sum(0).to(grad.dtype) if for_bias else None,
+        )
 
 
 def linear_in_blocks(
@@ -67,6 +95,18 @@ def widens(x: Tensor) -> bool:
     return not cpu_multiplies(x.dtype) and x.numel() // max(1, x.shape[-1]) >= _MIN_ROWS_TO_WIDEN
 
 
+def _widens_to_learn(x: Tensor) -> bool:
+    """Whether a product that is differentiated runs in fp32: also on a CPU whose bf16 pairs multiply no faster, as
+    Intel's without AMX do. torch then loses more by ordering bf16 matrices than fp32 ones cost to make."""
+    half = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() // max(1, x.shape[-1]) >= _MIN_ROWS_TO_WIDEN
+    return widens(x) or (half and _bf16_gains_nothing())
+
+
+@functools.cache
+def _bf16_gains_nothing() -> bool:
+    return cpu_multiplies(torch.bfloat16) and _cpu_flag("GenuineIntel", line="vendor_id") and not _cpu_flag("amx_bf16")
+
+
 @functools.cache
 def cpu_multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has matrix instructions for a half-precision dtype."""
@@ -75,10 +115,11 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
     return torch.ops.mkldnn._is_mkldnn_fp16_supported() and _cpu_flag("avx512_fp16", "amx_fp16", "asimdhp")
 
 
-def _cpu_flag(*names: str) -> bool:
+def _cpu_flag(*names: str, line: str = "") -> bool:
+    """Whether /proc/cpuinfo has one of the names among the first CPU's flags, or in a line that begins otherwise."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            flags = next((line for line in file if line.lower().startswith(("flags", "features"))), "")
+            flags = next((text for text in file if text.lower().startswith(line or ("flags", "features"))), "")
     except OSError:
         return True  # not Linux: trust torch's own choice
     return any(name in flags.split() for name in names)
