@@ -340,13 +340,25 @@ def test_linear_widens_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_linear_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients(ops.linear, randn(2, 3, 5), randn(4, 5, seed=1), randn(4, seed=2))
     # Through the widened path the gradients come back in the dtype of what was given.
-    monkeypatch.setattr(importlib.import_module("llama_multimodal.ops.linear"), "cpu_multiplies", lambda dtype: False)
+    module = importlib.import_module("llama_multimodal.ops.linear")
+    monkeypatch.setattr(module, "cpu_multiplies", lambda dtype: False)
     x = randn(20, 8, dtype=torch.bfloat16).requires_grad_()
     weight = randn(6, 8, dtype=torch.bfloat16, seed=1).requires_grad_()
     ops.linear(x, weight).sum().backward()
     assert x.grad is not None and weight.grad is not None
     close(x.grad, weight.detach().double().sum(0).expand(20, 8), torch.bfloat16)
     close(weight.grad / 5, x.detach().double().sum(0).expand(6, 8) / 5, torch.bfloat16)
+    # Neither it nor a CPU whose bf16 is no faster keeps wide copies for the backward pass, and a bias learns too.
+    for native in (False, True):
+        monkeypatch.setattr(module, "cpu_multiplies", lambda dtype, native=native: native)
+        monkeypatch.setattr(module, "_bf16_gains_nothing", lambda native=native: native)
+        kept: list[torch.dtype] = []
+        bias = randn(6, dtype=torch.bfloat16, seed=2).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda saved: kept.append(saved.dtype) or saved, lambda saved: saved
+        ):
+            ops.linear(x, weight, bias).sum().backward()
+        assert set(kept) == {torch.bfloat16} and bias.grad is not None and bias.grad.tolist() == [20.0] * 6
 
 
 # --- decode attention, dense and paged -------------------------------------------------------------------------------

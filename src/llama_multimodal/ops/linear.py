@@ -90,16 +90,18 @@ def widens(x: Tensor) -> bool:
     A CPU without bf16 or fp16 instructions emulates them at about a tenth of its fp32 rate. Either way the sum is
     accumulated in fp32, so the result differs by the order of the sum only.
     """
-    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return not cpu_multiplies(x.dtype) and x.numel() // max(1, x.shape[-1]) >= _MIN_ROWS_TO_WIDEN
+    return _long_and_half(x) and not cpu_multiplies(x.dtype)
 
 
 def _widens_to_learn(x: Tensor) -> bool:
     """Whether a product that is differentiated runs in fp32: also on a CPU whose bf16 pairs multiply no faster, as
     Intel's without AMX do. torch then loses more by ordering bf16 matrices than fp32 ones cost to make."""
-    half = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() // max(1, x.shape[-1]) >= _MIN_ROWS_TO_WIDEN
-    return widens(x) or (half and _bf16_gains_nothing())
+    return widens(x) or (_long_and_half(x) and x.dtype == torch.bfloat16 and _bf16_gains_nothing())
+
+
+def _long_and_half(x: Tensor) -> bool:
+    half = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    return half and x.numel() // max(1, x.shape[-1]) >= _MIN_ROWS_TO_WIDEN
 
 
 @functools.cache
