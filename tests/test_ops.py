@@ -349,14 +349,17 @@ def test_linear_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     close(x.grad, weight.detach().double().sum(0).expand(20, 8), torch.bfloat16)
     close(weight.grad / 5, x.detach().double().sum(0).expand(6, 8) / 5, torch.bfloat16)
     # Neither it nor a CPU whose bf16 is no faster keeps wide copies for the backward pass, and a bias learns too.
+    kept: list[torch.dtype] = []
+
+    def keep(saved: torch.Tensor) -> torch.Tensor:
+        kept.append(saved.dtype)
+        return saved
+
     for native in (False, True):
         monkeypatch.setattr(module, "cpu_multiplies", lambda dtype, native=native: native)
         monkeypatch.setattr(module, "_bf16_gains_nothing", lambda native=native: native)
-        kept: list[torch.dtype] = []
         bias = randn(6, dtype=torch.bfloat16, seed=2).requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda saved: kept.append(saved.dtype) or saved, lambda saved: saved
-        ):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
             ops.linear(x, weight, bias).sum().backward()
         assert set(kept) == {torch.bfloat16} and bias.grad is not None and bias.grad.tolist() == [20.0] * 6
 
