@@ -272,8 +272,8 @@ def main() -> None:
         for side in rates:
             peak, above = memory[side].values()
             print(
-                f"  {side:5s} {rates[side]:7.0f} tokens/s, {cpu[side]:5.0f} a core's second   peak {peak:6.0f} MiB, above"
-                f" imports {above:6.0f} MiB   loss {found['first_loss'][side]:.4f} to {found['last_loss'][side]:.4f}"
+                f"  {side:5s} {rates[side]:7.0f} tokens/s, {cpu[side]:5.0f} a core's second  peak {peak:5.0f} MiB,"
+                f" above imports {above:6.0f} MiB, loss {found['first_loss'][side]:.4f} to {found['last_loss'][side]:.4f}"
             )
         shares = [memory["ours"][key] / memory["peft"][key] for key in memory["ours"]]
         print(

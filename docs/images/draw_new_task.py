@@ -1,4 +1,4 @@
-"""Draw docs/images/new_task.png: the first held-out pictures of the new task, and what the embedded model answers without
+"""Draw docs/images/new_task.png: the first held-out pictures of the new task, and the embedded model's answers without
 and with its adapter.
 
     python examples/new_task.py && llama-mm train recipes/tiny-lora.yaml
