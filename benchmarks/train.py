@@ -273,7 +273,7 @@ def main() -> None:
             peak, above = memory[side].values()
             print(
                 f"  {side:5s} {rates[side]:7.0f} tokens/s, {cpu[side]:5.0f} a core's second  peak {peak:5.0f} MiB,"
-                f" above imports {above:6.0f} MiB, loss {found['first_loss'][side]:.4f} to {found['last_loss'][side]:.4f}"
+                f" above imports {above:5.0f}, loss {found['first_loss'][side]:.4f} to {found['last_loss'][side]:.4f}"
             )
         shares = [memory["ours"][key] / memory["peft"][key] for key in memory["ours"]]
         print(

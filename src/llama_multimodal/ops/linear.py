@@ -26,12 +26,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and _widens_to_learn(x):
-        return _Widened.apply(x, weight, bias)
-    if not widens(x):
+    learning = torch.is_grad_enabled()
+    if not (_widens_to_learn(x) if learning and not torch.compiler.is_compiling() else widens(x)):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    if learning and any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)):
+        return _Widened.apply(x, weight, bias)
     return linear_in_blocks(
         x, weight.shape[0], lambda first, end, room: room[: end - first].copy_(weight[first:end]), bias, torch.float32
     )
@@ -94,7 +95,7 @@ def widens(x: Tensor) -> bool:
 
 
 def _widens_to_learn(x: Tensor) -> bool:
-    """Whether a product that is differentiated runs in fp32: also on a CPU whose bf16 pairs multiply no faster, as
+    """Whether a product of a training step runs in fp32: also on a CPU whose bf16 pairs multiply no faster, as
     Intel's without AMX do. torch then loses more by ordering bf16 matrices than fp32 ones cost to make."""
     return widens(x) or (_long_and_half(x) and x.dtype == torch.bfloat16 and _bf16_gains_nothing())
 
