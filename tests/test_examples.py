@@ -16,7 +16,6 @@ import pytest
 
 import llama_multimodal
 import llama_multimodal as lmm
-from llama_multimodal.zoo.world import COLORS, SHAPES
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.append(str(EXAMPLES))
@@ -129,10 +128,23 @@ def test_lora(tmp_path: Path) -> None:
 
 
 def test_new_task() -> None:
-    """Hearts and pink things are among the answers, and a seed gives the same picture again."""
+    """Every picture has questions with hearts or pink in them; held-out ones are of every kind; seeds repeat."""
     task = importlib.import_module("new_task")
-    pictures = [task.example(seed) for seed in range(30)]
-    answers = {answer for _, _, answer in pictures}
-    assert {"heart", "pink"} < answers <= {"heart", "pink", *COLORS, *SHAPES}
-    again, question, answer = task.example(7)
-    assert (question, answer) == pictures[7][1:] and again.tobytes() == pictures[7][0].tobytes()
+    pictures = [task.example(seed) for seed in range(12)]
+    assert all(task.is_new(turns[0]) for _, turns in pictures)
+    assert {"heart", "pink"} < {turn.answer for _, turns in pictures for turn in turns}
+    again, turns = task.example(7)
+    assert turns == pictures[7][1] and again.tobytes() == pictures[7][0].tobytes()
+    asked = [turns for _, turns in task.heldout(1000, 6)]
+    assert [turn.kind.split("_")[0] for (turn,) in asked] == ["color", "shape", "count"] * 2
+    assert all(task.is_new(turn) for (turn,) in asked)
+    assert not any(task.is_new(turn) for turn in task.known(3)[1])
+
+
+def test_new_words() -> None:
+    renamed = importlib.import_module("new_task").renamed
+    assert renamed("Crosses: how many?", "cross", "heart") == "Hearts: how many?"
+    assert (
+        renamed("is there an orange square across from it", "orange", "pink") == "is there a pink square across from it"
+    )
+    assert renamed("a big red circle, 2 circles", "circle", "heart") == "a big red heart, 2 hearts"

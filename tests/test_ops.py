@@ -334,7 +334,7 @@ def test_linear_widens_long_half_inputs_only(monkeypatch: pytest.MonkeyPatch) ->
 def test_where_pairs_of_bf16_are_slow(
     vendor: str, flags: str, gains: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """Intel's processors without their matrix unit multiply in fp32, unless autograd would keep the fp32 copies."""
+    """Intel's processors without their matrix unit multiply in fp32."""
     module = importlib.import_module("llama_multimodal.ops.linear")
     monkeypatch.setattr(module, "cpu_multiplies", lambda dtype: True)
     lines = {"vendor_id": ["vendor_id", ":", vendor], "flags": ["flags", ":", *flags.split()]}
@@ -343,9 +343,7 @@ def test_where_pairs_of_bf16_are_slow(
         kept.cache_clear()
         request.addfinalizer(kept.cache_clear)
     x = torch.zeros(16, 4, dtype=torch.bfloat16)
-    assert not module.widens(x)
-    with torch.no_grad():
-        assert module.widens(x) is not gains and not module.widens(x[:15])
+    assert module.widens(x) is not gains and not module.widens(x[:15])
 
 
 @torch.no_grad()
@@ -365,13 +363,28 @@ def test_linear_widens_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_linear_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients(ops.linear, randn(2, 3, 5), randn(4, 5, seed=1), randn(4, seed=2))
     # Through the widened path the gradients come back in the dtype of what was given.
-    monkeypatch.setattr(importlib.import_module("llama_multimodal.ops.linear"), "cpu_multiplies", lambda dtype: False)
+    module = importlib.import_module("llama_multimodal.ops.linear")
+    monkeypatch.setattr(module, "cpu_multiplies", lambda dtype: False)
     x = randn(20, 8, dtype=torch.bfloat16).requires_grad_()
     weight = randn(6, 8, dtype=torch.bfloat16, seed=1).requires_grad_()
     ops.linear(x, weight).sum().backward()
     assert x.grad is not None and weight.grad is not None
     close(x.grad, weight.detach().double().sum(0).expand(20, 8), torch.bfloat16)
     close(weight.grad / 5, x.detach().double().sum(0).expand(6, 8) / 5, torch.bfloat16)
+    # Neither it nor a CPU whose bf16 is no faster keeps wide copies for the backward pass, and a bias learns too.
+    kept: list[torch.dtype] = []
+
+    def keep(saved: torch.Tensor) -> torch.Tensor:
+        kept.append(saved.dtype)
+        return saved
+
+    for native in (False, True):
+        monkeypatch.setattr(module, "cpu_multiplies", lambda dtype, native=native: native)
+        monkeypatch.setattr(module, "_has_slow_pairs", lambda native=native: native)
+        bias = randn(6, dtype=torch.bfloat16, seed=2).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            ops.linear(x, weight, bias).sum().backward()
+        assert set(kept) == {torch.bfloat16} and bias.grad is not None and bias.grad.tolist() == [20.0] * 6
 
 
 # --- decode attention, dense and paged -------------------------------------------------------------------------------

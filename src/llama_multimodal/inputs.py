@@ -77,7 +77,9 @@ class ModelInputs:
     images: tuple[ImageLayout, ...]  # N
     visible: Tensor  # [B, T, 2] int64, on the CPU
     decoder: Callable[[], TextDecoder] | None = None  # makes one for each answer; None without a tokenizer
-    segments: Tensor | None = None  # [B, T] int64: tokens of a row read their own segment only; None: a row is one
+    segments: Tensor | None = (
+        None  # [B, T] int64, on the CPU: tokens of a row read their own segment only; None: a row is one
+    )
 
     @property
     def num_rows(self) -> int:

@@ -22,7 +22,7 @@ class LoraConfig:
     rslora: divide alpha by √rank instead (Kalajdzievski 2023)
     dora: learn the length of each row of W + B·A apart from its direction (Liu et al. 2024)
     rank_pattern, alpha_pattern: other values for some of the targets, by glob; the first that matches counts
-    dtype: of A and B: "float32", or "model" for the model's own. Products run in the wider of it and the layer's input.
+    dtype: of A and B: "float32", or "model" for the model's own. Products run in the layer's dtype.
 
     Raises:
         ConfigError: a value out of range.

@@ -98,9 +98,14 @@ class LowRank(nn.Module):
         self.magnitude = nn.Parameter(self.lengths(base, self.B.dtype).to(self.B.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] → [..., N] in x's dtype, which is at least as wide as that of A and B."""
-        low = ops.linear(x, self.A.to(x.dtype)) * self.scale  # [..., R]
+        """[..., K] → [..., N] in x's dtype."""
+        low = ops.linear(x, self.A.to(x.dtype) * self.scale)  # [..., R]
         return ops.linear(low, self.B.to(x.dtype))
+
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """`out + self(x)`, rounded once; out: [..., N], whose dtype is x's."""
+        low = ops.linear(x, self.A.to(x.dtype) * self.scale)  # [..., R]
+        return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self.B.to(x.dtype).t()).view(out.shape)
 
     def delta(self, dtype: torch.dtype) -> Tensor:
         """What is added to the weight, [N, K]."""
@@ -158,15 +163,14 @@ class Lora(nn.ModuleDict):
         if choice is None or choice not in self:
             return out
         pair = self[choice]
-        wide = x.to(torch.promote_types(x.dtype, pair.A.dtype))
-        dropped = F.dropout(wide, pair.dropout, self.training)
-        added = pair(dropped)
+        dropped = F.dropout(x, pair.dropout, self.training)
         if pair.magnitude is None:
-            return (out + added).to(out.dtype)
+            return pair.add_to(out, dropped)
+        added = pair(dropped)
         product = _without_bias(out, base)
         if pair.dropout and self.training:  # the paper's own code drops inputs of everything but the plain layer
-            product = base.times(dropped.to(x.dtype))
-        factor = self._stretch(pair, base, wide.dtype)
+            product = base.times(dropped)
+        factor = self._stretch(pair, base, torch.promote_types(x.dtype, pair.A.dtype))
         return (out + (factor - 1) * product + factor * added).to(out.dtype)
 
     def _by_row(self, x: Tensor, out: Tensor, base: BaseLayer, rows: Rows) -> Tensor:

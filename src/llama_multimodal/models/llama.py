@@ -17,6 +17,9 @@ from ..errors import PromptError
 from ..ops import CacheBlocks, DecoderBlock, KeyRanges, PagedCache, PagedReads, Span
 from .layers import Linear, Projections, RMSNorm, merge_heads, split_heads
 
+SegmentLengths = tuple[tuple[int, ...], ...]
+"""Of rows that hold several texts: the tokens of each text, row by row."""
+
 
 class SelfAttention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
@@ -36,13 +39,16 @@ class SelfAttention(nn.Module):
         mask: Tensor | None,
         cache: SelfAttentionCache | PagedCache | None,
         layer: int,
+        segments: SegmentLengths | None = None,
     ) -> Tensor:
         q, k, v = self.qkv(x)
         q = split_heads(q, self.num_heads)  # [B, H, T, D]
         k, v = split_heads(k, self.num_kv_heads), split_heads(v, self.num_kv_heads)  # [B, Hkv, T, D]
         q, k = ops.apply_rope(q, k, *angles)
+        if segments is not None:
+            return self.o_proj(merge_heads(ops.segment_attention(q, k, v, segments)))
         if cache is None:
-            return self.o_proj(merge_heads(ops.attention(q, k, v, causal=mask is None, mask=mask)))
+            return self.o_proj(merge_heads(ops.attention(q, k, v, causal=True)))
         if isinstance(cache, PagedCache):
             cache.write(layer, k, v)
             keys, values = cache.keys[layer], cache.values[layer]
@@ -115,6 +121,7 @@ class SelfAttentionBlock(nn.Module):
         mask: Tensor | None,
         cache: SelfAttentionCache | PagedCache | None,
         layer: int,
+        segments: SegmentLengths | None = None,
     ) -> Tensor:
         if isinstance(cache, PagedCache):
             if not cache.reads.runs and (packed := self._packed()) is not None:  # every token is a row of its own
@@ -125,7 +132,7 @@ class SelfAttentionBlock(nn.Module):
             cos, sin = (angle[:, 0] for angle in angles)
             lengths = (positions[:, 0] + 1).to(torch.int32)
             return ops.decode_block(x[:, 0], packed, cos, sin, *cache.layer(layer), lengths)[:, None]
-        attended = self.attention(self.input_norm(x), angles, positions, mask, cache, layer)
+        attended = self.attention(self.input_norm(x), angles, positions, mask, cache, layer, segments)
         normed, x = self.post_attention_norm.after_adding(attended, x)
         return x + self.mlp(normed)
 
@@ -230,13 +237,12 @@ class LlamaDecoder(nn.Module):
         cross_cache: CrossAttentionCache | PagedCache | None = None,
         self_cache: SelfAttentionCache | PagedCache | None = None,
         last_token_of: Sequence[int] | None = None,
-        segments: Tensor | None = None,  # [B, T], without a cache only
+        segments: Tensor | None = None,  # [B, T], CPU, without a cache only
         angles: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """What the LM head reads, [B, T, E] or [B, 1, E]; arguments and errors are those of the whole decoder."""
         mask = None if isinstance(self_cache, PagedCache) else self._cache_mask(positions, self_cache)
-        if segments is not None:
-            mask = segment_mask(segments)
+        lengths = None if segments is None else segment_lengths(segments)
         if angles is None:
             frequencies = ops.rope_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
             angles = ops.rope_angles(positions, frequencies.to(x.device))
@@ -245,7 +251,7 @@ class LlamaDecoder(nn.Module):
         self_layer = cross_layer = 0
         for block in self.layers:
             if isinstance(block, SelfAttentionBlock):
-                x = block(x, angles, positions, mask, self_cache, self_layer)
+                x = block(x, angles, positions, mask, self_cache, self_layer, lengths)
                 self_layer += 1
             else:
                 if cross_cache is not None and ranges is not None:
@@ -274,10 +280,9 @@ class LlamaDecoder(nn.Module):
         return slots <= positions[:, None, :, None]
 
 
-def segment_mask(segments: Tensor) -> Tensor:
-    """Which tokens each token may read in rows of several segments: bool [B, 1, T, T]; earlier ones of its own."""
-    alike = segments[:, None, :, None] == segments[:, None, None, :]
-    return alike.tril()
+def segment_lengths(segments: Tensor) -> SegmentLengths:
+    """Tokens of each row's segments, in their order; segments: [B, T]"""
+    return tuple(tuple(row.unique_consecutive(return_counts=True)[1].tolist()) for row in segments)
 
 
 def _ranges(

@@ -94,7 +94,7 @@ class LanguageModel(nn.Module):
             inputs.positions.to(device),
             inputs.visible,
             cross_cache=images if isinstance(images, CrossAttentionCache) else None,
-            segments=None if inputs.segments is None else inputs.segments.to(device),
+            segments=inputs.segments,
         )
 
 

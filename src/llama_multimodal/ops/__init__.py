@@ -1,7 +1,7 @@
 """The only entry points to heavy arithmetic. Each op has one file: signature, torch reference, dispatch."""
 
 from ._dispatch import BACKENDS, available, use_backend
-from .attention import attention
+from .attention import attention, segment_attention
 from .cross_attention import KeyRanges, Span, cross_attention
 from .decode_attention import decode_attention, kv_write, paged_decode_attention
 from .decode_block import DecoderBlock, PackedProduct, decode_block, paged_decode_block
@@ -71,6 +71,7 @@ __all__ = [
     "rope_angles",
     "rope_frequencies",
     "round_activations",
+    "segment_attention",
     "swiglu",
     "unpack_weight",
     "use_backend",

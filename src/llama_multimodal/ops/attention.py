@@ -5,6 +5,8 @@ Shapes: B batch · H query heads · Hkv key heads · T queries · S keys · D he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,6 +35,18 @@ def attention(
     key_bias: [S], fp32 or wider, added to every query's logits; -inf hides a key, log n counts it n times.
     """
     return _dispatch.call("attention", _torch, q, k, v, causal=causal, mask=mask, key_bias=key_bias)
+
+
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[Sequence[int]]) -> Tensor:
+    """Causal attention in rows that hold several texts, each of which reads itself only; no [T, T] mask is made.
+
+    q: [B, H, T, D]; k, v: [B, Hkv, T, D] → [B, H, T, D]. lengths: tokens of each row's texts, T together.
+    """
+    rows = []
+    for row, cut in enumerate(lengths):
+        texts = zip(*(x[row : row + 1].split(list(cut), dim=2) for x in (q, k, v)), strict=True)
+        rows.append(torch.cat([attention(*text, causal=True) for text in texts], dim=2))
+    return torch.cat(rows)
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, key_bias: Tensor | None) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _dispatch
 
@@ -26,11 +28,37 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not widens(x):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)):
+        return _Widened.apply(x, weight, bias)
     return linear_in_blocks(
         x, weight.shape[0], lambda first, end, room: room[: end - first].copy_(weight[first:end]), bias, torch.float32
     )
+
+
+class _Widened(torch.autograd.Function):
+    """`linear` in fp32, rounded once, that keeps x and the weight for the backward pass as they are: their fp32 copies
+    would take three times the memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        needs_weight = ctx.needs_input_grad[1]
+        ctx.save_for_backward(x if needs_weight else None, weight)
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        wide = grad.float()
+        rows = wide.flatten(0, -2)
+        return (
+            (wide @ weight.float()).to(grad.dtype) if for_x else None,
+            (rows.t() @ x.flatten(0, -2).float()).to(weight.dtype) if for_weight else None,
+            rows.sum(0).to(grad.dtype) if for_bias else None,
+        )
 
 
 def linear_in_blocks(
@@ -63,13 +91,8 @@ def widens(x: Tensor) -> bool:
     instructions that are slower than fp32's. Either way the sum is accumulated in fp32, so the result differs by the
     order of the sum only.
     """
-    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    if x.numel() // max(1, x.shape[-1]) < _MIN_ROWS_TO_WIDEN:
-        return False
-    if torch.is_grad_enabled():  # autograd would keep the fp32 copies
-        return not cpu_multiplies(x.dtype)
-    return not cpu_gains_by(x.dtype)
+    half = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    return half and x.numel() // max(1, x.shape[-1]) >= _MIN_ROWS_TO_WIDEN and not cpu_gains_by(x.dtype)
 
 
 @functools.cache

@@ -56,11 +56,11 @@ class _Chunked(torch.autograd.Function):
         rows = max(1, _CHUNK_LOGITS // weight.shape[0])
         for first in range(0, x.shape[0], rows):
             part, wanted = x[first : first + rows], labels[first : first + rows]
-            logits = F.linear(part, weight).to(wide)
-            total += F.cross_entropy(logits, wanted, reduction="sum")
+            scores = F.log_softmax(F.linear(part, weight), dim=-1, dtype=wide)
+            total += F.nll_loss(scores, wanted, reduction="sum")
             if not for_x and not for_weight:
                 continue
-            slope = logits.softmax(-1)  # d loss / d logits = softmax - one-hot
+            slope = scores.exp_()  # d loss / d logits = softmax - one-hot
             slope[torch.arange(len(wanted), device=x.device), wanted] -= 1
             slope = slope.to(x.dtype)
             if grad_x is not None:

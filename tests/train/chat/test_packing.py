@@ -9,8 +9,9 @@ import pytest
 import torch
 from small_model import CONFIG, IMAGE, random_model
 
+from llama_multimodal import ops
 from llama_multimodal.inputs import ImageLayout
-from llama_multimodal.models.llama import segment_mask
+from llama_multimodal.models.llama import segment_lengths
 from llama_multimodal.train.chat.batches import MicroBatch, micro_batches
 from llama_multimodal.train.chat.encode import Example, microbatch
 from llama_multimodal.train.chat.model import summed_loss
@@ -78,10 +79,15 @@ def test_packed_rows_equal_each_alone() -> None:
 
 
 def test_rows_of_several_segments_read_their_own_only() -> None:
-    mask = segment_mask(torch.tensor([[0, 0, 1, 1, 1]]))
-    assert mask.shape == (1, 1, 5, 5)
+    segments = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]])
+    lengths = segment_lengths(segments)
+    assert lengths == ((2, 3), (1, 1, 3))
+    own = (segments[:, None, :, None] == segments[:, None, None, :]).tril()
     wanted = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
-    assert mask[0, 0].int().tolist() == wanted
+    assert own[0, 0].int().tolist() == wanted
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    found = ops.segment_attention(q, k, v, lengths)
+    torch.testing.assert_close(found, ops.attention(q, k, v, mask=own), atol=1e-6, rtol=1e-6)
 
 
 def test_a_step_does_not_depend_on_how_it_is_cut() -> None:
