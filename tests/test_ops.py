@@ -319,7 +319,7 @@ def test_linear_widens_long_half_inputs_only(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(ops.linear(x, weight), (x.float() @ weight.float().T).to(torch.bfloat16))
     assert [module.widens(x[:n]) for n in (1, 15, 16)] == [False, False, True]
     assert not module.widens(x.float())
-    monkeypatch.setattr(module, "cpu_multiplies", lambda dtype: True)
+    monkeypatch.setattr(module, "cpu_gains_by", lambda dtype: True)
     assert not module.widens(x)
 
 
