@@ -266,6 +266,9 @@ class TensorParallelLowRank(LowRank):
         low = _Sum.apply(ops.linear(x, a), self.group) * self.scale
         return ops.linear(low, b)
 
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        return out + self(x)
+
 
 class HeadNorm(RMSNorm):
     """A norm over the channels of this process's heads: the gradients of its weight come from all processes."""
