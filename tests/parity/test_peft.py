@@ -94,6 +94,7 @@ def fill(parameters: Any) -> None:
     [(name, "LoRA") for name in (*TEXT, *VISION)]
     + [(name, kind) for name in ("SmolLM2", "LLaVA", "SmolVLM") for kind in KINDS if kind != "LoRA"],
 )
+@torch.no_grad()  # kernels are chosen by gradients: a base that learns would take others than one that does not
 def test_ours_there_and_back(name: str, kind: str, both: Callable[[str], Both], tmp_path: Path) -> None:
     here = both(name)
     plain = here.ours(here.our_inputs).logits
@@ -232,6 +233,7 @@ def test_mllama_has_their_modules(tmp_path: Path) -> None:
     ],
     ids=["before 4.52", "before 5", "DINOv2 before 5"],
 )
+@torch.no_grad()
 def test_names_of_older_versions(name: str, old: dict[str, str], both: Callable[[str], Both], tmp_path: Path) -> None:
     here = both(name)
     lmm.apply_lora(here.ours, lmm.LoraConfig(rank=2, targets="all-linear"))

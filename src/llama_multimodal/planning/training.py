@@ -24,7 +24,7 @@ from .parameters import Parameters, block_matrices, block_shapes, projector_shap
 from .vision import encoder_saved, num_blocks
 
 _CHUNK_LOGITS = 2**23  # that `linear_cross_entropy` holds at once
-_CHUNKS = 3  # logits, their softmax and a temporary, in fp32
+_CHUNKS = 2  # logits and their softmax, in fp32
 _SHARE_A_SCALE = 256  # numbers of an 8-bit moment
 _ATTENTION_LAYERS = 4  # of a block's linear layers, which come first
 

@@ -100,8 +100,9 @@ def test_an_adapter_is_trained_saved_and_loaded(rows: Path, tmp_path: Path) -> N
     for name, value in trained(plain.model).items():
         assert torch.equal(dict(model.named_parameters())[name], saved.average[name]), name
         value.data = saved.average[name]
-    torch.testing.assert_close(model(batch.inputs).logits, plain.model.eval()(batch.inputs).logits)
-    assert (model(batch.inputs).logits - before).abs().max() > 0
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch.inputs).logits, plain.model.eval()(batch.inputs).logits)
+        assert (model(batch.inputs).logits - before).abs().max() > 1e-3
     assert plot_run(tmp_path).stat().st_size > 0
 
 
