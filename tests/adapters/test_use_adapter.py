@@ -106,9 +106,7 @@ def test_one_thread_at_a_time() -> None:
 @pytest.mark.parametrize("rows", [["a", None, "b"], ["c", "b", "a"], [None, None, "c"], ["b", "b", None]], ids=str)
 def test_each_row_gives_what_it_gives_alone(rows: list[str | None], dtype: torch.dtype) -> None:
     model = several(dtype)
-    limit = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.25}[
-        dtype
-    ]  # bf16: a few ulps of logits up to 8
+    limit = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.15}[dtype]
     index = torch.tensor([-1 if name is None else adapter_names(model).index(name) for name in rows])
     for choice in (rows, index, index[:, None].expand(3, 6)):
         together = under(model, choice).split(INPUTS.lengths)

@@ -99,13 +99,13 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N] in x's dtype."""
-        low = ops.linear(x, self.A.to(x.dtype) * self.scale)  # [..., R]
+        low = ops.linear(x, (self.A * self.scale).to(x.dtype))  # [..., R]
         return ops.linear(low, self.B.to(x.dtype))
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         """`out + self(x)`, rounded once; out: [..., N], whose dtype is x's."""
-        low = ops.linear(x, self.A.to(x.dtype) * self.scale)  # [..., R]
-        return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self.B.to(x.dtype).t()).view(out.shape)
+        low = ops.linear(x, (self.A * self.scale).to(x.dtype))  # [..., R]
+        return _plus_product(out, low, self.B)
 
     def delta(self, dtype: torch.dtype) -> Tensor:
         """What is added to the weight, [N, K]."""
@@ -188,13 +188,13 @@ class Lora(nn.ModuleDict):
         if self.training and any(self[name].dropout for name in rows.names if name in self):
             raise ConfigError("an adapter for each row is for answering; call model.eval(), or train one at a time")
         joined = self._join(rows.names, base)
-        wide = torch.promote_types(x.dtype, joined.A.dtype)
         place = rows.index.reshape(*lead, *(1,) * (x.ndim - len(lead)))  # [B, …, 1]
-        low = ops.linear(x.to(wide), joined.A.to(wide)) * joined.scales  # [..., S]
-        added = ops.linear(torch.where(place == joined.owner, low, 0), joined.B.to(wide))
+        low = ops.linear(x, (joined.A * joined.scales[:, None]).to(x.dtype))  # [..., S]
+        low = torch.where(place == joined.owner, low, 0)
         if joined.factors is None:
-            return (out + added).to(out.dtype)
-        factor = joined.factors[place.squeeze(-1)].to(wide)  # [..., N]; -1 is the last
+            return _plus_product(out, low, joined.B)
+        added = ops.linear(low, joined.B.to(x.dtype))
+        factor = joined.factors[place.squeeze(-1)]  # [..., N]; -1 is the last
         return (out + (factor - 1) * _without_bias(out, base) + factor * added).to(out.dtype)
 
     def _stretch(self, pair: LowRank, base: BaseLayer, dtype: torch.dtype) -> Tensor:
@@ -254,6 +254,11 @@ class _Joined:
 
 def _tensors(layer: nn.Module) -> list[Tensor]:
     return [*layer.parameters(), *layer.buffers()]
+
+
+def _plus_product(out: Tensor, low: Tensor, B: Tensor) -> Tensor:
+    """`out + low · Bᵀ`, rounded once; low: [..., R]; out: [..., N], of the same dtype."""
+    return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), B.to(low.dtype).t()).view(out.shape)
 
 
 def _without_bias(out: Tensor, base: BaseLayer) -> Tensor:
