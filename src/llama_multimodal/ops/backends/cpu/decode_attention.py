@@ -123,14 +123,28 @@ def paged_decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_ta
 def cpu_paged_decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor
 ) -> Tensor:
-    q, k_cache, v_cache = q.contiguous(), dense_last(k_cache), dense_last(v_cache)
+    return read_blocks("paged_decode_attention", q, dense_last(k_cache), dense_last(v_cache), block_table, lengths)
+
+
+def read_blocks(
+    op: str,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> Tensor:
+    """The kernel over a plain cache, or one in 8 bits with its scales."""
+    q = q.contiguous()
     block_table, lengths = (x.to(torch.int32).contiguous() for x in (block_table, lengths))
     out = q.new_empty(q.shape)
     blocks, slots, kv_heads, _ = k_cache.shape
     status = functions().paged_decode_attention(
         *queries_of(q, kv_heads),
         *keys_of(k_cache, v_cache),
-        *stored(k_cache, None, None),
+        *stored(k_cache, k_scales, v_scales),
         blocks,
         slots,
         block_table.data_ptr(),
@@ -139,11 +153,8 @@ def cpu_paged_decode_attention(
         out.data_ptr(),
         torch.get_num_threads(),
     )
-    raise_for(
-        "paged_decode_attention",
-        status,
-        f"its length must be from 0 to {block_table.shape[1] * slots}, and its blocks from 0 to {blocks - 1}",
-    )
+    most = block_table.shape[1] * slots
+    raise_for(op, status, f"its length must be from 0 to {most}, and its blocks from 0 to {blocks - 1}")
     return out
 
 
@@ -161,14 +172,7 @@ def _refuses_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots
 @_dispatch.register("kv_write", "cpu", refuses=_refuses_write)
 def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Raises ValueError where shapes do not go together or a slot is past the cache; nothing is written then."""
-    for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
-        if new.ndim != 3 or cache.ndim != 4 or new.shape[1:] != cache.shape[2:] or k_cache.shape[:2] != cache.shape[:2]:
-            shapes = f"{tuple(new.shape)} and {tuple(cache.shape)}"
-            raise ValueError(
-                f"kv_write: {name} and its cache have shapes {shapes}; takes [T, Hkv, D] and [N, S, Hkv, D]"
-            )
-        if slots.shape != new.shape[:1]:
-            raise ValueError(f"kv_write: slots has shape {tuple(slots.shape)}, and {name} {new.shape[0]} tokens")
+    check_write("kv_write", k, v, k_cache, v_cache, slots)
     cpu_kv_write(k, v, k_cache, v_cache, slots)
 
 
@@ -186,9 +190,24 @@ def cpu_kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: 
         slots.data_ptr(),
         torch.get_num_threads(),
     )
+    raise_for_slot("kv_write", status, slots, cache_slots)
+
+
+def check_write(op: str, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Raises ValueError where shapes do not go together."""
+    for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        if new.ndim != 3 or cache.ndim != 4 or new.shape[1:] != cache.shape[2:] or k_cache.shape[:2] != cache.shape[:2]:
+            shapes = f"{tuple(new.shape)} and {tuple(cache.shape)}"
+            takes = "[T, Hkv, D] and [N, S, Hkv, D], the same N and S for both"
+            raise ValueError(f"{op}: {name} and its cache have shapes {shapes}; takes {takes}")
+        if slots.shape != new.shape[:1]:
+            raise ValueError(f"{op}: slots has shape {tuple(slots.shape)}, and {name} {new.shape[0]} tokens")
+
+
+def raise_for_slot(op: str, status: int, slots: Tensor, cache_slots: int) -> None:
     if status:
         token = status - 1
-        raise ValueError(f"kv_write: slots[{token}] is {int(slots[token])}, and the cache has {cache_slots} slots")
+        raise ValueError(f"{op}: slots[{token}] is {int(slots[token])}, and the cache has {cache_slots} slots")
 
 
 # --- arguments in C's order ------------------------------------------------------------------------------------------

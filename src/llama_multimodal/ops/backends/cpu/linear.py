@@ -12,8 +12,8 @@ from torch import Tensor
 from ... import _dispatch
 from ...linear import cpu_gains_by
 from ..operators import define
-from .library import DTYPES, functions, has_wide_linear, pointer
-from .packed_linear import FEW_BF16, instruction_set
+from .library import DTYPES, functions, has_wide_linear, instruction_set, pointer
+from .packed_linear import FEW_BF16
 
 
 def _leaves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:

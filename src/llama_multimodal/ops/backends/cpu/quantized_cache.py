@@ -11,7 +11,16 @@ from torch import Tensor
 
 from ... import _dispatch
 from ..operators import define
-from .decode_attention import check_paged, keys_of, queries_of, raise_for, refuses_dtype, refuses_tensors, stored
+from .decode_attention import (
+    check_paged,
+    check_write,
+    keys_of,
+    raise_for_slot,
+    read_blocks,
+    refuses_dtype,
+    refuses_tensors,
+    stored,
+)
 from .library import DTYPES, QUANTIZED, dense_last, functions
 
 
@@ -69,28 +78,9 @@ def cpu_quantized_paged_decode_attention(
     block_table: Tensor,
     lengths: Tensor,
 ) -> Tensor:
-    q = q.contiguous()
-    block_table, lengths = (x.to(torch.int32).contiguous() for x in (block_table, lengths))
-    out = q.new_empty(q.shape)
-    blocks, slots, kv_heads, _ = k_cache.shape
-    status = functions().paged_decode_attention(
-        *queries_of(q, kv_heads),
-        *keys_of(k_cache, v_cache),
-        *stored(k_cache, k_scales, v_scales),
-        blocks,
-        slots,
-        block_table.data_ptr(),
-        block_table.shape[1],
-        lengths.data_ptr(),
-        out.data_ptr(),
-        torch.get_num_threads(),
+    return read_blocks(
+        "quantized_paged_decode_attention", q, k_cache, v_cache, block_table, lengths, k_scales, v_scales
     )
-    raise_for(
-        "quantized_paged_decode_attention",
-        status,
-        f"its length must be from 0 to {block_table.shape[1] * slots}, and its blocks from 0 to {blocks - 1}",
-    )
-    return out
 
 
 # --- kv_write --------------------------------------------------------------------------------------------------------
@@ -109,14 +99,7 @@ def quantized_kv_write(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_scales: Tensor, v_scales: Tensor, slots: Tensor
 ) -> None:
     """Raises ValueError where shapes do not go together or a slot is past the cache; nothing is written then."""
-    for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
-        fits = cache.ndim == 4 and cache.shape[:2] == k_cache.shape[:2] and new.shape[1:] == cache.shape[2:]
-        if not fits or new.ndim != 3 or slots.shape != new.shape[:1]:
-            shapes = f"{tuple(new.shape)}, {tuple(cache.shape)} and {tuple(slots.shape)}"
-            raise ValueError(
-                f"quantized_kv_write: {name}, its cache and slots have shapes {shapes}; takes [T, Hkv, D],"
-                " [N, S, Hkv, D], the same N and S for both, and [T]"
-            )
+    check_write("quantized_kv_write", k, v, k_cache, v_cache, slots)
     cpu_quantized_kv_write(k, v, k_cache, v_cache, k_scales, v_scales, slots)
 
 
@@ -137,7 +120,4 @@ def cpu_quantized_kv_write(
         slots.data_ptr(),
         torch.get_num_threads(),
     )
-    if status:
-        token = status - 1
-        where = f"slots[{token}] is {int(slots[token])}, and the cache has {cache_slots} slots"
-        raise ValueError(f"quantized_kv_write: {where}")
+    raise_for_slot("quantized_kv_write", status, slots, cache_slots)

@@ -44,16 +44,8 @@ void order_values(const void* v, int64_t stride, int64_t count, int64_t dim, voi
 // with their bias; top[query]: the largest so far in each lane.
 INLINE void score(const float* q, const float* keys, int64_t dim, float scale, const float* bias, float* scores,
                   Floats* top) {
-  const int64_t padded = llama_mm::padded_dim(dim);
   Floats sum[kQueries][kVectors] = {};
-  for (int64_t d = 0; d < dim; d++) {
-    Floats key[kVectors];
-    for (int p = 0; p < kVectors; p++) key[p] = load(keys + d * kTogether + p * LANES);
-    for (int t = 0; t < kQueries; t++) {
-      const Floats query = splat(q[t * padded + d]);
-      for (int p = 0; p < kVectors; p++) sum[t][p] += query * key[p];
-    }
-  }
+  add_products<kQueries>(q, llama_mm::padded_dim(dim), keys, dim, sum);
   for (int p = 0; p < kVectors; p++) {
     const Floats added = load(bias + p * LANES);
     for (int t = 0; t < kQueries; t++) {

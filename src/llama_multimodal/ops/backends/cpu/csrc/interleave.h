@@ -92,4 +92,18 @@ void interleave(const T* rows, int64_t stride, int64_t there, int64_t columns, f
     interleave_lanes(rows + first * stride, stride, there - first, columns, out + first);
 }
 
+// sum[row][…] += ROWS rows of x [ROWS, columns] times kTogether interleaved rows [columns, kTogether].
+template <int ROWS>
+INLINE void add_products(const float* x, int64_t stride, const float* interleaved, int64_t columns,
+                         Floats (*sum)[kVectors]) {
+  for (int64_t d = 0; d < columns; d++, interleaved += kTogether) {
+    Floats row[kVectors];
+    for (int p = 0; p < kVectors; p++) row[p] = load(interleaved + p * LANES);
+    for (int t = 0; t < ROWS; t++) {
+      const Floats value = splat(x[t * stride + d]);
+      for (int p = 0; p < kVectors; p++) sum[t][p] += value * row[p];
+    }
+  }
+}
+
 }  // namespace

@@ -15,14 +15,7 @@ void order_weights(const uint16_t* weight, int64_t stride, int64_t there, int64_
 
 void multiply_rows(const float* x, int64_t stride, const float* weight, int64_t inputs, bool add, float* sums) {
   Floats sum[kRowsTogether][kVectors] = {};
-  for (int64_t k = 0; k < inputs; k++, weight += kTogether) {
-    Floats w[kVectors];
-    for (int p = 0; p < kVectors; p++) w[p] = load(weight + p * LANES);
-    for (int t = 0; t < kRowsTogether; t++) {
-      const Floats value = splat(x[t * stride + k]);
-      for (int p = 0; p < kVectors; p++) sum[t][p] += value * w[p];
-    }
-  }
+  add_products<kRowsTogether>(x, stride, weight, inputs, sum);
   for (int t = 0; t < kRowsTogether; t++)
     for (int p = 0; p < kVectors; p++) {
       float* to = sums + t * kTogether + p * LANES;
