@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from llama_multimodal import SamplingParams, ops
 from llama_multimodal.engine import Engine, EngineConfig, PromptLookup, Request
 from llama_multimodal.engine.config import row_buckets
-from llama_multimodal.engine.graphs import _at_least, _widths
+from llama_multimodal.engine.graphs import AsItIs, Compiled, _at_least, _widths
+from llama_multimodal.errors import ConfigError
 from llama_multimodal.quant.pack import Packing, pack
 
 from .engine_for_tests import CONFIGS, IMAGE, alone, check_whole, model, prompt
@@ -173,6 +176,56 @@ def test_warm_up_records_every_number_of_rows() -> None:
     engine.clear_cache()
     engine.generate(requests_of("cross_attention")[:1])
     assert recording.recorded > 2 * len(row_buckets(5))  # what was recorded is forgotten with the cache
+
+
+@pytest.mark.parametrize(
+    "kind, settings",
+    [("text", {}), ("cross_attention", {"cache_dtype": "int8"}), ("text", {"adapted": True}), ("text", {"rows": 17})],
+    ids=["", "images, int8", "adapters", "bf16, many rows"],
+)
+def test_steps_compile_as_one_graph_and_once(kind: str, settings: dict[str, Any]) -> None:
+    """No break, no second graph for a step, and no bound on how many steps there are."""
+    torch._dynamo.reset()
+    rows, adapted = settings.get("rows", 2), settings.get("adapted", False)
+    made = model(kind, torch.bfloat16 if rows > 2 else torch.float32, adapted)
+    config = replace(STATIC, max_requests=rows, cache_dtype=settings.get("cache_dtype"), static_decode=None)
+    engine, counter = Engine(made, None, replace(config, compile=True)), CompileCounterWithBackend("eager")
+    static = engine.runner.static
+    assert static is not None and isinstance(static._recorder, Compiled)
+    static._recorder = Compiled(AsItIs(), counter)
+    names = ("first", "second") if adapted else (None,)
+    params = [SamplingParams(max_new_tokens=n, temperature=0.0) for n in (7, 4)]
+    requests = [replace(one, params=how) for one, how in zip(requests_of(kind), params)]
+    requests = [replace(one, adapter=names[i % len(names)]) for i, one in enumerate(requests * (rows // 2 + 1))][:rows]
+    with (
+        torch._dynamo.config.patch(error_on_recompile=True, recompile_limit=1),
+        warnings.catch_warnings(record=True) as told,
+    ):
+        answers = engine.generate(requests)
+    assert not [warning for warning in told if "cannot be compiled" in str(warning.message)]
+    assert [answer.error for answer in answers] == [None] * rows
+    wanted = Engine(made, None, config).generate(requests)
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in wanted]
+    assert counter.frame_count == len(static._steps) >= 2
+
+
+def test_a_step_that_cannot_be_compiled_runs_as_it_is() -> None:
+    def no_compiler(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no working C++ compiler\nand what else there is to say")
+
+    engine = Engine(model("text"), None, replace(STATIC, compile=True, max_requests=1))
+    assert engine.runner.static is not None
+    engine.runner.static._recorder = Compiled(AsItIs(), no_compiler)
+    [request] = requests_of("text")[:1]
+    with pytest.warns(UserWarning, match="a decoding step cannot be compiled and runs as it is: .*no working C"):
+        [answer] = engine.generate([request])
+    expected = alone("text", tuple(ASKED[0][0]), (), request.params, torch.float32)
+    assert answer.token_ids == expected.token_ids[0]
+
+
+def test_only_steps_of_fixed_shapes_are_compiled() -> None:
+    with pytest.raises(ConfigError, match="compile=True is for steps of fixed shapes; leave static_decode=False out"):
+        EngineConfig(static_decode=False, compile=True)
 
 
 def test_sizes() -> None:

@@ -71,6 +71,7 @@ class EngineConfig:
     head; None in the model's dtype. Embeddings of spliced images stay in that.
     static_decode: whether steps in which every request decodes have one of a few shapes, see `graphs`; None does so on
     a CUDA device, where they are captured as graphs.
+    compile: have torch.compile make one graph of each of those steps; then they have fixed shapes on a CPU too.
     patience: by how many places in the queue one step of priority moves a request forward, and no further.
     prefix_cache: whether equal beginnings of prompts are computed once.
     overlap_images: encode pictures in a thread beside the decoding of others.
@@ -86,6 +87,7 @@ class EngineConfig:
     image_share: float | None = None
     cache_dtype: str | None = None
     static_decode: bool | None = None
+    compile: bool = False
     patience: int = 64
     prefix_cache: bool = True
     overlap_images: bool = False
@@ -107,6 +109,9 @@ class EngineConfig:
             f"static_decode must be True, False or None, not {static!r}",
             self,
         )
+        require(isinstance(self.compile, bool), f"compile must be True or False, not {self.compile!r}", self)
+        fixed = not self.compile or static is not False
+        require(fixed, "compile=True is for steps of fixed shapes; leave static_decode=False out", self)
         known_guess = guess is None or isinstance(guess, PromptLookup | DraftModel)
         require(known_guess, f"speculation must be PromptLookup(), DraftModel(model) or left out, not {guess!r}", self)
         if self.cache_memory is not None:
@@ -217,7 +222,7 @@ def plan_cache(
 
 def is_static(engine: EngineConfig, device: torch.device) -> bool:
     """Whether decoding steps have fixed shapes."""
-    return device.type == "cuda" if engine.static_decode is None else engine.static_decode
+    return device.type == "cuda" or engine.compile if engine.static_decode is None else engine.static_decode
 
 
 def _padding_blocks(engine: EngineConfig) -> int:

@@ -54,8 +54,8 @@ class Engine:
         self.metrics = EngineMetrics(self.blocks, self.images)
         self.scheduler = Scheduler(self.config, self.blocks, self.images, self.metrics)
         rows = self.config.most_rows if is_static(self.config, model.device) else 0
-        dtype = self.config.cache_dtype
-        self.runner = Runner(model, self.plan, spliced=spliced, cache_dtype=dtype, static_rows=rows)
+        dtype, compiled = self.config.cache_dtype, self.config.compile
+        self.runner = Runner(model, self.plan, spliced=spliced, cache_dtype=dtype, static_rows=rows, compiled=compiled)
         self._image_sizes = None
         if isinstance(model.config, ModelConfig) and not spliced:
             self._image_sizes = ImageSizes(model.config.num_tokens, self.plan.unit_tokens)

@@ -15,7 +15,8 @@ import bisect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from types import FunctionType
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -82,6 +83,28 @@ class AsItIs:
         return step
 
 
+class Compiled:
+    """Has torch.compile make a single graph of a step, without breaks, which another recorder then records. One that
+    cannot be compiled runs as it is, with a warning."""
+
+    def __init__(self, recorder: Recorder, backend: str | Callable[..., Any] = "inductor") -> None:
+        self._recorder, self._backend = recorder, backend
+
+    def record(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        step()  # what layers keep from call to call is made outside of the graph
+        assert isinstance(step, FunctionType)
+        # Graphs are kept with a function's code, a few for each, and there are more shapes: each has a code of its own.
+        own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
+        compiled = torch.compile(own, fullgraph=True, dynamic=False, backend=self._backend)
+        try:
+            compiled()
+        except Exception as error:  # of the compilers, which have many
+            why = " ".join(str(error).split("\n")[:2])  # who says so, and what
+            warnings.warn(f"a decoding step cannot be compiled and runs as it is: {why}", stacklevel=2)
+            return self._recorder.record(step)
+        return self._recorder.record(compiled)
+
+
 @dataclass(frozen=True)
 class Shape:
     """rows: B. blocks: M. units: U; 0 where no row looks at an image, and gated blocks are passed by. adapters: whether
@@ -103,12 +126,13 @@ class StaticDecode:
         caches: tuple[list[CacheBlocks], list[CacheBlocks]],
         images: tuple[list[CacheBlocks], list[CacheBlocks]],
         max_rows: int,
-        recorder: Recorder | None = None,
+        compiled: bool = False,
     ) -> None:
-        """caches, images: keys and values of every layer. recorder: None goes by the model's device."""
+        """caches, images: keys and values of every layer."""
         self._model, self._plan, self._caches, self._images = model, plan, caches, images
         text, device = model.config.text, model.device
-        self._recorder = recorder or (CudaGraphs(device) if device.type == "cuda" else AsItIs())
+        recorder: Recorder = CudaGraphs(device) if device.type == "cuda" else AsItIs()
+        self._recorder = Compiled(recorder) if compiled else recorder
         self._steps: dict[Shape, Callable[[], Tensor]] = {}
         self._joined: dict[str, Joined] = {}  # which recorded steps read: it lives as long as they do
         self._adapter_changes = adapter_changes(model)

@@ -48,8 +48,9 @@ class Runner:
         spliced: bool,
         cache_dtype: str | None = None,
         static_rows: int = 0,
+        compiled: bool = False,
     ) -> None:
-        """static_rows: the most rows of a decoding step of fixed shapes; 0: none has."""
+        """static_rows: the most rows of a decoding step of fixed shapes; 0: none has. compiled: whether those are."""
         text, heads = model.config.text, model.decoder.num_kv_heads
         self.model, self.plan, self.spliced = model, plan, spliced
         self._cache_dtype = None if cache_dtype is None else CACHE_DTYPES[cache_dtype]
@@ -67,7 +68,7 @@ class Runner:
         self.static: StaticDecode | None = None
         if static_rows and heads == text.num_key_value_heads:  # processes that share heads talk within a step
             caches, images = (self.keys, self.values), (self.image_keys, self.image_values)
-            self.static = StaticDecode(model, plan, caches, images, static_rows)
+            self.static = StaticDecode(model, plan, caches, images, static_rows, compiled)
 
     @property
     def nbytes(self) -> int:

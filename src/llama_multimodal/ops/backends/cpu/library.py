@@ -112,11 +112,13 @@ def instruction_set() -> str:
     return _instruction_set
 
 
+@torch.compiler.assume_constant_result
 def has_attention(dtype: torch.dtype) -> bool:
     """Whether there is a kernel for attention of many queries."""
     return dtype in DTYPES and bool(functions().has_attention(DTYPES[dtype]))
 
 
+@torch.compiler.assume_constant_result
 def has_wide_linear() -> bool:
     """Whether there is a kernel for products of bf16 in fp32."""
     return bool(functions().has_wide_linear())
