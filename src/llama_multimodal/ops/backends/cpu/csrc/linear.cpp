@@ -16,10 +16,10 @@ namespace {
 
 using namespace llama_mm;
 
-constexpr int64_t kInputs = 192;              // whose weights of O outputs lie in the second cache: at most 256 KB
-constexpr int64_t kMostValues = int64_t{1} << 21;  // of a weight that are in order at a time: 8 MB
-constexpr int64_t kRowsOfTask = 96;            // at most; a multiple of kRowsTogether
-constexpr int64_t kTasksOfThread = 4;          // at least, where there are rows for so many
+constexpr int64_t kInputs = 192;                  // at a time, whose weights of O outputs fit the first cache: 48 KB
+constexpr int64_t kMostValues = int64_t{1} << 19;  // of a weight that are in order at a time: 2 MB, which stay in the caches
+constexpr int64_t kRowsOfTask = 96;               // at most; a multiple of kRowsTogether
+constexpr int64_t kTasksOfThread = 4;             // at least, where there are rows for so many
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
