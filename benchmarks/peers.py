@@ -167,7 +167,7 @@ def interleaved(candidates: dict[str, Callable[[], Any]], repeats: int) -> Measu
 
 def read_bandwidth(repeats: int = 5) -> float:
     """Bytes a second that torch's threads read from memory, at best: the sum of a tensor far larger than any cache."""
-    numbers = torch.ones(1 << 29, dtype=torch.int32)
+    numbers = torch.ones(1 << 28, dtype=torch.int64)
     numbers.sum()
     return numbers.nbytes / timed({"sum": numbers.sum}, repeats)["sum"]["fastest"]
 

@@ -80,7 +80,8 @@ def main() -> None:
     hit = {name: statistics.median(seconds[1:]) for name, seconds in hits.items()}
     print(f"a prompt of {PREFIX + ENDING} tokens, {PREFIX} of them known")
     print(
-        f"  shared {hit['shared']:.3f} s, not shared {hit['not shared']:.3f} s: {hit['not shared'] / hit['shared']:.1f} x"
+        f"  shared {hit['shared']:.3f} s, not shared {hit['not shared']:.3f} s:"
+        f" {hit['not shared'] / hit['shared']:.1f} x"
     )
     write("sharing", {"turns": by_turn, "encoded": encoded, "known_beginning": hit}, args.output)
 
