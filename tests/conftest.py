@@ -14,6 +14,7 @@ import torch
 PROCESSES = 2
 
 
+@pytest.hookimpl(optionalhook=True)  # `make gpu` does without the plugin
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     whole = config.args == config.getini("testpaths") and not (config.option.keyword or config.option.lf)
     return min(PROCESSES, os.cpu_count() or 1) if whole else 0
