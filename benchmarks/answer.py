@@ -13,6 +13,8 @@ behind it differ. What memory gives is measured beside: no answer in bf16 is fas
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers import arguments, random_mllama, read_bandwidth, timed, write
+from peers import arguments, random_mllama, read_bandwidth, write
 from PIL import Image
 
 import llama_multimodal as lmm
@@ -97,12 +99,12 @@ CASES = [
 
 @dataclass(frozen=True)
 class Prepared:
-    """ours, theirs: answer with so many tokens; pictures are prepared outside of what is timed. errors: of the logits
-    behind the prompt against transformers in fp32, root mean square over theirs; empty where it computes something
-    else. read: bytes of weights that a token of an answer reads."""
+    """ours, theirs: answer with so many tokens, and give each to a function once it is there; pictures are prepared
+    outside. errors: of the logits behind the prompt against transformers in fp32, root mean square over theirs; empty
+    where it computes something else. read: bytes of weights that a token of an answer reads."""
 
-    ours: Callable[[int], list[int]]
-    theirs: Callable[[int], list[int]]
+    ours: Callable[[int, Callable[[int], None]], None]
+    theirs: Callable[[int, Callable[[int], None]], None]
     errors: dict[str, float]
     read: int
 
@@ -155,18 +157,42 @@ def prepare(case: Case, folder: Path) -> Prepared:
             errors = {name: float((value - exact).norm() / exact.norm()) for name, value in found.items()}
     peer.generation_config.eos_token_id = None
 
-    def ours(count: int) -> list[int]:
+    def ours(count: int, put: Callable[[int], None]) -> None:
         params = lmm.SamplingParams(max_new_tokens=count, temperature=0.0)
-        return lmm.generate(model, inputs, params).token_ids[0]
+        for event in lmm.generate(model, inputs, params, stream=True):
+            put(event.token_id)
 
-    def theirs(count: int) -> list[int]:
-        settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
-        out = peer.generate(inputs.tokens, attention_mask=torch.ones_like(inputs.tokens), **extra, **settings)
-        return out[0, inputs.tokens.shape[1] :].tolist()
+    class Streamer(transformers.generation.BaseStreamer):
+        def __init__(self, put: Callable[[int], None]) -> None:
+            self.give, self.prompt = put, True
 
-    text = peer.model.language_model if case.picture else peer.model
-    once = [*text.layers.parameters(), *peer.lm_head.parameters()]  # the embedding is looked up
-    return Prepared(ours, theirs, errors, sum(p.numel() * p.element_size() for p in once))
+        def put(self, value: torch.Tensor) -> None:
+            if not self.prompt:
+                self.give(int(value))
+            self.prompt = False
+
+        def end(self) -> None:
+            pass
+
+    def theirs(count: int, put: Callable[[int], None]) -> None:
+        settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "streamer": Streamer(put)}
+        peer.generate(inputs.tokens, attention_mask=torch.ones_like(inputs.tokens), **extra, **settings)
+
+    read = [*model.decoder.layers.buffers(), *model.decoder.lm_head.buffers()]  # packed weights; of the embedding a row
+    return Prepared(ours, theirs, errors, sum(weight.numel() * weight.element_size() for weight in read))
+
+
+def answer(run: Callable[[int, Callable[[int], None]], None], count: int) -> tuple[list[int], float, float]:
+    """The tokens, the seconds to the first, and those from there to the last."""
+    tokens: list[int] = []
+    times = [time.perf_counter()]
+
+    def put(token: int) -> None:
+        tokens.append(token)
+        times.append(time.perf_counter())
+
+    run(count, put)
+    return tokens, times[1] - times[0], times[-1] - times[1]
 
 
 def main() -> None:
@@ -182,25 +208,28 @@ def main() -> None:
         prepared = prepare(case, case.write(args.scratch))
         both = {"ours": prepared.ours, "transformers": prepared.theirs}
         with torch.inference_mode():
-            a, b = (run(args.tokens + 1) for run in both.values())
-            first = timed({name: lambda run=run: run(1) for name, run in both.items()}, args.repeats)
-            whole = timed({name: lambda run=run: run(args.tokens + 1) for name, run in both.items()}, args.repeats)
+            tokens = [answer(run, args.tokens + 1)[0] for run in both.values()]
+            taken: dict[str, list[tuple[float, float]]] = {name: [] for name in both}
+            for _ in range(args.repeats):
+                for name, run in both.items():
+                    taken[name].append(answer(run, args.tokens + 1)[1:])
             bandwidth = read_bandwidth()
-        decode = {name: args.tokens / (whole[name]["seconds"] - first[name]["seconds"]) for name in both}
-        same = sum(x == y for x, y in zip(a, b))
-        print(f"\n{case.title}: {same} of {len(a)} greedy tokens are the same")
+        first = {name: statistics.median(row[0] for row in rows) for name, rows in taken.items()}
+        decode = {name: args.tokens / statistics.median(row[1] for row in rows) for name, rows in taken.items()}
+        same = sum(a == b for a, b in zip(*tokens, strict=True))
+        print(f"\n{case.title}: {same} of {args.tokens + 1} greedy tokens are the same")
         for name in both:
-            ratio = first["transformers"]["seconds"] / first[name]["seconds"]
+            ratio = first["transformers"] / first[name]
             error = f"   logits off by {prepared.errors[name]:.2%}" if prepared.errors else ""
             print(
-                f"  {name:14s} first token {first[name]['seconds']:7.3f} s  {ratio:5.2f} x   decoding"
+                f"  {name:14s} first token {first[name]:7.3f} s  {ratio:5.2f} x   decoding"
                 f" {decode[name]:7.1f} tokens/s  {decode[name] / decode['transformers']:5.2f} x{error}"
             )
         print(f"  {bandwidth / 1e9:.1f} GB/s are read at best, {bandwidth / prepared.read:.1f} times the weights")
         results[case.title] = {
-            "first_token": first,
-            "whole": whole,
+            "first_token_seconds": first,
             "decode_tokens_per_second": decode,
+            "taken": taken,
             "same_tokens": same,
             "errors": prepared.errors,
             "weight_bytes": prepared.read,
