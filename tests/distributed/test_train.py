@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -38,10 +39,10 @@ from llama_multimodal.models import LanguageModel, build_model
 from llama_multimodal.train import checkpoint, loop, watch
 from llama_multimodal.train.chat.in_parts import give_memory
 from llama_multimodal.train.chat.recipe import ChatRecipe
-from llama_multimodal.train.config import OptimConfig, ParallelOptions, read_table
+from llama_multimodal.train.config import ParallelOptions, read_table
 from llama_multimodal.train.parallel import Group as Alone
 from llama_multimodal.train.record import write_record
-from llama_multimodal.train.state import load_result
+from llama_multimodal.train.state import RunState, load_result
 from llama_multimodal.train.task import trained
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -77,8 +78,7 @@ LEGS = {2: "ddp", 4: "fsdp", 6: "tensor", 7: "fsdp", 8: "ddp", 9: "tensor"}
 
 
 def test_a_run_goes_on_whichever_way_its_processes_share_the_model(make: Make, one: ChatRecipe, two: Group) -> None:
-    """They take the steps of one process that never stops, with its evaluations and result; one process ends the run.
-    """
+    """They take the steps of one process that never stops, and evaluate as it does; one process ends the run."""
     for end, way in LEGS.items():
         run = make("legs", steps=end, evaluate={"every": 2 if end <= 6 else 0}, parallel=WAYS[way])
         two(run_here, run)
@@ -88,7 +88,11 @@ def test_a_run_goes_on_whichever_way_its_processes_share_the_model(make: Make, o
         assert metrics(run, key) == pytest.approx(metrics(one, key)[:3], abs=1e-5), key
     assert len(metrics(run, "eval_loss")) == 3
     kept = checkpoint.saved_steps(run.checkpoints)  # the best and the last two, of which ddp saved one, whole
-    assert {step: (path / "weights.safetensors").exists() for step, path in kept.items()} == {6: False, 8: True, 9: False}
+    assert {step: (path / "weights.safetensors").exists() for step, path in kept.items()} == {
+        6: False,
+        8: True,
+        9: False,
+    }
     run = make("legs", steps=10, evaluate={"every": 0})
     loop.train(run, lambda progress: None)
     loop.export(run)
@@ -110,6 +114,7 @@ def assert_same_adapter(run: ChatRecipe, wanted: ChatRecipe) -> None:
 
 FULL = {"method": "full", "steps": 2, "evaluate": {"every": 0}, "optim": {"learning_rate": 1e-3, "ema_decay": None}}
 FEW = {"steps": 2, "evaluate": {"every": 0}}
+WIDE = {**FEW, "lora": {"targets": ["all-linear"]}}
 OTHERS: dict[str, tuple[int, dict[str, Any]]] = {
     "all weights, packed": (2, {**FULL, "batch": {"packing": True, "tokens": 60}, "recompute": True}),
     "a frozen encoder, kept gathered": (
@@ -118,10 +123,8 @@ OTHERS: dict[str, tuple[int, dict[str, Any]]] = {
     "the head alone": (2, {**FULL, "freeze": ["vision", "projector", "self", "cross", "embedding"]}),
     "lengths of rows": (2, {"steps": 2, "evaluate": {"every": 1, "answers": 0}, "lora": {"dora": True}}),
     "the encoder's adapters": (2, {**FEW, "lora": {"targets": ["vision", "projector"]}, "recompute": True}),
-    "copies of shards": (4, {**FEW, "parallel": {"replicas": 2}}),
-    "shards of parts": (
-        4, {**FEW, "lora": {"targets": ["all-linear"]}, "parallel": {"tensor_parallel": 2}}
-    ),
+    "copies of shards": (4, {**WIDE, "parallel": {"replicas": 2}}),
+    "shards of parts": (4, {**WIDE, "parallel": {"tensor_parallel": 2}}),
     "parts": (2, {**FULL, "parallel": {"method": "ddp", "tensor_parallel": 2}, "recompute": True}),
 }  # fmt: skip
 
@@ -129,8 +132,8 @@ OTHERS: dict[str, tuple[int, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_mixture_learns_what_one_process_learns(name: str, make: Make, ranks: Ranks) -> None:
     count, changes = OTHERS[name]
-    wanted = make(f"{name} alone", **{**changes, "parallel": {}})
-    loop.train(wanted, lambda progress: None)
+    wanted = make(f"{'four' if count == 4 else name} alone", **{**changes, "parallel": {}})
+    loop.train(wanted, lambda progress: None)  # of those with four processes, the first time
     run = make(name, **{**changes, "parallel": {"method": "fsdp", **changes.get("parallel", {})}})
     ranks(count, run_here, run)
     for key in ("loss", "gradient_norm", "eval_loss"):
@@ -142,9 +145,11 @@ def test_every_mixture_learns_what_one_process_learns(name: str, make: Make, ran
 
 def whole(run: ChatRecipe) -> dict[str, torch.Tensor]:
     """What a run has learnt."""
-    task = run.to_export().task(Alone())
     path = checkpoint.last_path(run.checkpoints)
     assert path is not None
+    if not run.parallel.cuts:
+        return dict(checkpoint.load(path).weights)
+    task = run.to_export().task(Alone())
     load_result(path, task)
     return {name: value.detach() for name, value in trained(task.modules).items()}
 
@@ -154,6 +159,7 @@ def test_half_precision_stays_near(method: str, make: Make, two: Group) -> None:
     """Weights that learn are held in float32, gathered in bfloat16, and answer so."""
     optim = {"learning_rate": 1e-3}
     changes: dict[str, Any] = {"method": method, "dtype": "bfloat16", "steps": 2, "optim": optim, "result": "best"}
+    changes["evaluate"] = {"rows": 3, "answers": 1, "max_new_tokens": 2}
     wanted = make(f"half {method} alone", **changes)
     loop.train(wanted, lambda progress: None)
     run = make(f"half {method}", **changes, parallel={"method": "fsdp"})
@@ -172,18 +178,18 @@ def test_half_precision_stays_near(method: str, make: Make, two: Group) -> None:
             torch.testing.assert_close(value, saved[name].to(value.dtype), rtol=0, atol=0)
 
 
-def held(run: ChatRecipe) -> tuple[int, int]:
-    """Numbers that this process has of the model, and that the model has."""
+def held(run: ChatRecipe, where: str) -> tuple[int, int]:
+    """Numbers that this process has of the parameters with such names, and that the model has."""
     group = Alone.of(make_mesh(run.sharing.mesh(2), "cpu"))
-    parameters = run.task(group).modules.parameters()
-    counts = [(local_part(p).numel(), p.numel()) for p in parameters]
-    return sum(part for part, _ in counts), sum(whole for _, whole in counts)
+    parameters = [p for name, p in run.task(group).modules.named_parameters() if where in name]
+    return sum(local_part(p).numel() for p in parameters), sum(p.numel() for p in parameters)
 
 
-@pytest.mark.parametrize("way", ["fsdp", "tensor"])
-def test_a_process_has_memory_for_its_part_alone(way: str, make: Make, two: Group) -> None:
-    for part, whole in two(held, make(f"part {way}", parallel=WAYS[way])):
-        assert part < (0.52 if way == "fsdp" else 0.8) * whole  # embedding and head are whole beside tensor parts
+@pytest.mark.parametrize(("way", "where"), [("fsdp", ""), ("tensor", "_proj")])
+def test_a_process_has_memory_for_its_part_alone(way: str, where: str, make: Make, two: Group) -> None:
+    """Embedding, head and norms are whole beside tensor parts."""
+    for part, whole in two(held, make(f"part {way}", parallel=WAYS[way]), where):
+        assert 0 < part < 0.52 * whole
 
 
 def filled(name: str, sizes: dict[str, int]) -> tuple[Any, ...]:
@@ -205,11 +211,16 @@ def stepped(name: str, model: LanguageModel, mesh: Any = None) -> tuple[Any, ...
     return tuple(take_step(model, step_batches(name, 0), optimizer, mesh)[0] for _ in range(2))
 
 
+@functools.cache
+def plainly_stepped(name: str) -> tuple[Any, ...]:
+    return stepped(name, make_model(name))
+
+
 @pytest.mark.parametrize("sizes", [{"shard": 2}, {"shard": 1, "tensor": 2}], ids=str)
 @pytest.mark.parametrize("name", ["llama vision", "siglip"])
 def test_a_model_that_was_cut_without_memory_is_filled(name: str, sizes: dict[str, int], two: Group) -> None:
     """The second with an LM head that is the embedding, and stays it."""
-    wanted = stepped(name, make_model(name))
+    wanted = plainly_stepped(name)
     for losses in two(filled, name, sizes):
         assert losses == pytest.approx(wanted, rel=1e-9)
 
@@ -259,17 +270,17 @@ def test_a_loss_that_is_not_finite_is_explained_once(make: Make, two: Group) -> 
 
 
 @pytest.mark.parametrize("method", ["ddp", "fsdp"])
-def test_saved_steps_of_another_recipe_are_refused(method: str, make: Make) -> None:
+def test_of_a_recipe_saved_shapes_must_not_change_and_settings_may(method: str, make: Make) -> None:
     run = make(f"other {method}", steps=1, evaluate={"every": 0}, parallel={"method": method})
     loop.train(run, lambda progress: None)  # one process may be all there are
     other = replace(run, parallel=ParallelOptions("fsdp" if method == "ddp" else "ddp"))
-    for change, why in (
-        (replace(other, lora=replace(run.lora, targets=("self",))), "this one does not train "),
-        (replace(other, lora=replace(run.lora, rank=2)), r".* as \[2, .*, not \[4, "),
-        (replace(other, parallel=ParallelOptions(), optim=OptimConfig("adamw8bit")), "with the optimizer adamw, and"),
-    ):
-        with pytest.raises(CheckpointError, match=f"begun by another recipe: {why}"):
-            loop.train(change, lambda progress: None)
+    for lora, why in (({"targets": ("self",)}, "does not train "), ({"rank": 2}, r"has .* as \[2, .*, not \[4, ")):
+        with pytest.raises(CheckpointError, match=f"begun by another recipe: this one {why}"):
+            loop.train(replace(other, lora=replace(run.lora, **lora)), lambda progress: None)
+    decays = replace(run, optim=replace(run.optim, weight_decay=0.7))  # may change: moments are saved, no settings
+    state = RunState.of(decays, decays.task(Alone()))
+    assert state.resume() == 1
+    assert [group["weight_decay"] for group in state.optimizers[0].param_groups] == [0.7]
 
 
 @pytest.mark.parametrize(
@@ -318,32 +329,31 @@ def test_heads_that_parts_do_not_divide(make: Make, two: Group) -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def train_command(file: Path, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
+def train_command(file: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """`llama-mm train` as torchrun starts it; `train_command.py` is the command with an accident."""
     here = Path(__file__).parent
     paths = os.pathsep.join(map(str, (Path(llama_multimodal.__file__).parent.parent, here.parent, here)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--monitor-interval", "0.2", *options, str(here / "train_command.py"), "train", str(file)]
-    settings = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **env}
+    command += ["--monitor-interval", "0.2", str(here / "train_command.py"), "train", str(file)]
+    settings = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **env}
     return subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=280)
 
 
-def test_the_command_goes_on_after_failures_and_with_other_numbers_of_processes(
+def test_the_command_goes_on_after_a_failure_and_with_other_numbers_of_processes(
     make: Make, one: ChatRecipe, two: Group
 ) -> None:
-    """Two shards, of which the second fails twice: the first time torchrun starts them again, and they go on from the
-    last saved step; the second time the run ends, with that process's error and no other. Then one process goes on, and
-    two again; against a run that never stopped."""
+    """Two shards, of which the second fails: the run ends with that process's error and no other. Then one process goes
+    on, and two again; against a run that never stopped. `test_mesh` has torchrun start failed processes again."""
     folder = Path(one.output).parent
 
     def file(steps: int) -> Path:
-        made = make("command", steps=steps, evaluate={"every": 0}, parallel={"method": "fsdp"})
+        made = make("command", steps=steps, save_every=1, evaluate={"every": 0}, parallel={"method": "fsdp"})
         return write_recipe(plain(made), folder / "command.yaml")
 
-    ended = train_command(file(4), "--max-restarts", "1", FAILS_AT="1 2")
+    ended = train_command(file(4), FAILS_AT="2")
     assert ended.returncode == 1
     said = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
-    assert said == ["error: picture 1 is damaged; leave it out", "error: picture 2 is damaged; leave it out"]
+    assert said == ["error: picture 2 is damaged; leave it out"]
     report = ended.stderr[ended.stderr.index("Root Cause") :]
     assert re.search(r"rank\s*: 1 ", report) and "picture 2 is damaged; leave it out" in report
     with pytest.raises(SystemExit) as done:

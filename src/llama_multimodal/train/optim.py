@@ -74,7 +74,7 @@ def state_by_name(
 ) -> dict[str, Any]:
     """What optimizers remember of each parameter, by its name: of those that have learnt anything so far."""
     names = {id(parameter): name for name, parameter in parameters.items()}
-    found = {}
+    found: dict[str, Any] = {}
     for optimizer in optimizers:
         state = optimizer.state_dict()["state"]
         found |= {names[id(p)]: state[i] for i, p in enumerate(_members(optimizer)) if i in state}
