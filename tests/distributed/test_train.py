@@ -185,7 +185,7 @@ def held(run: ChatRecipe, where: str) -> tuple[int, int]:
     return sum(local_part(p).numel() for p in parameters), sum(p.numel() for p in parameters)
 
 
-@pytest.mark.parametrize(("way", "where"), [("fsdp", ""), ("tensor", "_proj")])
+@pytest.mark.parametrize(("way", "where"), [("fsdp", ""), ("tensor", "_proj.base")])
 def test_a_process_has_memory_for_its_part_alone(way: str, where: str, make: Make, two: Group) -> None:
     """Embedding, head and norms are whole beside tensor parts."""
     for part, whole in two(held, make(f"part {way}", parallel=WAYS[way]), where):
