@@ -1,5 +1,5 @@
-"""Processes that run functions together. They are started once and asked many times: starting one takes as long as most
-of what it is asked."""
+"""Processes that run functions together. They are started once and asked many times, and forked from one that has read
+torch: reading it takes as long as most of what they are asked."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ Group = Callable[..., list[Any]]
 """Runs a module's function on some processes at once; what each returned, by rank."""
 
 _PATIENCE = 280  # seconds
+_READ_BEFORE = ["torch", "llama_multimodal.train.loop", "llama_multimodal.train.chat.task"]
 
 
 class Ranks:
@@ -54,7 +55,8 @@ class Ranks:
         return [answers[rank] for rank in range(count)]
 
     def _start(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_READ_BEFORE)
         for rank in range(len(self._processes), count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
