@@ -33,6 +33,7 @@ def test_the_triton_kernels_in_the_interpreter() -> None:
         pytest.skip(why)
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "--timeout=900", str(FOLDER)]
-    run = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    assert run.returncode == 0, run.stdout
-    assert " passed" in run.stdout, run.stdout
+    run = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output = run.stdout.decode(errors="replace")
+    assert run.returncode == 0, output
+    assert " passed" in output, output
