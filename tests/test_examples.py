@@ -16,7 +16,6 @@ import pytest
 
 import llama_multimodal
 import llama_multimodal as lmm
-from llama_multimodal.zoo.world import sample
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.append(str(EXAMPLES))
@@ -140,15 +139,6 @@ def test_new_task() -> None:
     assert [turn.kind.split("_")[0] for (turn,) in asked] == ["color", "shape", "count"] * 2
     assert all(task.is_new(turn) for (turn,) in asked)
     assert not any(task.is_new(turn) for turn in task.known(3)[1])
-
-
-def test_known_pictures_with_purple() -> None:
-    """A scene without purple makes way for one that has it, every other time; nothing else does."""
-    task = importlib.import_module("new_task")
-    drawn = {seed: sample(seed, small=0.7) for seed in range(12)}
-    plain = {s for s, it in drawn.items() if it.family == "scene" and all(m.color != task.PURPLE for m in it.marks)}
-    replaced = {seed for seed, item in drawn.items() if task.known(seed)[1] != list(item.turns)}
-    assert replaced == {seed for seed in plain if seed % 2} != set() != plain - replaced
 
 
 def test_new_words() -> None:
