@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_multimodal import ops
-from llama_multimodal.ops import KeyRanges, PackedWeight, Span
+from llama_multimodal.ops import CACHE_DTYPES, SCALE_BYTES, KeyRanges, PackedWeight, QuantizedBlocks, Span
+from llama_multimodal.ops.quantized_blocks import quantize
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -171,6 +172,26 @@ def paged_decode_attention(b: int, h: int, kv: int, c: int, d: int, slots: int =
     )
 
 
+def quantized_paged_decode_attention(b: int, h: int, kv: int, c: int, d: int, format: str, slots: int = 16) -> Row:
+    blocks = b * c // slots
+
+    def make(device: str) -> list[Any]:
+        q, *caches, table, lengths = paged_decode_attention(b, h, kv, c, d, slots).make(device)
+        (k, k_scales), (v, v_scales) = (quantize(cache, CACHE_DTYPES[format]) for cache in caches)
+        return [q, k, v, k_scales, v_scales, table, lengths]
+
+    return Row(
+        "quantized_paged_decode_attention",
+        f"{_count(b, 'row')}, {h}/{kv} heads of {d}, {c} keys in blocks of {slots}, {format} bf16",
+        Cost(2 * b * kv * c * (d + SCALE_BYTES) + 4 * b * h * d + 4 * blocks, 4 * b * h * c * d, 4 * b * h * c * d),
+        make,
+    )
+
+
+def _over_8_bits(q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor, v_scales: Tensor, *reads: Tensor) -> Tensor:
+    return ops.paged_decode_attention(q, QuantizedBlocks(k, k_scales), QuantizedBlocks(v, v_scales), *reads)
+
+
 def kv_write(t: int, kv: int, d: int, slots: int = 16) -> Row:
     def make(device: str) -> list[Any]:
         new = [_random(t, kv, d, dtype=BF16, device=device) for _ in range(2)]
@@ -277,6 +298,7 @@ ROWS: Sequence[Row] = (
     swiglu(256, 14336),
     swiglu(2048, 14336),
     paged_decode_attention(16, 32, 8, 8192, 128),
+    quantized_paged_decode_attention(16, 32, 8, 8192, 128, "int8"),
     kv_write(2048, 8, 128),
     kv_write(32768, 8, 128),
     cross_attention(1, 32, 8, 6404, 128),
@@ -299,6 +321,7 @@ TINY: Sequence[Row] = (
     attention(9, 4, 2, 16),
     decode_attention(2, 4, 2, 40, 64),
     paged_decode_attention(2, 4, 2, 32, 64),
+    quantized_paged_decode_attention(2, 4, 2, 32, 64, "int8"),
     kv_write(32, 2, 16),
     cross_attention(1, 4, 2, 11, 16),
     cross_attention(7, 4, 2, 11, 16),
@@ -336,7 +359,8 @@ def reference(row: Row, compiled: Callable[..., Any] = lambda function: function
 
 
 def on_backend(row: Row, backend: str, compiled: Callable[..., Any] = lambda function: function) -> Callable[..., Any]:
-    function = compiled(getattr(ops, row.op))
+    quantized = row.op == "quantized_paged_decode_attention"  # which is called by the plain one's name
+    function = compiled(_over_8_bits if quantized else getattr(ops, row.op))
 
     def forced(*args: Any, **keywords: Any) -> Any:
         with ops.use_backend(backend):

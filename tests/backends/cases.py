@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from llama_multimodal import ops
-from llama_multimodal.ops import KeyRanges, Span
+from llama_multimodal.ops import CACHE_DTYPES, KeyRanges, QuantizedBlocks, Span
+from llama_multimodal.ops.quantized_blocks import quantize
 
 from .references import TOLERANCE, poisoned, randn
 
@@ -49,6 +50,9 @@ class Case:
 
 def run(op: str, args: Sequence[Any], keywords: dict[str, Any]) -> list[Tensor]:
     """What an op gives; for `kv_write` the caches that it wrote to."""
+    if op == "quantized_paged_decode_attention":
+        q, k, v, k_scales, v_scales, *reads = args
+        return [ops.paged_decode_attention(q, QuantizedBlocks(k, k_scales), QuantizedBlocks(v, v_scales), *reads)]
     given = getattr(ops, op)(*args, **keywords)
     return list(args[2:4]) if op == "kv_write" else list(given) if isinstance(given, tuple) else [given]
 
@@ -70,10 +74,11 @@ def _seed(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor
 
 def widened(args: Sequence[Any]) -> list[Any]:
     """The same values in fp64, for the reference to compute with."""
-    return [
-        x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, Tensor) and x.is_floating_point() else x
-        for x in args
-    ]
+
+    def is_float(x: Any) -> bool:  # 8 bits are values of a cache, which stay what they are
+        return isinstance(x, Tensor) and x.is_floating_point() and x.itemsize > 1
+
+    return [x.detach().double().requires_grad_(x.requires_grad) if is_float(x) else x for x in args]
 
 
 def check(case: Case, dtype: torch.dtype, device: str) -> None:
@@ -204,6 +209,17 @@ def _paged(h: int, kv: int, slots: int, d: int) -> Callable[[torch.dtype, str], 
     return make
 
 
+def _quantized(h: int, kv: int, slots: int, d: int, format: str) -> Callable[[torch.dtype, str], Any]:
+    """`_paged` over the same caches in 8 bits."""
+
+    def make(dtype: torch.dtype, device: str) -> Sequence[Any]:
+        q, *caches, table, lengths = _paged(h, kv, slots, d)(dtype, device)
+        (k, k_scales), (v, v_scales) = (quantize(cache, CACHE_DTYPES[format]) for cache in caches)
+        return q, k, v, k_scales, v_scales, table, lengths
+
+    return make
+
+
 def _write(t: int, kv: int, slots: int, d: int) -> Callable[[torch.dtype, str], Any]:
     """Tokens in any order, every fifth of them padding."""
 
@@ -269,6 +285,10 @@ CASES = [
     Case("decode_attention", "128, many keys", _decode(3, 32, 8, 4000, 128)),
     Case("paged_decode_attention", "64", _paged(6, 2, 4, 64)),
     Case("paged_decode_attention", "128", _paged(32, 8, 16, 128)),
+    Case("quantized_paged_decode_attention", "64, int8", _quantized(6, 2, 4, 64, "int8")),
+    Case("quantized_paged_decode_attention", "128, int8", _quantized(32, 8, 16, 128, "int8")),
+    Case("quantized_paged_decode_attention", "64, fp8", _quantized(6, 2, 4, 64, "fp8")),
+    Case("quantized_paged_decode_attention", "128, fp8", _quantized(32, 8, 16, 128, "fp8")),
     Case("kv_write", "80", _write(33, 2, 4, 80)),
     Case("kv_write", "128", _write(200, 8, 16, 128)),
     Case("cross_attention", "64", _cross(2, 4, 1, 33, 130, 64), wanted=(0, 1, 2)),

@@ -12,6 +12,7 @@ from runs import CONFIGS, assert_same_run, make_batch, make_model, train
 from small_model import CONFIG
 from torch import nn
 
+from llama_multimodal import LoraConfig, apply_lora, use_adapter
 from llama_multimodal.config import LanguageModelConfig
 from llama_multimodal.distributed import DECODER, ParallelConfig, make_mesh, parallelize
 from llama_multimodal.distributed.tensor_parallel import TensorParallelLinear
@@ -85,6 +86,58 @@ def test_the_engine_runs_over_parts(name: str, two: Group) -> None:
     for wanted, said, (whole, part), nbytes in two(engine_answers, name):
         assert said == wanted
         assert whole == 2 * part and nbytes <= 256 << 10  # each holds its own heads' keys alone
+
+
+def adapted(name: str, plan: Any = None) -> LanguageModel:
+    """In parts or, where a plan is left out, whole; with two adapters of other ranks that change what it says."""
+    model = make_model(name)
+    for adapter, rank in (("small", 2), ("wide", 5)):
+        targets = ("self", "mlp", *(["cross"] if name == "llama vision" else ["lm_head"]))
+        apply_lora(model, LoraConfig(rank=rank, targets=targets), adapter)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if "lora" in key:
+                value.copy_(0.4 * torch.randn(value.shape, generator=generator))
+    return model.eval() if plan is None else parallelize(model.eval(), make_mesh(ParallelConfig(tensor=2), "cpu"), plan)
+
+
+def answers_of_adapters(name: str, plan: Any) -> Any:
+    """Of a row each, over the whole one row at a time and over parts together: logits, and what the engine says."""
+    asked, params = ("wide", "", "small", "wide"), SamplingParams(max_new_tokens=8)
+    whole, model = adapted(name), adapted(name, plan)
+    rows = [make_batch(name, 7 + i, [0])[0] for i in range(len(asked))]
+    logits, said = [], []
+    for row, adapter in zip(rows, asked):
+        with use_adapter(whole, adapter or None), torch.no_grad():
+            logits.append(whole(row).logits)
+            said.append(generate(whole, row, params).token_ids[0])
+    told = []
+    with torch.no_grad(), use_adapter(model, [adapter or None for adapter in asked]):
+        for i, row in enumerate(rows):  # four rows alike, so that the batch has one length
+            four = row.tokens.repeat(4, 1)
+            places, nothing = torch.arange(four.shape[1])[None], torch.zeros(*four.shape, 2, dtype=torch.int64)
+            told.append(model.decoder(model.embed(four, None), places, nothing)[i])
+    engine = Engine(model, None, EngineConfig(block_size=4, cache_memory="256KiB"))
+    requests = [Request(inputs=row, params=params, adapter=adapter) for row, adapter in zip(rows, asked)]
+    return logits, told, said, [answer.token_ids for answer in engine.generate(requests)]
+
+
+WIDE = (
+    *(place for place in DECODER if ".mlp." not in place[0]),
+    ("decoder.layers.*.mlp.gate_up", "enter"),
+    ("decoder.layers.*.mlp.gate_up.*_proj", "gather"),
+    ("decoder.layers.*.mlp.down_proj", "slice"),
+)
+
+
+@pytest.mark.parametrize("name, plan", [("llama vision", DECODER), ("llama", DECODER + HEAD), ("llama", WIDE)])
+def test_rows_with_an_adapter_each_over_parts(name: str, plan: Any, two: Group) -> None:
+    """Layers that are cut in every way: by outputs and by inputs, and those that give or take all of them."""
+    for logits, told, wanted, said in two(answers_of_adapters, name, plan):
+        for ours, theirs in zip(told, logits):
+            torch.testing.assert_close(ours, theirs[0], rtol=0, atol=1e-10)
+        assert said == wanted and len({tuple(tokens) for tokens in said}) > 2
 
 
 def sizes(name: str) -> Any:

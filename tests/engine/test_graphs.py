@@ -120,7 +120,7 @@ def test_proposed_tokens_are_rows_of_a_recorded_step(kind: str) -> None:
 @pytest.mark.parametrize("backend", ["torch", None])
 @pytest.mark.parametrize("format", ["int8", "fp8"])
 def test_over_a_cache_in_8_bits(format: str, backend: str | None) -> None:
-    """By the reference too, which is all that there is on a GPU."""
+    """By the reference too, which writes them on a GPU."""
     with ops.use_backend(backend) if backend else nullcontext():
         plain = Engine(model("cross_attention"), None, replace(STATIC, static_decode=False, cache_dtype=format))
         engine, recording = static_engine("cross_attention", replace(STATIC, cache_dtype=format))

@@ -26,10 +26,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """An adapter for each row of a batch: `names[index[b]]`, and none where the index is -1."""
+    """An adapter for each row of a batch: `names[index[b]]`, and none where the index is -1.
+
+    kept: what layers make of their adapters, by path, where that is done once for all calls; see `lora.fixed_rows`.
+    """
 
     names: tuple[str, ...]
     index: Tensor  # int64 [B], or [B, T] for each token
+    kept: dict[str, Joined] | None = None
 
 
 Choice = str | Rows | None
@@ -41,7 +45,8 @@ class AdapterSet:
     """The named adapters of one model, in the order they came, and which of them is in force.
 
     choice: outside of `use_adapter` it is `default`, the first that came. merged: the layers whose weights hold an
-    adapter now, see `lora.merge_lora`.
+    adapter now, see `lora.merge_lora`. changes: how many adapters came, went, were merged or unmerged. numbers: which
+    change brought each, by name: one of the same name that comes later has another.
     """
 
     configs: dict[str, LoraConfig] = field(default_factory=dict)
@@ -49,6 +54,8 @@ class AdapterSet:
     default: str | None = None
     user: int | None = None  # the thread inside `use_adapter`
     merged: list[Any] = field(default_factory=list)
+    changes: int = 0
+    numbers: dict[str, int] = field(default_factory=dict)
 
 
 class BaseLayer(Protocol):
@@ -105,7 +112,21 @@ class LowRank(nn.Module):
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         """`out + self(x)`, rounded once; out: [..., N], whose dtype is x's."""
         low = ops.linear(x, (self.A * self.scale).to(x.dtype))  # [..., R]
-        return _plus_product(out, low, self.B)
+        return self.plus_product(out, low, self.B)
+
+    # In parts, for several adapters of a layer that are computed together: their A and B lie side by side.
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """A and B, or the parts of them that this process computes with."""
+        return self.A, self.B
+
+    def lower(self, x: Tensor, A: Tensor) -> Tensor:
+        """`x · Aᵀ`; A: such as `held` gives, [S, K], in x's dtype → [..., S]"""
+        return ops.linear(x, A)
+
+    def plus_product(self, out: Tensor, low: Tensor, B: Tensor) -> Tensor:
+        """`out + low · Bᵀ`, rounded once; low: [..., S]; out: [..., N], of the same dtype; B: such as `held` gives."""
+        return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), B.to(low.dtype).t()).view(out.shape)
 
     def delta(self, dtype: torch.dtype) -> Tensor:
         """What is added to the weight, [N, K]."""
@@ -187,13 +208,14 @@ class Lora(nn.ModuleDict):
             raise ConfigError(f"adapters are given for {list(lead)} rows, and the batch has {list(x.shape[:-1])}")
         if self.training and any(self[name].dropout for name in rows.names if name in self):
             raise ConfigError("an adapter for each row is for answering; call model.eval(), or train one at a time")
-        joined = self._join(rows.names, base)
+        joined = self._join(rows, base, x.dtype)
         place = rows.index.reshape(*lead, *(1,) * (x.ndim - len(lead)))  # [B, …, 1]
-        low = ops.linear(x, (joined.A * joined.scales[:, None]).to(x.dtype))  # [..., S]
+        pair = next(self[name] for name in rows.names if name in self)  # which is cut as all of them are
+        low = pair.lower(x, joined.A)  # [..., S]
         low = torch.where(place == joined.owner, low, 0)
         if joined.factors is None:
-            return _plus_product(out, low, joined.B)
-        added = ops.linear(low, joined.B.to(x.dtype))
+            return pair.plus_product(out, low, joined.B)
+        added = ops.linear(low, joined.B)
         factor = joined.factors[place.squeeze(-1)]  # [..., N]; -1 is the last
         return (out + (factor - 1) * _without_bias(out, base) + factor * added).to(out.dtype)
 
@@ -202,12 +224,17 @@ class Lora(nn.ModuleDict):
         tensors = (*pair.parameters(), *base.tensors())
         return self._keep((id(pair), dtype), tensors, lambda: pair.stretch(base, dtype))
 
-    def _join(self, names: tuple[str, ...], base: BaseLayer) -> _Joined:
+    def _join(self, rows: Rows, base: BaseLayer, dtype: torch.dtype) -> Joined:
+        names = rows.names
+        if rows.kept is not None:
+            if self.path not in rows.kept:
+                rows.kept[self.path] = self._join_now(names, base, dtype)
+            return rows.kept[self.path]
         pairs = [self[name] for name in names if name in self]
         tensors: list[Tensor] = [parameter for pair in pairs for parameter in pair.parameters()]
         if any(pair.magnitude is not None for pair in pairs):
             tensors += base.tensors()
-        return self._keep(_Joined, (*tensors,), lambda: self._join_now(names, base), names)
+        return self._keep(Joined, (*tensors,), lambda: self._join_now(names, base, dtype), names, dtype)
 
     def _keep(self, key: Any, tensors: tuple[Tensor, ...], make: Callable[[], T], *more: Any) -> T:
         """What `make` gives, kept between calls for as long as no tensor is written to; where a gradient may be
@@ -219,46 +246,37 @@ class Lora(nn.ModuleDict):
             self._kept[key] = state, make()
         return self._kept[key][1]
 
-    def _join_now(self, names: Sequence[str], base: BaseLayer) -> _Joined:
+    def _join_now(self, names: Sequence[str], base: BaseLayer, dtype: torch.dtype) -> Joined:
         pairs = [(i, self[name]) for i, name in enumerate(names) if name in self]
-        first = pairs[0][1]
-        device, dtype = first.A.device, first.A.dtype
+        device, wide = pairs[0][1].A.device, dtype
         for _, pair in pairs:
-            dtype = torch.promote_types(dtype, pair.A.dtype)
+            wide = torch.promote_types(wide, pair.A.dtype)
         owner = torch.tensor([i for i, pair in pairs for _ in range(pair.rank)], device=device)
-        scales = torch.tensor([pair.scale for _, pair in pairs for _ in range(pair.rank)], device=device, dtype=dtype)
         factors = None
         if any(pair.magnitude is not None for _, pair in pairs):
-            ones = torch.ones(self.shape[0], device=device, dtype=dtype)
-            by_name = {i: pair.stretch(base, dtype) for i, pair in pairs if pair.magnitude is not None}
+            ones = torch.ones(self.shape[0], device=device, dtype=wide)
+            by_name = {i: pair.stretch(base, wide) for i, pair in pairs if pair.magnitude is not None}
             factors = torch.stack([by_name.get(i, ones) for i in range(len(names))] + [ones])
-        return _Joined(
-            torch.cat([pair.A.to(dtype) for _, pair in pairs]),
-            torch.cat([pair.B.to(dtype) for _, pair in pairs], dim=1),
+        return Joined(
+            torch.cat([(pair.held()[0] * pair.scale).to(dtype) for _, pair in pairs]),
+            torch.cat([pair.held()[1].to(dtype) for _, pair in pairs], dim=1),
             owner,
-            scales,
             factors,
         )
 
 
 @dataclass(frozen=True, eq=False)
-class _Joined:
-    """Several adapters of one layer side by side."""
+class Joined:
+    """Several adapters of one layer side by side, A and B in the dtype of the layer's input."""
 
-    A: Tensor  # [S, K]
+    A: Tensor  # [S, K], times its scale
     B: Tensor  # [N, S]
     owner: Tensor  # [S], which adapter each column of the low-rank product belongs to
-    scales: Tensor  # [S]
     factors: Tensor | None  # DoRA's [adapters + 1, N], 1 for the others and for none
 
 
 def _tensors(layer: nn.Module) -> list[Tensor]:
     return [*layer.parameters(), *layer.buffers()]
-
-
-def _plus_product(out: Tensor, low: Tensor, B: Tensor) -> Tensor:
-    """`out + low · Bᵀ`, rounded once; low: [..., R]; out: [..., N], of the same dtype."""
-    return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), B.to(low.dtype).t()).view(out.shape)
 
 
 def _without_bias(out: Tensor, base: BaseLayer) -> Tensor:

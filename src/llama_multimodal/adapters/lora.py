@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from ..models import LanguageModel
 from ..models.layers import PackedLinear
 from ..quant.nf4 import Nf4Linear
 from .config import LoraConfig
-from .layers import AdapterSet, BaseLayer, Choice, Lora, LoraLinear, LoraProjections, LowRank, Part, Rows
+from .layers import AdapterSet, BaseLayer, Choice, Joined, Lora, LoraLinear, LoraProjections, LowRank, Part, Rows
 from .targets import Place, resolve
 
 
@@ -50,20 +50,23 @@ def apply_lora(model: LanguageModel, config: LoraConfig, name: str = "default") 
                 pair.add_magnitude(base)
             lora[name] = pair.train(lora.training)
     adapters.configs[name] = config
+    adapters.changes += 1
+    adapters.numbers[name] = adapters.changes
     if adapters.default is None:
         adapters.default = adapters.choice = name
     return model
 
 
 @contextmanager
-def use_adapter(model: LanguageModel, choice: str | Sequence[str | None] | Tensor | None) -> Iterator[None]:
+def use_adapter(model: LanguageModel, choice: str | Sequence[str | None] | Tensor | Rows | None) -> Iterator[None]:
     """Inside the `with` block, answer with an adapter, or with none, or with one for each row of the batch.
 
     A stream of `generate` is read inside the block too. One thread at a time can be inside.
 
     choice: a name; None for the plain model; a sequence of them, one a row; or int64 [B] (or [B, T] for every token):
-        indices into `adapter_names(model)`, -1 for none. Rows of different adapters share one batch, and each gives
-        what it gives alone; layers that read images take one adapter at a time.
+        indices into `adapter_names(model)`, -1 for none; or what `fixed_rows` made of those. Rows of different
+        adapters share one batch, and each gives what it gives alone; layers that read images take one adapter at a
+        time.
 
     Raises:
         ConfigError: no such adapter, adapters that are merged, or another thread inside.
@@ -82,6 +85,34 @@ def use_adapter(model: LanguageModel, choice: str | Sequence[str | None] | Tenso
         adapters.choice, adapters.user = before, user
 
 
+def fixed_rows(model: LanguageModel, index: Tensor, kept: dict[str, Joined]) -> Rows:
+    """A choice for a step that is recorded and run again: the index is read anew each time, all else stays.
+
+    What layers make of the adapters they make once and put in `kept`, which steps may share. It holds good until
+    `adapter_changes` is another or the weights change; whoever recorded a step holds it as long as the step.
+
+    index: int64 [B] or [B, T], into `adapter_names(model)`, -1 for none; its values are not checked
+    """
+    return Rows(adapter_names(model), index, kept)
+
+
+def adapter_in_force(
+    model: LanguageModel, choice: str | Sequence[str | None] | Tensor | Rows | None
+) -> AbstractContextManager[None]:
+    """`use_adapter`, where there is something to choose: not without adapters, nor where one is in the weights."""
+    return use_adapter(model, choice) if adapter_names(model) and not _find(model).merged else nullcontext()
+
+
+def adapter_changes(model: LanguageModel) -> int:
+    """How often an adapter came, went, or was merged or unmerged."""
+    return _find(model).changes
+
+
+def adapter_numbers(model: LanguageModel) -> dict[str, int]:
+    """The model's adapters in the order they came, and a number that tells two of one name apart."""
+    return dict(_find(model).numbers)
+
+
 def adapter_names(model: LanguageModel) -> tuple[str, ...]:
     """The model's adapters, in the order they came."""
     return tuple(_find(model).configs)
@@ -97,10 +128,11 @@ def remove_adapter(model: LanguageModel, name: str | None = None) -> LanguageMod
     if adapters.merged:
         raise ConfigError("an adapter is merged into this model; call unmerge_lora before removing one")
     for gone in tuple(adapters.configs) if name is None else (_known(adapters, name),):
-        del adapters.configs[gone]
+        del adapters.configs[gone], adapters.numbers[gone]
         for lora in _loras(model):
             if gone in lora:
                 del lora[gone]
+    adapters.changes += 1
     adapters.default = adapters.choice = next(iter(adapters.configs), None)
     for path, module in _wrappers(model):
         if isinstance(module, LoraProjections):
@@ -145,6 +177,7 @@ def merge_lora(model: LanguageModel, name: str | None = None) -> LanguageModel:
             )
         if base.weight is model.decoder.embedding.weight:
             raise ConfigError(f"{path} is the embedding's own table; an adapter of it cannot be merged")
+    adapters.changes += 1
     for path, module in wrappers:
         assert isinstance(module, LoraLinear) and isinstance(module.base, nn.Linear)
         base, weight = module.base, module.base.weight
@@ -178,6 +211,7 @@ def unmerge_lora(model: LanguageModel) -> LanguageModel:
         if dtype != one.weight.dtype:  # the model was converted meanwhile
             base.to(dtype)
     adapters.merged.clear()
+    adapters.changes += 1
     return model
 
 
@@ -266,9 +300,11 @@ def _known(adapters: AdapterSet, name: str) -> str:
     return name
 
 
-def _choice(adapters: AdapterSet, choice: str | Sequence[str | None] | Tensor | None, device: torch.device) -> Choice:
-    if choice is None:
-        return None
+def _choice(
+    adapters: AdapterSet, choice: str | Sequence[str | None] | Tensor | Rows | None, device: torch.device
+) -> Choice:
+    if choice is None or isinstance(choice, Rows):
+        return choice
     if isinstance(choice, str):
         return _known(adapters, choice)
     if isinstance(choice, Tensor):

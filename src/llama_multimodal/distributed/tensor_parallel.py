@@ -256,18 +256,31 @@ class TensorParallelLowRank(LowRank):
         self.train(pair.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = local_part(self.A).to(x.dtype), local_part(self.B).to(x.dtype)
-        if self.by_outputs:  # the gradients of x are partial here, as the layer's are, and those of A would be
-            low = ops.linear(x, _Enter.apply(a, self.group)) * self.scale
-            out = ops.linear(low, b)
-            return out if self.style == "colwise" else _Gather.apply(out, self.group, self.index, self.num_parts)
-        if self.style == "slice":
-            x = _Slice.apply(x, self.group, self.index, self.num_parts)
-        low = _Sum.apply(ops.linear(x, a), self.group) * self.scale
-        return ops.linear(low, b)
+        A, B = self.held()
+        low = self.lower(x, A.to(x.dtype)) * self.scale
+        return self._gathered(ops.linear(low, B.to(x.dtype)))
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         return out + self(x)
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        return local_part(self.A), local_part(self.B)
+
+    def lower(self, x: Tensor, A: Tensor) -> Tensor:
+        if self.by_outputs:  # the gradients of x are partial here, as the layer's are, and those of A would be
+            return ops.linear(x, _Enter.apply(A, self.group))
+        if self.style == "slice":
+            x = _Slice.apply(x, self.group, self.index, self.num_parts)
+        return _Sum.apply(ops.linear(x, A), self.group)
+
+    def plus_product(self, out: Tensor, low: Tensor, B: Tensor) -> Tensor:
+        if self.style != "gather":
+            return super().plus_product(out, low, B)
+        return out + self._gathered(ops.linear(low, B))
+
+    def _gathered(self, out: Tensor) -> Tensor:
+        """The outputs of all side by side, where the layer gives those."""
+        return _Gather.apply(out, self.group, self.index, self.num_parts) if self.style == "gather" else out
 
 
 class HeadNorm(RMSNorm):

@@ -1,6 +1,8 @@
 """Decoding steps of fixed shapes: rows are padded to one of a few numbers, and what a step reads is copied into buffers
 that stay where they are. On a CUDA device such a step is captured as a graph once and replayed from then on.
 
+Rows with different adapters share a step that has one at all: each row's choice is a number in a buffer.
+
 A padding row has a key and a value of its own in blocks that no request ever holds. Rows that look at images and rows
 that do not share a step: one that does not reads no key, and a gate of its own closes its feed-forward block.
 
@@ -20,6 +22,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..adapters.layers import Joined
+from ..adapters.lora import adapter_changes, adapter_in_force, adapter_names, adapter_set, fixed_rows
 from ..models import LanguageModel
 from ..ops import CacheBlocks, PagedCache, PagedReads
 from .config import CachePlan, row_buckets
@@ -80,11 +84,13 @@ class AsItIs:
 
 @dataclass(frozen=True)
 class Shape:
-    """rows: B. blocks: M. units: U; 0 where no row looks at an image, and gated blocks are passed by."""
+    """rows: B. blocks: M. units: U; 0 where no row looks at an image, and gated blocks are passed by. adapters: whether
+    a row may have one."""
 
     rows: int
     blocks: int
     units: int
+    adapters: bool
 
 
 class StaticDecode:
@@ -104,6 +110,8 @@ class StaticDecode:
         text, device = model.config.text, model.device
         self._recorder = recorder or (CudaGraphs(device) if device.type == "cuda" else AsItIs())
         self._steps: dict[Shape, Callable[[], Tensor]] = {}
+        self._joined: dict[str, Joined] = {}  # which recorded steps read: it lives as long as they do
+        self._adapter_changes = adapter_changes(model)
         most = -(-text.max_position_embeddings // plan.block_size)
         self._rows = row_buckets(max_rows)
         self._widths = _widths(min(most, plan.num_blocks))
@@ -119,17 +127,24 @@ class StaticDecode:
         self._units = torch.zeros(rows * max((0, *self._unit_widths)), dtype=torch.int32, device=device)
         self._cos, self._sin = (torch.zeros(angles, device=device) for _ in range(2))
         self._sees = torch.zeros(1, rows, 2, dtype=whole, device=device)
+        self._adapters = torch.full((1, rows), -1, dtype=whole, device=device)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Record every number of rows with short tables; what is longer is recorded when it first comes."""
-        for units in (0, *self._unit_widths[:1]):
-            for rows in self._rows:
-                self._run(Shape(rows, self._widths[0], units), [], [], [], [], [])
+        for adapters in (False, True)[: 1 + self._can_choose]:
+            for units in (0, *self._unit_widths[:1]):
+                for rows in self._rows:
+                    self._run(Shape(rows, self._widths[0], units, adapters), [], [], [], [], [], [])
 
     def forget(self) -> None:
         """What was recorded, as after a change of the weights."""
         self._steps.clear()
+        self._joined = {}
+
+    @property
+    def _can_choose(self) -> bool:
+        return bool(adapter_names(self._model)) and not adapter_set(self._model).merged
 
     @torch.inference_mode()
     def logits(
@@ -139,10 +154,12 @@ class StaticDecode:
         slots: Sequence[int],
         rows: Sequence[Row],
         image_rows: Sequence[Row],
+        adapters: Sequence[int],
     ) -> Tensor | None:
         """Store each row's token and return its logits [rows, vocab]; None where no shape is large enough.
 
-        slots: of the cache, where the tokens go. rows, image_rows: what each reads; of images none has a length of 0
+        slots: of the cache, where the tokens go. rows, image_rows: what each reads; of images none has a length of 0.
+        adapters: into `adapter_names`, -1 for none
         """
         looks = any(length for _, length in image_rows)
         count = _at_least(self._rows, len(tokens))
@@ -150,7 +167,8 @@ class StaticDecode:
         units = _at_least(self._unit_widths, max(len(row[0]) for row in image_rows)) if looks else 0
         if count is None or blocks is None or units is None:
             return None
-        return self._run(Shape(count, blocks, units), tokens, positions, slots, rows, image_rows)[: len(tokens)].clone()
+        shape = Shape(count, blocks, units, self._can_choose and max(adapters) >= 0)
+        return self._run(shape, tokens, positions, slots, rows, image_rows, adapters)[: len(tokens)].clone()
 
     def _run(
         self,
@@ -160,6 +178,7 @@ class StaticDecode:
         slots: Sequence[int],
         rows: Sequence[Row],
         image_rows: Sequence[Row],
+        adapters: Sequence[int],
     ) -> Tensor:
         plan, pads = self._plan, range(shape.rows - len(tokens))
         scratch = [divmod(pad, plan.block_size) for pad in pads]  # each its own slot behind the requests' blocks
@@ -177,9 +196,17 @@ class StaticDecode:
             self._sees[0, : shape.rows, 1] = self._image_lengths[: shape.rows] > 0
         cos, sin = ops.rope_angles(self._positions[:, : shape.rows], self._frequencies)
         self._cos[:, : shape.rows], self._sin[:, : shape.rows] = cos, sin
-        if shape not in self._steps:
-            self._steps[shape] = self._recorder.record(self._step(shape))
-        return self._steps[shape]()
+        if (changes := adapter_changes(self._model)) != self._adapter_changes:
+            self._adapter_changes = changes
+            self.forget()
+        choice = None
+        if shape.adapters:
+            _put(self._adapters[0], [*adapters, *(-1 for _ in pads)])
+            choice = fixed_rows(self._model, self._adapters[:, : shape.rows], self._joined)
+        with adapter_in_force(self._model, choice):
+            if shape not in self._steps:
+                self._steps[shape] = self._recorder.record(self._step(shape))
+            return self._steps[shape]()
 
     def _table_of(self, shape: Shape) -> Tensor:
         """int32 [B, M]"""

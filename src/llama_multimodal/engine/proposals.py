@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ..adapters.lora import adapter_in_force
 from ..config import ModelConfig
 from ..errors import ConfigError
 from ..models import LanguageModel
@@ -173,7 +174,7 @@ class _TextRunner(Runner):
         return None, torch.zeros(1, count, 2, dtype=torch.int64)
 
     def _adapters(self, segments: Sequence[Segment]) -> AbstractContextManager[None]:
-        return self._adapter(None)
+        return adapter_in_force(self.model, None)
 
 
 def _same_noise(job: Job) -> torch.Generator | None:

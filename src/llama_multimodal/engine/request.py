@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -21,6 +21,17 @@ from .block_manager import ImageEntry, Key, content_digest, digest
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 FOREVER = sys.maxsize
 """The last token that sees an image which every new token sees."""
+
+
+class Adapter(NamedTuple):
+    """What answers a request. number: tells it from another one that has the name later."""
+
+    name: str
+    number: int
+
+
+PLAIN = Adapter("", 0)
+"""The model without one."""
 
 
 class Constraint(Protocol):
@@ -117,7 +128,7 @@ class ImageUse:
     last: int
     tokens: int
     size: int
-    adapter: str = ""  # that reads it
+    adapter: Adapter = PLAIN  # that reads it
     entry: ImageEntry | None = None
 
 
@@ -155,7 +166,7 @@ class Job:
         self.image_places: list[int] = []  # of the tokens that spliced images take
         self.row: AnswerRow | None = None
         self.constraint: Constraint | None = None
-        self.adapter = ""
+        self.adapter = PLAIN
         self._keys: list[Key] = []
         self._root = digest()
 
@@ -167,13 +178,11 @@ class Job:
         *,
         images: ImageSizes | None = None,
         spliced_token: int | None = None,
-        adapter: str = "",
+        adapter: Adapter = PLAIN,
     ) -> None:
         """Take a prepared prompt in.
 
         images: how many tokens text looks at, None where there are none or they take `spliced_token`'s places.
-        adapter: empty is the plain model
-
         Raises:
             PromptError: not one row, no room for an answer in the context, or stop strings without a tokenizer.
             ImageError: an image of a size that the encoder does not take.
@@ -189,7 +198,7 @@ class Job:
             )
         self.row = AnswerRow(self.request.params, inputs, 0, eos_token_ids, context)
         self.constraint = None if self.request.constraint is None else self.request.constraint()
-        self.adapter, self._root = adapter, digest(adapter)
+        self.adapter, self._root = adapter, digest(*adapter)
         self.tokens = inputs.tokens[0, :length].tolist()
         self.metrics.prompt_tokens = length
         if spliced_token is None:

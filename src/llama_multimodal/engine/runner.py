@@ -12,16 +12,15 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..adapters.lora import adapter_names, adapter_set, use_adapter
+from ..adapters.lora import adapter_in_force, adapter_names, adapter_numbers, adapter_set
 from ..cache import CrossAttentionCache, SplicedImages
 from ..config import nearest
 from ..errors import PromptError
@@ -30,7 +29,7 @@ from ..models import LanguageModel
 from ..ops import CACHE_DTYPES, CacheBlocks, PagedCache, PagedReads, PagedRun, QuantizedBlocks, put_blocks
 from .config import CachePlan
 from .graphs import StaticDecode
-from .request import ImageUse, Job
+from .request import PLAIN, Adapter, ImageUse, Job
 
 Segment = tuple[Job, int, int]
 """A request, and its tokens [first, end) that are computed, proposed ones behind its last."""
@@ -97,12 +96,12 @@ class Runner:
 
         Returns, for each image, a key and a value [U, S, Hkv, D] a layer, or its embeddings [U, E].
         """
-        groups: dict[tuple[object, ...], list[int]] = {}
+        groups: dict[tuple[Adapter, torch.Size], list[int]] = {}
         for i, use in enumerate(uses):
-            groups.setdefault((use.adapter, *use.tiles.shape[1:]), []).append(i)
+            groups.setdefault((use.adapter, use.tiles.shape[1:]), []).append(i)
         found: dict[int, list[Tensor]] = {}
-        for (adapter, *_), together in groups.items():
-            with self._adapter(adapter or None):
+        for (adapter, _), together in groups.items():
+            with self._one_adapter(adapter):
                 found |= zip(together, self._encode([uses[i] for i in together]), strict=True)
         return [found[i] for i in range(len(uses))]
 
@@ -181,7 +180,7 @@ class Runner:
         self, segments: Sequence[Segment], tokens: list[int], positions: list[int], slots: list[int]
     ) -> Tensor | None:
         """Each token's logits by a step of fixed shapes; None where there is none for these segments."""
-        if self.static is None or self.has_adapters or len(tokens) > len(segments):
+        if self.static is None or len(tokens) > len(segments):
             return None
         if self.spliced and any(job.image_places and first <= job.image_places[-1] for job, first, _ in segments):
             return None  # an image's embedding may be among them
@@ -192,7 +191,7 @@ class Runner:
                 return None
             image_rows.append(_units(seen[0]) if seen else ([], 0))
         rows = [(job.blocks[: -(-end // size)], end) for job, _, end in segments]
-        return self.static.logits(tokens, positions, slots, rows, image_rows)
+        return self.static.logits(tokens, positions, slots, rows, image_rows, self._places(segments))
 
     def _reads(self, segments: Sequence[Segment]) -> PagedReads:
         """Each segment reads its own tokens so far."""
@@ -270,32 +269,51 @@ class Runner:
     def has_adapters(self) -> bool:
         return bool(adapter_names(self.model))
 
-    def adapter_of(self, name: str | None) -> str:
-        """The adapter that a request asks for: empty for the plain model; for None the one in force outside.
+    def adapter_of(self, name: str | None) -> Adapter:
+        """The adapter that a request asks for: for an empty name the plain model, for None what is in force outside.
 
         Raises:
             PromptError: no such adapter.
         """
-        names = adapter_names(self.model)
+        numbers = adapter_numbers(self.model)
         if name is None:
-            return adapter_set(self.model).default or "" if names else ""
-        if name and name not in names:
+            name = adapter_set(self.model).default if numbers else None
+        if not name:
+            return PLAIN
+        if name not in numbers:
+            names = tuple(numbers)
             known = f"; known: {', '.join(names)}{nearest(name, names)}" if names else ", nor any other; leave it out"
             raise PromptError(f'this model has no adapter "{name}"{known}')
-        return name
+        return Adapter(name, numbers[name])
 
     def _adapters(self, segments: Sequence[Segment]) -> AbstractContextManager[None]:
         """Each token's own adapter in force; the same one for all where they agree, which is faster."""
         chosen = {job.adapter for job, _, _ in segments}
         if len(chosen) == 1:
-            return self._adapter(chosen.pop() or None)
-        place = {"": -1, **{name: i for i, name in enumerate(adapter_names(self.model))}}
-        index = [place[job.adapter] for job, first, end in segments for _ in range(first, end)]
-        return self._adapter(torch.tensor([index]))
+            return self._one_adapter(chosen.pop())
+        counts = [end - first for _, first, end in segments]
+        index = torch.tensor(self._places(segments)).repeat_interleave(torch.tensor(counts))
+        return adapter_in_force(self.model, index[None])
 
-    def _adapter(self, choice: Any) -> AbstractContextManager[None]:
-        merged = self.has_adapters and adapter_set(self.model).merged  # it is in the weights, and nothing is chosen
-        return use_adapter(self.model, choice) if self.has_adapters and not merged else nullcontext()
+    def _one_adapter(self, adapter: Adapter) -> AbstractContextManager[None]:
+        self._place(adapter)
+        return adapter_in_force(self.model, adapter.name or None)
+
+    def _places(self, segments: Sequence[Segment]) -> list[int]:
+        return [self._place(job.adapter) for job, _, _ in segments]
+
+    def _place(self, adapter: Adapter) -> int:
+        """An adapter's place among the model's, -1 for the plain model.
+
+        Raises:
+            PromptError: it is not there any more.
+        """
+        if adapter == PLAIN:
+            return -1
+        numbers = adapter_numbers(self.model)
+        if numbers.get(adapter.name) != adapter.number:
+            raise PromptError(f'the adapter "{adapter.name}" was removed before the answer had ended; ask again')
+        return list(numbers).index(adapter.name)
 
 
 def _seen(job: Job, first: int, end: int) -> Iterator[tuple[int, int, list[ImageUse]]]:

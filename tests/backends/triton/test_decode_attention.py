@@ -6,13 +6,17 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from backends.cases import some_lengths
 from backends.references import FLOATS, close, decode_attention, name_of, poisoned, randn, unpaged
 from llama_multimodal import ops
+from llama_multimodal.ops import CACHE_DTYPES, QuantizedBlocks
 from llama_multimodal.ops.backends.triton.decode_attention import count_splits
+from llama_multimodal.ops.quantized_blocks import dequantize, quantize
 
 each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+each_format = pytest.mark.parametrize("format", CACHE_DTYPES)
 SHAPES = [
     (1, 1, 1, 1, 4), (3, 4, 2, 9, 80), (4, 6, 2, 70, 64), (3, 3, 3, 65, 96), (1, 40, 2, 130, 128), (2, 5, 1, 20, 33),
     (2, 2, 1, 12, 256),
@@ -136,3 +140,91 @@ def test_a_slot_that_the_cache_does_not_have(device: str) -> None:
     else:
         ops.kv_write(new, new, *caches, slots)
         assert torch.equal(caches[0][0, 1], new[1]) and caches[0].count_nonzero() == 8
+
+
+# --- caches in 8 bits ------------------------------------------------------------------------------------------------
+
+
+def in_blocks(x: Tensor, table: Tensor, lengths: Tensor, slots: int, format: str) -> QuantizedBlocks:
+    """Dense keys [B, Hkv, C, D] in 8 bits in the blocks of a table; whatever no row holds has a scale of NaN."""
+    rows, heads, _, dim = x.shape
+    count = int(table.max()) + 1
+    values = torch.full((count, slots, heads, dim), 3.0, device=x.device).to(CACHE_DTYPES[format]).view(torch.int8)
+    scales = torch.full((count, slots, heads), math.nan, device=x.device)
+    for b in range(rows):
+        for p in range(int(lengths[b])):
+            new, scale = quantize(x[b, :, p], CACHE_DTYPES[format])
+            at = int(table[b, p // slots]), p % slots
+            values[at], scales[at] = new.view(torch.int8), scale
+    return QuantizedBlocks(values.view(CACHE_DTYPES[format]), scales)
+
+
+def restored(cache: QuantizedBlocks, table: Tensor, lengths: Tensor) -> Tensor:
+    return unpaged(dequantize(cache.values, cache.scales, torch.float64), table, lengths)
+
+
+@each_dtype
+@each_format
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_over_a_cache_in_8_bits(dtype: torch.dtype, format: str, shape: tuple[int, ...], device: str) -> None:
+    """Values a thousand times smaller than keys: scales too small for fp16."""
+    b, h, kv, c, d = shape
+    slots, lengths = 5, some_lengths(b, c, device)
+    blocks = torch.randperm(b * -(-c // slots), generator=torch.Generator().manual_seed(c))
+    table = blocks.view(b, -1).to(device, torch.int32)
+    q = randn(b, h, d, dtype=dtype, device=device)
+    k = in_blocks(randn(b, kv, c, d, seed=1, device=device), table, lengths, slots, format)
+    v = in_blocks(randn(b, kv, c, d, seed=2, device=device) / 1024, table, lengths, slots, format)
+    table[torch.arange(table.shape[1], device=device) * slots >= lengths[:, None]] = 99
+    ours = ops.paged_decode_attention(q, k, v, table, lengths)
+    expected = decode_attention(q, restored(k, table, lengths), restored(v, table, lengths), lengths)
+    close(ours * 1024, expected * 1024, dtype)
+    assert not ours[lengths == 0].any()
+
+
+@each_dtype
+@each_format
+def test_a_row_in_8_bits_divided_among_programs(dtype: torch.dtype, format: str, device: str) -> None:
+    count, lengths = 1200, torch.tensor([1200, 0, 777], dtype=torch.int32, device=device)
+    assert count_splits(3, count, 64, 3) >= 2
+    table = torch.arange(3 * count // 8, dtype=torch.int32, device=device).view(3, -1)
+    k = randn(3, 1, count, 16, seed=1, device=device)
+    k[:, :, -20:] *= 3
+    caches = [in_blocks(x, table, lengths, 8, format) for x in (k, randn(3, 1, count, 16, seed=2, device=device))]
+    q = randn(3, 4, 16, dtype=dtype, device=device)
+    expected = decode_attention(q, *(restored(cache, table, lengths) for cache in caches), lengths)
+    close(ops.paged_decode_attention(q, *caches, table, lengths), expected, dtype)
+
+
+@each_dtype
+@each_format
+def test_each_of_the_256_values(dtype: torch.dtype, format: str, device: str) -> None:
+    """A value that is read alone comes as it is, NaN among them; a key's shows in the weights."""
+    every = torch.arange(-128, 128, device=device).to(torch.int8).view(CACHE_DTYPES[format])
+    ones, table = torch.ones(1, 1, 1, device=device), torch.zeros(1, 1, dtype=torch.int32, device=device)
+    cache, length = QuantizedBlocks(every.view(1, 1, 1, 256), ones), torch.tensor([1], device=device)
+    zeros = QuantizedBlocks(torch.zeros_like(cache.values.view(torch.int8)).view(every.dtype), ones)
+    q = torch.zeros(1, 1, 256, dtype=dtype, device=device)
+    out = ops.paged_decode_attention(q, zeros, cache, table, length)
+    torch.testing.assert_close(out.flatten(), every.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+    # Each of 256 heads asks for one of them; the other key is zeros, and so is its value.
+    finite = torch.where(every.float().isfinite(), every.view(torch.int8), 0)
+    one = torch.ones(256, device=device).to(every.dtype).view(torch.int8)
+    k, v = (torch.stack((x, torch.zeros_like(x))).view(every.dtype).view(1, 2, 1, 256) for x in (finite, one))
+    k, v = (QuantizedBlocks(x, ones.expand(1, 2, 1).contiguous()) for x in (k, v))
+    q, lengths = torch.eye(256, dtype=dtype, device=device)[None] / 4, length + 1
+    expected = decode_attention(q, restored(k, table, lengths), restored(v, table, lengths), lengths)
+    close(ops.paged_decode_attention(q, k, v, table, lengths), expected, dtype)
+
+
+@each_format
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 1], ids=["key", "value"])
+def test_what_is_not_finite_shows(format: str, value: float, place: int, device: str) -> None:
+    x = [randn(1, 2, 40, 16, seed=seed, device=device) for seed in range(2)]
+    x[place][0, 0, 7, 3] = value
+    table, lengths = torch.arange(8, dtype=torch.int32, device=device)[None], torch.tensor([40], device=device)
+    caches = [in_blocks(part, table, lengths, 5, format) for part in x]
+    out = ops.paged_decode_attention(randn(1, 4, 16, device=device), *caches, table, lengths)
+    assert out[0, :2].isnan().all() and out[0, 2:].isfinite().all()

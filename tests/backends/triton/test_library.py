@@ -20,10 +20,11 @@ from llama_multimodal.ops import KeyRanges, _dispatch
 from llama_multimodal.ops.backends import triton as backend
 from llama_multimodal.ops.backends.triton import library
 from llama_multimodal.ops.backends.triton.library import as_rows, empty_rows, order, power, tile
+from llama_multimodal.ops.quantized_blocks import QuantizedBlocks, quantize
 
 KERNELS = {
     "rms_norm", "add_rms_norm", "apply_rope", "swiglu", "linear_gelu", "decode_attention", "paged_decode_attention",
-    "kv_write", "cross_attention", "packed_linear", "linear_cross_entropy",
+    "quantized_paged_decode_attention", "kv_write", "cross_attention", "packed_linear", "linear_cross_entropy",
 }  # fmt: skip
 
 
@@ -76,6 +77,7 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
     heads, cache, angles = leaf(1, 5, 3, 8).transpose(1, 2), plain(3, 4, 2, 8), plain(9, 4)
     table = whole(((0, 2), (0, 0), (1, 4), (1, 4), (0, 4)))[None]
     packed = ops.pack_weight(plain(6, 32), "int4", symmetric=False)
+    values, scales = quantize(cache, torch.int8)  # opcheck compares by arithmetic that fp8 has none of
     return {
         "triton_rms_norm": (heads, leaf(8), 1e-5),
         "triton_add_rms_norm": (leaf(3, 8), leaf(3, 8), leaf(8), 1e-5),
@@ -87,6 +89,9 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
         "triton_decode_attention": (plain(2, 4, 8), plain(2, 2, 6, 8), plain(2, 2, 6, 8), whole(6, 1), plain(6)),
         "triton_range_attention": (plain(2, 4, 8), plain(2, 6, 8), plain(2, 6, 8), whole((0, 6), (2, 3))),
         "triton_paged_decode_attention": (plain(2, 4, 8), cache, cache, whole((0, 2), (1, 1)), whole(7, 2)),
+        "triton_quantized_paged_decode_attention": (
+            plain(2, 4, 8), values, values, scales, scales, whole((0, 2), (1, 1)), whole(7, 2)
+        ),
         "triton_kv_write": (plain(2, 2, 8), plain(2, 2, 8), cache.clone(), cache.clone(), whole(5, -1)),
         "triton_cross_attention": (heads, leaf(1, 4, 8), leaf(1, 4, 8), table),
         "triton_packed_linear": (plain(2, 32), packed.values, packed.scales, packed.zeros, plain(6), 32),
@@ -97,8 +102,8 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
 @pytest.mark.parametrize("name", [
     "triton_rms_norm", "triton_add_rms_norm", "triton_rms_norm_backward", "triton_apply_rope", "triton_swiglu",
     "triton_swiglu_backward", "triton_linear_gelu", "triton_decode_attention", "triton_range_attention",
-    "triton_paged_decode_attention", "triton_kv_write", "triton_cross_attention", "triton_packed_linear",
-    "triton_linear_cross_entropy",
+    "triton_paged_decode_attention", "triton_quantized_paged_decode_attention", "triton_kv_write",
+    "triton_cross_attention", "triton_packed_linear", "triton_linear_cross_entropy",
 ])  # fmt: skip
 def test_opcheck(name: str, device: str) -> None:
     torch.library.opcheck(getattr(torch.ops.llama_mm, name).default, samples(device)[name])
@@ -177,6 +182,12 @@ def refusals(device: str) -> list[tuple[Callable[[], Any], str]]:
     def whole(*shape: int) -> Tensor:
         return x(*shape, dtype=torch.int32)
 
+    def in_8_bits(k_scales: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        values, scales = x(3, 4, 1, 8, dtype=torch.int8), x(3, 4, 1)
+        k = QuantizedBlocks(values, scales if k_scales is None else k_scales)
+        v_cache = QuantizedBlocks(values if v is None else v, scales)
+        return ops.paged_decode_attention(x(2, 2, 8), k, v_cache, whole(2, 2), whole(2))
+
     half = torch.float16
     ranges = KeyRanges((), whole(1, 2, 2))
     return [
@@ -223,6 +234,9 @@ def refusals(device: str) -> list[tuple[Callable[[], Any], str]]:
             lambda: ops.paged_decode_attention(x(2, 2, 8), x(3, 4, 1, 8), x(3, 4, 1, 8), whole(1, 2), whole(2)),
             r"block_table has shape \(1, 2\), lengths \(2,\); takes \[B, M\] and \[B\], B = 2",
         ),
+        (lambda: in_8_bits(k_scales=x(3, 4, 2)), r"has scales torch.float32 \(3, 4, 2\); takes fp32 \[N, S, Hkv\]"),
+        (lambda: in_8_bits(v=x(3, 4, 1, 8, dtype=torch.float8_e4m3fn)), "v_cache torch.float8_e4m3fn; takes int8 or"),
+        (lambda: in_8_bits(v=x(3, 8, 1, 8, dtype=torch.int8)[:, ::2]), "takes contiguous caches on"),
         (
             lambda: ops.kv_write(x(2, 1, 8), x(2, 1, 8), x(3, 4, 1, 9), x(3, 4, 1, 9), whole(2)),
             r"takes \[T, Hkv, D\] for k_cache \(3, 4, 1, 9\)",

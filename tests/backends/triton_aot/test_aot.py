@@ -43,6 +43,7 @@ def test_no_kernel_spills() -> None:
         done = dict(zip(ARCHS, pool.map(lambda arch: compile_for(arch, "bfloat16"), ARCHS)))
     for arch, process in done.items():
         assert process.returncode == 0, f"sm_{arch}\n{process.stdout}\n{process.stderr}"
+        assert all(f" FORMAT={format}, " in process.stdout for format in range(3)), "caches: plain, int8, fp8"
         for file, kernels in KERNELS.items():
             for kernel in kernels:
                 assert f"| {file} | `{kernel}<" in process.stdout, f"{kernel} of {file} was not compiled for sm_{arch}"

@@ -1,5 +1,8 @@
 """Attention of one query a head over cached keys: dense, in blocks, or over a range; and storing into blocks.
 
+Blocks may be in 8 bits, which are read as they are: each value is a number that fp16 and bf16 hold, so that products
+take the values, and scores and weights the scales of their keys.
+
 The query heads that share a key head form a group and read its keys together, so keys are never repeated. A row's
 keys are divided among several programs ("splits", as in Flash-Decoding, Dao et al. 2023), each of which leaves a
 softmax of its own part; a second kernel joins the parts.
@@ -22,6 +25,22 @@ from ..operators import define, multiprocessors
 from .library import LOG2_E, WIDE, launch, power, refused, refused_indices, unit_last, upcasts, widen
 
 _MOST_DIM = 256
+_FORMATS = {torch.int8: 1, torch.float8_e4m3fn: 2}  # what FORMAT is; 0 where keys are in the queries' dtype
+
+
+@triton.jit
+def _restore(x, dtype: tl.constexpr, FORMAT: tl.constexpr):
+    """Stored values as factors of a product. fp8 comes as whole bytes and is put together by integer arithmetic, since
+    only some architectures convert it: in fp16 its bits, three places further up, stand for 2⁻⁸ of the value."""
+    if FORMAT == 1:
+        return x.to(tl.float32).to(dtype)  # in two steps for the interpreter, which has none from int8 to bfloat16
+    elif FORMAT == 2:
+        wide = x.to(tl.int16)
+        bits = (wide & 0x7F) << 7 | (wide & 0x80) << 8
+        value = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256
+        return tl.where((wide & 0x7F) == 0x7F, float("nan"), value).to(dtype)
+    else:
+        return x
 
 
 @triton.jit(do_not_specialize=["capacity", "splits"])
@@ -32,6 +51,8 @@ def _attend(
     bounds_ptr,  # lengths [B], or ranges [B, 2] where RANGES is on
     blocks_ptr,  # block table [B, M]; bounds_ptr again where PAGE is 0
     bias_ptr,  # [C]; bounds_ptr again where BIAS is off
+    k_scales_ptr,  # [N, S, Hkv]; bounds_ptr again where FORMAT is 0, and so with v's
+    v_scales_ptr,
     part_ptr,  # [B, H, P, D]; the output [B, H, D] where DIRECT is on
     part_log_ptr,  # [B, H, P]; not used where DIRECT is on
     kv_heads,
@@ -48,11 +69,13 @@ def _attend(
     v_stride_key,
     bounds_stride,
     blocks_stride,
+    scales_stride,  # of a block; those of a slot and a head are Hkv and 1
     SCALE: tl.constexpr,  # log2 e / √D
     WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
     RANGES: tl.constexpr,
     PAGE: tl.constexpr,  # S, or 0 for dense keys
+    FORMAT: tl.constexpr,
     BIAS: tl.constexpr,
     DIRECT: tl.constexpr,  # one split: nothing to join
     GROUP: tl.constexpr,
@@ -80,6 +103,7 @@ def _attend(
     dim = tl.arange(0, WIDTH)
     q_mask = (member < GROUP)[:, None] & (dim < DIM)[None, :]
     q = tl.load(q_ptr + b * q_stride_b + head[:, None] * q_stride_h + dim[None, :], mask=q_mask, other=0.0)
+    factor: tl.constexpr = q.dtype
     q = widen(q, UPCAST)
     k_ptr += kv_head * k_stride_h
     v_ptr += kv_head * v_stride_h
@@ -102,8 +126,12 @@ def _attend(
             k_at = block * k_stride_outer + (key % PAGE) * k_stride_key
             v_at = block * v_stride_outer + (key % PAGE) * v_stride_key
         mask = held[:, None] & (dim < DIM)[None, :]
-        k = widen(tl.load(k_ptr + k_at[:, None] + dim[None, :], mask=mask, other=0.0), UPCAST)  # [KEYS, WIDTH]
+        k = tl.load(k_ptr + k_at[:, None] + dim[None, :], mask=mask, other=0)  # [KEYS, WIDTH]
+        k = widen(_restore(k, factor, FORMAT), UPCAST)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=WIDE) * SCALE
+        if FORMAT != 0:
+            scales_at = block * scales_stride + (key % PAGE) * kv_heads + kv_head
+            scores *= tl.load(k_scales_ptr + scales_at, mask=held, other=0.0).to(WIDE)[None, :]
         if BIAS:
             scores += tl.load(bias_ptr + key, mask=seen, other=0.0).to(WIDE)[None, :] * LOG2_E
         if PAGE != 0:  # a block that the cache does not have: NaN shows, where other keys would pass for right
@@ -113,10 +141,17 @@ def _attend(
         base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         weights = tl.exp2(scores - base[:, None])
         kept = tl.exp2(largest - base)
-        v = tl.load(v_ptr + v_at[:, None] + dim[None, :], mask=mask, other=0.0)
+        v = tl.load(v_ptr + v_at[:, None] + dim[None, :], mask=mask, other=0)
         total = total * kept + tl.sum(weights, 1)
-        weights = widen(weights.to(v.dtype), UPCAST)
-        out = out * kept[:, None] + tl.dot(weights, widen(v, UPCAST), input_precision="ieee", out_dtype=WIDE)
+        if FORMAT != 0:  # by the step's largest scale, the others are at most 1: none is too small for fp16
+            v_scales = tl.load(v_scales_ptr + scales_at, mask=held, other=0.0).to(WIDE)
+            step_scale = tl.max(v_scales, 0)
+            weights *= (v_scales / tl.where(step_scale == 0, 1.0, step_scale))[None, :]
+        weights, v = widen(weights.to(factor), UPCAST), widen(_restore(v, factor, FORMAT), UPCAST)
+        added = tl.dot(weights, v, input_precision="ieee", out_dtype=WIDE)
+        if FORMAT != 0:
+            added *= step_scale
+        out = out * kept[:, None] + added
         largest = new_largest
 
     out = out / tl.where(total == 0, 1.0, total)[:, None]
@@ -167,10 +202,13 @@ def _run(
     page: int,
     k_strides: tuple[int, int, int],  # of a row or block, a head, a key
     v_strides: tuple[int, int, int],
+    *,
+    scales: tuple[Tensor, Tensor] | None = None,  # of blocks in 8 bits
 ) -> Tensor:
     rows, heads, dim = q.shape
     width = max(16, power(dim))
-    keys = max(16, min(64, 16384 // (width * q.element_size())))
+    full, quantized = q.element_size() > 2, scales is not None
+    keys = max(16, min(64, 16384 // (width * q.element_size())) // (2 if full and quantized else 1))
     splits = count_splits(rows * kv_heads, capacity, keys, multiprocessors(q.device))
     out = q.new_empty(rows, heads, dim)
     parts, logs = out, out
@@ -182,11 +220,12 @@ def _run(
         _attend,
         rows * kv_heads * splits,
         q,
-        k,
-        v,
+        _as_bytes(k),
+        _as_bytes(v),
         bounds,
         bounds if blocks is None else blocks,
         bounds if bias is None else bias,
+        *((bounds, bounds) if scales is None else scales),
         parts,
         logs,
         kv_heads,
@@ -199,11 +238,13 @@ def _run(
         *v_strides,
         bounds.stride(0),
         0 if blocks is None else blocks.stride(0),
+        page * kv_heads,
         SCALE=LOG2_E.value / math.sqrt(dim),
         WIDE=WIDE[q.dtype],
         UPCAST=upcasts(q),
         RANGES=bounds.ndim == 2,
         PAGE=page,
+        FORMAT=_FORMATS.get(k.dtype, 0),
         BIAS=bias is not None,
         DIRECT=splits == 1,
         GROUP=heads // kv_heads,
@@ -211,8 +252,9 @@ def _run(
         DIM=dim,
         WIDTH=width,
         KEYS=keys,
-        # A product in fp32 is taken without tensor cores, and four warps would spill (255 registers each for sm_90).
-        warps=8 if q.element_size() > 2 and width > 64 else 4,
+        # A product in fp32 is taken without tensor cores, and keys in 8 bits are widened in registers: four warps would
+        # spill (255 registers each for sm_90).
+        warps=8 if width > 64 and (full or quantized) else 4,
         stages=3 if q.element_size() == 2 else 2,
     )
     if splits > 1:
@@ -256,13 +298,42 @@ def triton_range_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor) -> T
 def triton_paged_decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor
 ) -> Tensor:
+    return _run_paged(q, k_cache, v_cache, block_table, lengths)
+
+
+@define(_empty)
+def triton_quantized_paged_decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor,
+    v_scales: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+) -> Tensor:
+    return _run_paged(q, k_cache, v_cache, block_table, lengths, (k_scales, v_scales))
+
+
+def _run_paged(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     slots, kv_heads = k_cache.shape[1:3]
     if not q.is_cuda:
         _check_blocks(k_cache, block_table, lengths)
     q, k, v, blocks = unit_last(q), unit_last(k_cache), unit_last(v_cache), unit_last(block_table)
     strides = [(x.stride(0), x.stride(2), x.stride(1)) for x in (k, v)]
     capacity = block_table.shape[1] * slots
-    return _run(q, k, v, lengths, blocks, None, kv_heads, capacity, slots, *strides)
+    return _run(q, k, v, lengths, blocks, None, kv_heads, capacity, slots, *strides, scales=scales)
+
+
+def _as_bytes(cache: Tensor) -> Tensor:
+    """fp8 as whole numbers, which every architecture reads."""
+    return cache.view(torch.int8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
 def _check_blocks(cache: Tensor, block_table: Tensor, lengths: Tensor) -> None:
@@ -354,6 +425,34 @@ def _refuses_decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, key_bias: 
 
 
 def _refuses_paged(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor) -> str | None:
+    why = _refuses_blocks(q, k_cache, v_cache, block_table, lengths)
+    return why or refused(q=q, k_cache=k_cache, v_cache=v_cache)
+
+
+def _refuses_quantized(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor,
+    v_scales: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+) -> str | None:
+    if why := _refuses_blocks(q, k_cache, v_cache, block_table, lengths) or refused(q=q):
+        return why
+    if k_cache.dtype not in _FORMATS or v_cache.dtype != k_cache.dtype:
+        return f"k_cache is {k_cache.dtype}, v_cache {v_cache.dtype}; takes int8 or float8_e4m3fn, the same for both"
+    for cache, scales in ((k_cache, k_scales), (v_cache, v_scales)):
+        if scales.dtype != torch.float32 or scales.shape != cache.shape[:-1]:
+            shape = tuple(scales.shape)
+            return f"a cache of shape {tuple(cache.shape)} has scales {scales.dtype} {shape}; takes fp32 [N, S, Hkv]"
+        if not (cache.is_contiguous() and scales.is_contiguous()) or {cache.device, scales.device} != {q.device}:
+            return f"takes contiguous caches on {q.device}, where q is"
+    return None
+
+
+def _refuses_blocks(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor) -> str | None:
+    """Why not these shapes, whatever the dtypes of the caches are."""
     if q.ndim != 3 or k_cache.ndim != 4:
         return f"q has shape {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}; takes [B, H, D] and [N, S, Hkv, D]"
     if v_cache.shape != k_cache.shape:
@@ -363,10 +462,8 @@ def _refuses_paged(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Ten
             f"block_table has shape {tuple(block_table.shape)}, lengths {tuple(lengths.shape)};"
             f" takes [B, M] and [B], B = {q.shape[0]}"
         )
-    return (
-        refuses_heads(q, k_cache.shape[2], k_cache.shape[3], "k_cache")
-        or refused(q=q, k_cache=k_cache, v_cache=v_cache)
-        or refused_indices(q, block_table=block_table, lengths=lengths)
+    return refuses_heads(q, k_cache.shape[2], k_cache.shape[3], "k_cache") or refused_indices(
+        q, block_table=block_table, lengths=lengths
     )
 
 
@@ -386,4 +483,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, key_bias:
 
 
 register("paged_decode_attention", "triton", refuses=_refuses_paged)(triton_paged_decode_attention)
+register("quantized_paged_decode_attention", "triton", refuses=_refuses_quantized)(
+    triton_quantized_paged_decode_attention
+)
 register("kv_write", "triton", refuses=_refuses_write)(triton_kv_write)
