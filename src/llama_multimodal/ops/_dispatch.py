@@ -38,8 +38,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _constant(function: Function) -> Function:
-    """What `torch.compiler.assume_constant_result` does. That imports the compiler, which takes more than half a second,
-    and whoever compiles nothing has no use for it."""
+    """What `torch.compiler.assume_constant_result` does. That imports the compiler, which takes more than half a
+    second, and whoever compiles nothing has no use for it."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
