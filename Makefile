@@ -27,5 +27,5 @@ bench:
 # On a machine with an NVIDIA GPU, from the source tree. Without one, the tests and the benchmark are skipped.
 gpu:
 	$(PYTHON) setup.py build_native --inplace
-	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu; tests=$$?; \
+	PYTHONPATH=src $(PYTHON) -m pytest -o addopts=-q tests/gpu; tests=$$?; \
 	PYTHONPATH=src $(PYTHON) benchmarks/ops.py --output benchmarks/results && exit $$tests

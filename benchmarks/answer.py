@@ -5,12 +5,16 @@ checkpoint, with a picture where the model reads any.
 
 Shapes with random weights, written by transformers: SmolLM2 135M and Llama 3.2 1B on text, SmolVLM 256M with a picture
 that becomes 17 squares, and Llama 3.2 Vision with 0.8 B of text. Ours is loaded as the command line does on a CPU
-(`pack="auto"`). The greedy tokens of both are compared first, but for Llama 3.2 Vision, which transformers computes
-from other layers.
+(`pack="auto"`). Before that is timed, the logits behind the prompt are held against transformers' in fp32, both ours
+and theirs, and the greedy tokens are compared; but not for Llama 3.2 Vision, which transformers computes from other
+layers. Random weights give logits that lie close together: where rounding settles which is the largest, all tokens
+behind it differ. What memory gives is measured beside: no answer in bf16 is faster than its weights are read.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers import arguments, interleaved, random_mllama, write
+from peers import arguments, random_mllama, read_bandwidth, write
 from PIL import Image
 
 import llama_multimodal as lmm
@@ -93,8 +97,19 @@ CASES = [
 ]
 
 
-def prepare(case: Case, folder: Path) -> tuple[Callable[[int], list[int]], Callable[[int], list[int]]]:
-    """What answers with so many tokens, ours and theirs; pictures are prepared outside of what is timed."""
+@dataclass(frozen=True)
+class Prepared:
+    """ours, theirs: answer with so many tokens, and give each to a function once it is there; pictures are prepared
+    outside. errors: of the logits behind the prompt against transformers in fp32, root mean square over theirs; empty
+    where it computes something else. read: bytes of weights that a token of an answer reads."""
+
+    ours: Callable[[int, Callable[[int], None]], None]
+    theirs: Callable[[int, Callable[[int], None]], None]
+    errors: dict[str, float]
+    read: int
+
+
+def prepare(case: Case, folder: Path) -> Prepared:
     import transformers
 
     model, processor = lmm.load(folder, dtype=torch.bfloat16, pack="auto")
@@ -103,14 +118,14 @@ def prepare(case: Case, folder: Path) -> tuple[Callable[[int], list[int]], Calla
     extra: dict[str, Any] = {}
     if case.picture is None:
         inputs = processor.encode_tokens([words])
-        peer = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        kind_of_peer = transformers.LlamaForCausalLM
     else:
         noise = np.random.default_rng(0).integers(0, 256, (*case.picture[::-1], 3), dtype=np.uint8)
         picture = Image.fromarray(noise)
         image = IMAGE[kind]
         if kind == "mllama":
             inputs = processor.encode_tokens([[1, image, *words]], [[picture]])
-            peer = transformers.MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
+            kind_of_peer = transformers.MllamaForConditionalGeneration
             pixels = transformers.MllamaImageProcessor(size={"height": 448, "width": 448}, max_image_tiles=4)
             extra = dict(pixels(images=[[picture]], return_tensors="pt"))
             extra.pop("num_tiles", None)
@@ -121,22 +136,63 @@ def prepare(case: Case, folder: Path) -> tuple[Callable[[int], list[int]], Calla
             # Spelt out by hand: the checkpoint has no tokenizer, and what goes around a square does not matter here.
             row = [1, *[image] * (17 * 64), *words]
             inputs = processor.encode_tokens([row], [[picture]])
-            peer = transformers.SmolVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
+            kind_of_peer = transformers.SmolVLMForConditionalGeneration
             extra["pixel_values"] = inputs.tiles[None]
-        extra["pixel_values"] = extra["pixel_values"].to(torch.bfloat16)
-    peer.eval()
+
+    def load_peer(dtype: torch.dtype) -> Any:
+        if "pixel_values" in extra:
+            extra["pixel_values"] = extra["pixel_values"].to(dtype)
+        return kind_of_peer.from_pretrained(folder, dtype=dtype).eval()
+
+    def logits(peer: Any) -> torch.Tensor:
+        return peer(inputs.tokens, **extra, logits_to_keep=1).logits[0, -1].float()
+
+    errors = {}
+    with torch.inference_mode():
+        exact = None if kind == "mllama" else logits(load_peer(torch.float32))
+        peer = load_peer(torch.bfloat16)
+        if exact is not None:
+            last = model(inputs, last_token_of=[inputs.tokens.shape[1] - 1]).logits[0, -1].float()
+            found = {"ours": last, "transformers": logits(peer)}
+            errors = {name: float((value - exact).norm() / exact.norm()) for name, value in found.items()}
     peer.generation_config.eos_token_id = None
 
-    def ours(count: int) -> list[int]:
+    def ours(count: int, put: Callable[[int], None]) -> None:
         params = lmm.SamplingParams(max_new_tokens=count, temperature=0.0)
-        return lmm.generate(model, inputs, params).token_ids[0]
+        for event in lmm.generate(model, inputs, params, stream=True):
+            put(event.token_id)
 
-    def theirs(count: int) -> list[int]:
-        settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
-        out = peer.generate(inputs.tokens, attention_mask=torch.ones_like(inputs.tokens), **extra, **settings)
-        return out[0, inputs.tokens.shape[1] :].tolist()
+    class Streamer(transformers.generation.BaseStreamer):
+        def __init__(self, put: Callable[[int], None]) -> None:
+            self.give, self.prompt = put, True
 
-    return ours, theirs
+        def put(self, value: torch.Tensor) -> None:
+            if not self.prompt:
+                self.give(int(value))
+            self.prompt = False
+
+        def end(self) -> None:
+            pass
+
+    def theirs(count: int, put: Callable[[int], None]) -> None:
+        settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "streamer": Streamer(put)}
+        peer.generate(inputs.tokens, attention_mask=torch.ones_like(inputs.tokens), **extra, **settings)
+
+    read = [*model.decoder.layers.buffers(), *model.decoder.lm_head.buffers()]  # packed weights; of the embedding a row
+    return Prepared(ours, theirs, errors, sum(weight.numel() * weight.element_size() for weight in read))
+
+
+def answer(run: Callable[[int, Callable[[int], None]], None], count: int) -> tuple[list[int], float, float]:
+    """The tokens, the seconds to the first, and those from there to the last."""
+    tokens: list[int] = []
+    times = [time.perf_counter()]
+
+    def put(token: int) -> None:
+        tokens.append(token)
+        times.append(time.perf_counter())
+
+    run(count, put)
+    return tokens, times[1] - times[0], times[-1] - times[1]
 
 
 def main() -> None:
@@ -149,23 +205,36 @@ def main() -> None:
     for case in CASES:
         if args.case and args.case not in case.title:
             continue
-        ours, theirs = prepare(case, case.write(args.scratch))
-        both = {"ours": ours, "transformers": theirs}
+        prepared = prepare(case, case.write(args.scratch))
+        both = {"ours": prepared.ours, "transformers": prepared.theirs}
         with torch.inference_mode():
-            a, b = (run(args.tokens + 1) for run in both.values())
-            first = interleaved({name: lambda run=run: run(1) for name, run in both.items()}, args.repeats)
-            whole = interleaved(
-                {name: lambda run=run: run(args.tokens + 1) for name, run in both.items()}, args.repeats
-            )
-        decode = {name: args.tokens / (whole[name]["seconds"] - first[name]["seconds"]) for name in both}
-        print(f"\n{case.title}: {sum(x == y for x, y in zip(a, b))} of {len(a)} greedy tokens are the same")
+            tokens = [answer(run, args.tokens + 1)[0] for run in both.values()]
+            taken: dict[str, list[tuple[float, float]]] = {name: [] for name in both}
+            for _ in range(args.repeats):
+                for name, run in both.items():
+                    taken[name].append(answer(run, args.tokens + 1)[1:])
+            bandwidth = read_bandwidth()
+        first = {name: statistics.median(row[0] for row in rows) for name, rows in taken.items()}
+        decode = {name: args.tokens / statistics.median(row[1] for row in rows) for name, rows in taken.items()}
+        same = sum(a == b for a, b in zip(*tokens, strict=True))
+        print(f"\n{case.title}: {same} of {args.tokens + 1} greedy tokens are the same")
         for name in both:
-            ratio = first["transformers"]["seconds"] / first[name]["seconds"]
+            ratio = first["transformers"] / first[name]
+            error = f"   logits off by {prepared.errors[name]:.2%}" if prepared.errors else ""
             print(
-                f"  {name:14s} first token {first[name]['seconds']:7.3f} s  {ratio:5.2f} x   decoding"
-                f" {decode[name]:7.1f} tokens/s  {decode[name] / decode['transformers']:5.2f} x"
+                f"  {name:14s} first token {first[name]:7.3f} s  {ratio:5.2f} x   decoding"
+                f" {decode[name]:7.1f} tokens/s  {decode[name] / decode['transformers']:5.2f} x{error}"
             )
-        results[case.title] = {"first_token": first, "whole": whole, "decode_tokens_per_second": decode}
+        print(f"  {bandwidth / 1e9:.1f} GB/s are read at best, {bandwidth / prepared.read:.1f} times the weights")
+        results[case.title] = {
+            "first_token_seconds": first,
+            "decode_tokens_per_second": decode,
+            "taken": taken,
+            "same_tokens": same,
+            "errors": prepared.errors,
+            "weight_bytes": prepared.read,
+            "read_bandwidth": bandwidth,
+        }
     write("answer", results, args.output)
 
 

@@ -140,6 +140,20 @@ class PeakMemory:
         raise RuntimeError("/proc/self/status has no RssAnon")
 
 
+def timed(candidates: dict[str, Callable[[], Any]], repeats: int) -> Measured:
+    """Each candidate in turn, so many times; median, fastest and slowest seconds. Warm them up before."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, run in candidates.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return {
+        name: {"seconds": statistics.median(times), "fastest": min(times), "slowest": max(times)}
+        for name, times in seconds.items()
+    }
+
+
 def interleaved(candidates: dict[str, Callable[[], Any]], repeats: int) -> Measured:
     """Each candidate once to warm up and measure its memory, then in turn; median seconds and peak extra MiB."""
     memory: dict[str, float] = {}
@@ -148,21 +162,14 @@ def interleaved(candidates: dict[str, Callable[[], Any]], repeats: int) -> Measu
         with PeakMemory() as peak:
             run()
         memory[name] = peak.extra
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats):
-        for name, run in candidates.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
-    return {
-        name: {
-            "seconds": statistics.median(times),
-            "fastest": min(times),
-            "slowest": max(times),
-            "extra_mib": memory[name],
-        }
-        for name, times in seconds.items()
-    }
+    return {name: {**times, "extra_mib": memory[name]} for name, times in timed(candidates, repeats).items()}
+
+
+def read_bandwidth(repeats: int = 5) -> float:
+    """Bytes a second that torch's threads read from memory, at best: the sum of a tensor far larger than any cache."""
+    numbers = torch.ones(1 << 28, dtype=torch.int64)
+    numbers.sum()
+    return numbers.nbytes / timed({"sum": numbers.sum}, repeats)["sum"]["fastest"]
 
 
 def show(title: str, measured: Measured, ours: str = "ours") -> None:

@@ -14,6 +14,7 @@ batch goes on until its longest answer is done, and what the others say behind t
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers import arguments, interleaved, random_mllama, write
+from peers import arguments, random_mllama, timed, write
 from PIL import Image
 
 import llama_multimodal as lmm
@@ -66,10 +67,10 @@ def prepared(processor: Processor, one: Asked) -> Any:
     return processor.encode_tokens([one.tokens], [[one.picture] if one.picture else []])
 
 
-def with_engine(model: VisionLanguageModel, processor: Processor, asked: Sequence[Asked], config: Any) -> Any:
+def with_engine(model: VisionLanguageModel, processor: Processor, config: lmm.EngineConfig) -> Any:
     engine = lmm.Engine(model, processor, config)
 
-    def run() -> list[list[int]]:
+    def run(asked: Sequence[Asked]) -> list[list[int]]:
         engine.clear_cache()  # no answer is known from the run before
         requests = [lmm.Request(inputs=prepared(processor, one), params=params(one)) for one in asked]
         answers = engine.generate(requests)
@@ -123,17 +124,17 @@ def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) ->
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.set_defaults(repeats=3)
+    parser.set_defaults(repeats=1)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=256, help="most tokens of a prompt; a quarter at least")
-    parser.add_argument("--tokens", type=int, default=64, help="most tokens of an answer; a quarter at least")
-    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=256, help="most tokens of an answer; a quarter at least")
+    parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=15, help="of text, gated ones among them")
     parser.add_argument("--vision-layers", type=int, default=14)
     parser.add_argument("--tile", type=int, default=448)
     parser.add_argument("--memory", default="4GiB", help="of the engine's cache")
-    parser.add_argument("--pack", choices=("none", "bf16", "int8", "int4"), default="none", help="our weights")
-    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[8, 16, 32], help="of transformers")
+    parser.add_argument("--pack", choices=("none", "auto", "int8", "int4"), default="auto", help="our weights")
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[8, 16], help="of transformers")
     parser.add_argument("--overlap", action="store_true", help="encode pictures in a thread beside decoding as well")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -149,25 +150,28 @@ def main() -> None:
     pictures = MllamaImageProcessor(size={"height": args.tile, "width": args.tile}, max_image_tiles=4)
     asked = workload(args)
     config = lmm.EngineConfig(max_requests=args.requests, cache_memory=args.memory)
-    engine, run = with_engine(model, processor, asked, config)
-    candidates: dict[str, Callable[[], list[list[int]]]] = {"engine": run}
+    engine, run = with_engine(model, processor, config)
+    candidates: dict[str, Callable[[Sequence[Asked]], list[list[int]]]] = {"engine": run}
     if args.overlap:
-        beside = with_engine(model, processor, asked, replace(config, overlap_images=True))
+        beside = with_engine(model, processor, replace(config, overlap_images=True))
         candidates["engine, pictures beside"] = beside[1]
-    candidates["one at a time"] = lambda: one_at_a_time(model, processor, asked)
+    candidates["one at a time"] = lambda asked: one_at_a_time(model, processor, asked)
     for size in args.batch_sizes:
-        candidates[f"transformers, {size} at a time"] = lambda size=size: batched(peer, pictures, asked, size)
-    alone = candidates["one at a time"]()
-    print(f"the engine's tokens are those of one at a time: {agreement(run(), alone)}")
-    count = sum(one.length for one in asked)
+        candidates[f"transformers, {size} at a time"] = lambda asked, size=size: batched(peer, pictures, asked, size)
+    said: dict[str, list[list[int]]] = {}
+    runs = {name: lambda name=name: said.update({name: candidates[name](asked)}) for name in candidates}
     with torch.inference_mode():
-        measured = interleaved(candidates, args.repeats)
+        for candidate in candidates.values():
+            candidate([replace(one, length=4) for one in asked[:4]])  # warms up
+        measured = timed(runs, args.repeats)
+    print(f"the engine's tokens are those of one at a time: {agreement(said['engine'], said['one at a time'])}")
+    count = sum(one.length for one in asked)
     rates = {name: count / row["seconds"] for name, row in measured.items()}
-    best = max(rate for name, rate in rates.items() if name.startswith("transformers"))
-    print(f"\n{len(asked)} requests, {count} tokens of answers, {sum(len(one.tokens) for one in asked)} of prompts")
+    best = max((rate for name, rate in rates.items() if name.startswith("transformers")), default=math.nan)
+    print(f"{len(asked)} requests, {count} tokens of answers, {sum(len(one.tokens) for one in asked)} of prompts")
     for name, rate in rates.items():
         ratios = f"{rate / rates['one at a time']:6.2f} x one at a time {rate / best:6.2f} x the best of transformers"
-        print(f"  {name:28s} {rate:8.1f} tokens/s {ratios} {measured[name]['extra_mib']:8.0f} MiB extra")
+        print(f"  {name:28s} {rate:8.1f} tokens/s {ratios}")
     settings = {name: value for name, value in vars(args).items() if name not in ("scratch", "output")}
     figures = {"tokens_per_second": rates, "seconds": measured, "engine": engine.metrics.as_dict()}
     write("throughput", {"settings": settings, **figures}, args.output)

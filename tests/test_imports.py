@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "weights": MODEL | {"quant"},
     "adapters": MODEL | {"quant", "weights"},
     "quant": MODEL,
-    "distributed": MODEL | {"weights", "quant", "adapters"},
+    "distributed": MODEL | {"weights", "adapters"},
     "loading": BUILT,
     "assemble": BUILT | {"loading"},
     "calibration": {"errors", "inputs", "processing", "zoo"},

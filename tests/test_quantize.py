@@ -191,7 +191,7 @@ def test_calibration_rows_of_every_kind(tmp_path: Path, processor: Processor) ->
     ("content", "message"),
     [
         ("", "it has no text"),
-        ("{", "line 1 is not valid JSON"),
+        ("{", "line 1: not JSON: "),
         ('{"prompt": "x"}', 'line 1 has neither "text" nor "messages" nor "image"'),
         ('{"image": "missing.png"}', "no row to calibrate on; rows.jsonl, line 1: .*missing.png"),
     ],
@@ -205,7 +205,8 @@ def test_calibration_files_without_a_row(tmp_path: Path, processor: Processor, c
 
 
 def test_rows_that_cannot_be_used_are_told(tmp_path: Path, processor: Processor) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"text": "what is red"}\n{"image": "missing.png"}\n')
+    text = '\ufeff{"text": "what is\u2028red"}\n{"image": "missing.png"}\n'  # JSON allows such a separator in a text
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
     found = calibration_rows(tmp_path / "rows.jsonl", processor)
     assert len(found.rows) == 1 and len(found.skipped) == 1 and "line 2" in found.skipped[0]
 
@@ -213,7 +214,8 @@ def test_rows_that_cannot_be_used_are_told(tmp_path: Path, processor: Processor)
 def test_gptq_from_files(tmp_path: Path, processor: Processor) -> None:
     model = random_model(config=processor.config)  # type: ignore[arg-type]
     save_checkpoint(model, tmp_path / "plain", beside=processor.save)
-    (tmp_path / "rows.jsonl").write_text('{"text": "what is red"}\n{"image": "missing.png"}\n')
+    text = '\ufeff{"text": "what is\u2028red"}\n{"image": "missing.png"}\n'  # JSON allows such a separator in a text
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
     seen: list[tuple[int, int]] = []
     done = quantize(
         tmp_path / "plain", tmp_path / "small", "int4", keep=(), method="gptq", calibration=tmp_path / "rows.jsonl",

@@ -82,3 +82,12 @@ def test_a_plan_does_not_wait_for_torch():
     for model in ("11B", "tiny"):  # known, and read from its folder
         out, imported = imported_by(["plan", model, "--context", "2048"])
         assert "self-attention cache" in out and not imported
+
+
+def test_an_answer_does_not_wait_for_the_compiler():
+    code = (
+        "import sys\nimport llama_multimodal as lmm\nmodel, processor = lmm.load('tiny', device='cpu')\n"
+        "inputs = processor([{'role': 'user', 'content': 'How many?'}])\n"
+        "lmm.generate(model, inputs, lmm.SamplingParams(max_new_tokens=2))\nprint('torch._dynamo' in sys.modules)\n"
+    )
+    assert python(code).strip() == "False"

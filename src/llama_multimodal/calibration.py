@@ -7,7 +7,6 @@ A line is {"text": "…"}, {"messages": […]} as the processor takes them, or {
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 from .errors import ConfigError, PromptError, UserError
 from .inputs import ModelInputs
+from .processing import json_lines
 from .processing.processor import Processor
 from .zoo.world import sample
 
@@ -119,24 +119,23 @@ def _read_file(file: Path) -> Iterator[_Raw]:
         yield _Raw(str(file), messages=_asked(file, _QUESTION, None))
         return
     try:
-        text = file.read_text(encoding="utf-8")
+        if file.suffix.lower() in _TEXTS:
+            if (text := file.read_text(encoding="utf-8")).strip():
+                yield _Raw(str(file), text)
+            return
+        with file.open("rb") as opened:
+            for number, _, line in json_lines.rows(opened):
+                yield _line(line, f"{file.name}, line {number}", file.parent)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read as text: {error}") from error
-    if file.suffix.lower() in _TEXTS:
-        if text.strip():
-            yield _Raw(str(file), text)
-        return
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            yield _line(line, f"{file.name}, line {number}", file.parent)
 
 
-def _line(line: str, where: str, folder: Path) -> _Raw:
+def _line(line: bytes, where: str, folder: Path) -> _Raw:
     """Raises ConfigError for a line that is no row, so that a file of another kind is noticed."""
     try:
-        table = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where} is not valid JSON: {error}") from error
+        table = json_lines.parse(line)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
     if isinstance(table, Mapping):
         if isinstance(table.get("messages"), list) and table["messages"]:
             return _Raw(where, messages=[_beside(message, folder) for message in table["messages"]])

@@ -41,4 +41,7 @@ class MissingExtraError(UserError):
 
     def __init__(self, extra: str, needed_for: str) -> None:
         super().__init__(f'{needed_for} needs an optional extra: pip install -e ".[{extra}]"')
-        self.extra = extra
+        self.extra, self.needed_for = extra, needed_for
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.extra, self.needed_for)  # between processes: else by the message alone

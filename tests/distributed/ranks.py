@@ -1,5 +1,5 @@
-"""Processes that run functions together. They are started once and asked many times: starting one takes as long as most
-of what it is asked."""
+"""Processes that run functions together. They are started once and asked many times, and forked from one that has read
+torch: reading it takes as long as most of what they are asked."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ Group = Callable[..., list[Any]]
 """Runs a module's function on some processes at once; what each returned, by rank."""
 
 _PATIENCE = 280  # seconds
+_READ_BEFORE = ["torch", "llama_multimodal.train.loop", "llama_multimodal.train.chat.task"]
 
 
 class Ranks:
@@ -31,14 +32,12 @@ class Ranks:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
-        self._groups = 0  # that have met so far
-        self._count = 0  # of the present one
+        self._calls = 0
 
     def __call__(self, count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         self._start(count)
-        if self._count != count:
-            self._groups, self._count = self._groups + 1, count
-        meeting = Path(self._folder.name) / str(self._groups)
+        self._calls += 1
+        meeting = Path(self._folder.name) / str(self._calls)
         for pipe in self._pipes[:count]:
             pipe.send_bytes(pickle.dumps((count, meeting, function, args)))
         answers: dict[int, Any] = {}
@@ -56,7 +55,8 @@ class Ranks:
         return [answers[rank] for rank in range(count)]
 
     def _start(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_READ_BEFORE)
         for rank in range(len(self._processes), count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
@@ -69,7 +69,7 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.join()
-        self._processes, self._pipes, self._count = [], [], 0
+        self._processes, self._pipes = [], []
 
     def close(self) -> None:
         self._stop()
@@ -79,19 +79,18 @@ class Ranks:
 def _serve(rank: int, pipe: Connection) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
-    present = None
     while True:
         try:
             count, meeting, function, args = pickle.loads(pipe.recv_bytes())
         except EOFError:  # the tests have ended
             return
         try:
-            if meeting != present:
-                if dist.is_initialized():
-                    dist.destroy_process_group()
-                dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
-                present = meeting
-            answer = True, function(*args)
+            # A group of its own for each call: the threads of every group that a function makes would stay with it.
+            dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
+            try:
+                answer = True, function(*args)
+            finally:
+                dist.destroy_process_group()
         except BaseException:
             answer = False, traceback.format_exc()
         pipe.send_bytes(pickle.dumps(answer))

@@ -133,6 +133,20 @@ def test_the_latest_runs_are_kept(tmp_path: Path) -> None:
     assert not (tmp_path / "step-00000011.partial").exists()
 
 
+def test_what_has_learnt_nothing_yet_begins_after_a_run_is_loaded(tmp_path: Path) -> None:
+    """The encoder, by pictures that come with the second step alone."""
+    batches = [[make_batch("llama vision", 0, [0, 0])], [make_batch("llama vision", 1, [1, 2])]]
+    model, optimizer, _ = built("llama vision", None, seed=0)
+    take_step(model, batches[0], optimizer, None)
+    assert optimizer.state and not {*model.vision.parameters()} & optimizer.state.keys()
+    place = save_run(tmp_path, 1, model, [optimizer])
+    other, resumed, _ = built("llama vision", None, seed=1)
+    load_run(place, other, [resumed])
+    for one, its in ((model, optimizer), (other, resumed)):
+        take_step(one, batches[1], its, None)
+    assert torch.equal(flat(other), flat(model))
+
+
 def test_a_model_alone_is_read(tmp_path: Path) -> None:
     model, optimizer, _ = built("llama", None, seed=0)
     take_step(model, step_batches("llama", 0), optimizer, None)

@@ -195,6 +195,13 @@ def test_damaged_and_foreign_checkpoints(tmp_path: Path) -> None:
     checkpoint.save(recipe.checkpoints, dataclasses.replace(saved, weights={"2.weight": saved.weights["2.weight"]}))
     with pytest.raises(CheckpointError, match="begun by another recipe: this one trains"):
         loop.train(recipe, lambda progress: None)
+    checkpoint.save(recipe.checkpoints, saved)
+    with pytest.raises(CheckpointError, match="with the optimizer adamw, and this one has muon; take another output"):
+        loop.train(dataclasses.replace(recipe, optim=OptimConfig("muon")), lambda progress: None)
+    with pytest.raises(CheckpointError, match="does not say its best; move it away"):
+        state = {name: value for name, value in saved.state.items() if name != "best"}
+        checkpoint.save(recipe.checkpoints, dataclasses.replace(saved, state=state))
+        loop.train(recipe, lambda progress: None)
     with pytest.raises(CheckpointError, match="holds no saved run; train it first"):
         loop.export(toy(tmp_path / "none"))
 

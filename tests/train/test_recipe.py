@@ -7,6 +7,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +21,12 @@ from llama_multimodal.distributed import local_part, make_mesh, parallelize, sha
 from llama_multimodal.errors import ConfigError
 from llama_multimodal.loading import load
 from llama_multimodal.models import LanguageModel, VisionLanguageModel
-from llama_multimodal.planning import GPUS
+from llama_multimodal.planning import GPUS, PlanOptions
 from llama_multimodal.train import memory
 from llama_multimodal.train.chat.memory import config_of, memory_plan
 from llama_multimodal.train.chat.model import make_trainable
 from llama_multimodal.train.chat.parts import part_of
-from llama_multimodal.train.chat.recipe import ChatRecipe
+from llama_multimodal.train.chat.recipe import BatchConfig, ChatRecipe
 from llama_multimodal.train.config import ParallelOptions
 from llama_multimodal.train.recipes import read_recipe, recipe_from_dict
 from llama_multimodal.train.record import write_record
@@ -119,6 +120,27 @@ def test_every_recipe_says_what_memory_it_plans(path: Path, monkeypatch: pytest.
     notes = read_recipe(path).notes()
     assert re.match(r"memory plan, each of 8 processes \((ddp|fsdp)\): \d+\.\d\d GiB at the peak, which is", notes[0])
     assert not any("warning" in note for note in notes)
+
+
+def test_a_packed_row_is_planned_at_its_full_length() -> None:
+    """Its conversations lie within the model's context, and all of them together may not."""
+    recipe = read_recipe(TINY.parent / "tiny-lora.yaml")
+    assert isinstance(recipe, ChatRecipe)
+    config = config_of(recipe)
+    context = config.text.max_position_embeddings
+    data = dataclasses.replace(recipe.data, max_length=context - 100)
+
+    def load_of(**batch: Any) -> tuple[int, int, int]:
+        packed = dataclasses.replace(recipe, data=data, batch=BatchConfig(rows=8, packing=True, **batch))
+        load = memory_plan(packed, config, 1, "cpu").load
+        return load.rows, load.context, load.images
+
+    assert load_of(tokens=10) == (1, context - 100, 1)  # a row alone may be longer
+    assert load_of(tokens=3 * context) == (1, 3 * context, 3)
+    assert load_of(tokens=3 * context, rows_at_once=2) == (1, 2 * (context - 100), 2)
+    assert load_of(tokens=100 * context) == (1, 8 * (context - 100), 8)  # all of a step
+    with pytest.raises(ConfigError, match="packed is for training"):
+        PlanOptions(packed=2)
 
 
 def test_what_does_not_fit_is_said_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

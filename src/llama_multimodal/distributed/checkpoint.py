@@ -88,7 +88,8 @@ def load_run(
     """Fill a model and its optimizers from one of a folder's runs, however many processes there are now; returns
     `extra`. All call this together.
 
-    optimizers: as they were saved, or none at all, to read the model alone
+    optimizers: as they were saved, or none at all, to read the model alone. A parameter that had learnt nothing yet has
+        nothing in them, as it had
     trainable_only: as it was saved. beside: what to fill of the tensors that were saved beside the model
 
     Raises:
@@ -97,20 +98,26 @@ def load_run(
     run = Path(run)
     extra = read_extra(run)
     state = _state(model, optimizers, trainable_only, beside)
+    fresh: dict[str, Any] = {}
     try:
+        if optimizers:
+            fresh = _take_unsaved(run, state["optimizers"])
         with _alone():
             dcp.load(state, checkpoint_id=run, no_dist=not dist.is_initialized())
     except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
         raise CheckpointError(f"{run} does not fit this model, or is damaged: {_reason(error)}") from error
     if optimizers:
-        model_state, optimizer_state = state["model"], state["optimizers"]
         set_state_dict(
             model,
             list(optimizers),
-            model_state_dict=model_state,
-            optim_state_dict=optimizer_state,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizers"] | fresh,
             options=_options(trainable_only),
         )
+        unlearnt = {_parameter_of(key) for key in fresh}
+        for parameter in (value for name, value in model.named_parameters() if name in unlearnt):
+            for optimizer in optimizers:
+                optimizer.state.pop(parameter, None)
     else:
         set_model_state_dict(model, state["model"], options=StateDictOptions(strict=not trainable_only))
     return extra
@@ -189,6 +196,20 @@ def _state(
     else:
         state = {"model": get_model_state_dict(model, options=options)}
     return state | ({"beside": dict(beside)} if beside else {})
+
+
+def _take_unsaved(run: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Take out of the optimizers' state, by key, what is there of parameters of which nothing was saved: torch makes a
+    state for every parameter before it reads, and a parameter without a gradient so far had none."""
+    saved = dcp.FileSystemReader(run).read_metadata().state_dict_metadata
+    learnt = {_parameter_of(key.removeprefix("optimizers.")) for key in saved if key.startswith("optimizers.state.")}
+    unsaved = [key for key in state if key.startswith("state.") and _parameter_of(key) not in learnt]
+    return {key: state.pop(key) for key in unsaved}
+
+
+def _parameter_of(key: str) -> str:
+    """Of `state.decoder.norm.weight.exp_avg`: decoder.norm.weight"""
+    return key.removeprefix("state.").rpartition(".")[0]
 
 
 def _options(trainable_only: bool) -> StateDictOptions:

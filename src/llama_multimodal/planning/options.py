@@ -64,6 +64,7 @@ class PlanOptions:
     dtype: of weights that are not packed, of caches and activations
     context: tokens of a sequence, prompt and answer together; None: 8192, or all that the model has
     batch: sequences at a time; in training those of one micro-batch of one GPU
+    packed: conversations that lie in one such sequence in training, each within the model's context
     prompt: tokens of a sequence that are read in one go; None: the whole context
     images: pictures of a sequence; None: one, and none for a model that reads text only
     tiles: of each picture; None: as many as the model cuts at most
@@ -87,6 +88,7 @@ class PlanOptions:
     dtype: DType = "bf16"
     context: int | None = None
     batch: int = 1
+    packed: int = 1
     prompt: int | None = None
     images: int | None = None
     tiles: int | None = None
@@ -112,7 +114,7 @@ class PlanOptions:
             *([("train", self.train, get_args(Training))] if self.train is not None else []),
         ):
             check_choice(name, value, known)
-        for name in ("context", "batch", "prompt", "tiles", "rank", "tensor", "gpus"):
+        for name in ("context", "batch", "packed", "prompt", "tiles", "rank", "tensor", "gpus"):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ConfigError(f"{name} must be at least 1, not {number}")
@@ -126,6 +128,8 @@ class PlanOptions:
                     raise ConfigError(f"{name} is for training; give train lora or full too")
             if self.tensor > 1:
                 raise ConfigError("tensor is for training; answering divides by gpus")
+            if self.packed > 1:
+                raise ConfigError("packed is for training; sequences to answer are given with batch")
         if self.pack is not None and self.pack.format == "nf4" and self.train != "lora":
             raise ConfigError("nf4 weights are for training adapters beside them; give train lora")
         if self.freeze and self.train != "full":
@@ -180,7 +184,7 @@ def workload(config: AnyModelConfig, options: PlanOptions) -> Workload:
         ConfigError: they do not fit it; the message says what would.
     """
     text = config.text
-    longest = text.max_position_embeddings
+    longest = text.max_position_embeddings * options.packed
     context = options.context or min(USUAL_CONTEXT, longest)
     if context > longest:
         raise ConfigError(f"the model's context is {longest} tokens, and {context} are asked for; lower the context")

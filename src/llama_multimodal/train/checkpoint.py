@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import is_saved_run
 from ..errors import CheckpointError
 from ..weights.io import SafetensorsFile, TensorInfo, flush, flush_folder, write_safetensors
 
@@ -34,7 +33,8 @@ _LEFT = (f"{_WRITING}*", f"{_REMOVING}*", "step-*.partial")
 class Saved:
     """A run after `step` steps.
 
-    weights, average: by the parameter's name. state: plain values and tensors, as optimizers give them.
+    weights, average: by the parameter's name. state: plain values and tensors, what optimizers remember among them.
+    Of a step that was read, tensors lie in the files' pages: nothing is in memory before it is copied from there.
     """
 
     step: int
@@ -105,33 +105,30 @@ def load(path: Path) -> Saved:
     """Raises:
     CheckpointError: a file is missing or damaged.
     """
-    if is_saved_run(path):
-        raise CheckpointError(
-            f"{path} was saved in parts, by a run whose model was cut (parallel.method fsdp, or tensor_parallel): go on"
-            " with that, on any number of processes, or take another output"
-        )
     try:
         weights, average = path / "weights.safetensors", path / "average.safetensors"
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
         return Saved(state.pop("step"), _tensors(weights), _tensors(average) if average.exists() else None, state)
     except Exception as error:
         raise CheckpointError(f"cannot resume from {path} ({error}); move it away to go on without it") from error
 
 
-def check_names(path: Path, ours: Collection[str], saved: Collection[str]) -> None:
+def check_shapes(path: Path, ours: Mapping[str, Sequence[int]], saved: Mapping[str, Sequence[int]]) -> None:
     """Raises:
     CheckpointError: other weights learn than those that were saved.
     """
-    for name in sorted({*ours} ^ {*saved}):
-        how = "does not train" if name in saved else "trains"
-        raise CheckpointError(
-            f"{path} was begun by another recipe: this one {how} {name}; take another output or that recipe"
-        )
+    for name in sorted({*ours} | {*saved}):
+        if name in ours and name in saved and [*ours[name]] == [*saved[name]]:
+            continue
+        how = f"does not train {name}" if name not in ours else f"trains {name}"
+        if name in ours and name in saved:
+            how = f"has {name} as {[*ours[name]]}, not {[*saved[name]]}"
+        raise CheckpointError(f"{path} was begun by another recipe: this one {how}; take another output or that recipe")
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     file = SafetensorsFile(path)
-    return {name: file.tensor(name).clone() for name in file.entries}
+    return {name: file.tensor(name) for name in file.entries}
 
 
 def last_path(folder: Path) -> Path | None:

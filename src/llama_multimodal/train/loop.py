@@ -11,22 +11,21 @@ import gc
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..distributed import is_saved_run, local_part
+from ..distributed import local_part
 from ..errors import CheckpointError, TrainingError
-from . import checkpoint, guard, shards
-from .checkpoint import Saved
+from . import checkpoint, guard
 from .config import Progress, Recipe, Report
 from .launch import launch
 from .parallel import Group
 from .record import write_record
+from .state import RunState, best_step, load_result
 from .task import Task, trained
 from .watch import Watch, memory_in_use, peak_flops
 
@@ -52,82 +51,14 @@ def export(recipe: Recipe) -> Path:
     steps = checkpoint.saved_steps(recipe.checkpoints)
     if not steps:
         raise CheckpointError(f"{recipe.output} holds no saved run; train it first")
-    last, in_parts = steps[max(steps)], recipe.sharing.cuts
-    chosen = steps.get(_best(last, in_parts), last) if recipe.result == "best" else last
+    last = steps[max(steps)]
+    chosen = steps.get(best_step(last), last) if recipe.result == "best" else last
     gc.collect()  # the run's own model, whose blocks may refer to themselves: two may be one too many
     task = recipe.to_export().task(Group())
-    average: Mapping[str, Tensor] | None
-    if in_parts:
-        average = shards.load_whole(_in_parts(chosen), task.modules)
-    else:
-        saved = checkpoint.load(chosen)
-        _put(task, saved, recipe)
-        average = saved.average
+    average = load_result(chosen, task)
     result = task.export(Path(recipe.output), average)
     write_record(recipe, result)
     return result
-
-
-def _best(path: Path, in_parts: bool) -> int:
-    """The step that had evaluated best when this one was saved; 0 if none had."""
-    state = shards.read_extra(_in_parts(path)) if in_parts else checkpoint.load(path).state
-    return int((state.get("best") or {}).get("step", 0))
-
-
-def _in_parts(path: Path) -> Path:
-    """Raises:
-    CheckpointError: a step that was saved whole.
-    """
-    if not is_saved_run(path):
-        raise CheckpointError(
-            f"{path} was saved whole, by a run whose model was not cut: go on with parallel.method ddp and without"
-            " tensor_parallel, or take another output"
-        )
-    return path
-
-
-@dataclass
-class _State:
-    """What a run remembers besides its weights."""
-
-    optimizers: list[torch.optim.Optimizer]
-    scaler: torch.amp.GradScaler
-    average: dict[str, Tensor] | None
-    best: dict[str, Any] | None = None  # step and loss of the best evaluation
-    parameters: list[nn.Parameter] = field(default_factory=list)
-
-    def resume(self, recipe: Recipe, task: Task[Any]) -> int:
-        """Put the last saved step into the task and in here; returns its number, 0 where there is none."""
-        path = checkpoint.last_path(recipe.checkpoints)
-        if path is None:
-            return 0
-        if recipe.sharing.cuts:
-            extra = shards.load(_in_parts(path), task.modules, self.optimizers, self.average)
-            self.best = extra["best"]
-            return int(extra["step"])
-        saved = checkpoint.load(path)
-        _put(task, saved, recipe)
-        for optimizer, state in zip(self.optimizers, saved.state["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        self.scaler.load_state_dict(saved.state["scaler"])
-        self.best = saved.state["best"]
-        if self.average is not None and saved.average is not None:
-            for name, value in self.average.items():
-                value.copy_(saved.average[name])
-        return saved.step
-
-    def save(self, recipe: Recipe, task: Task[Any], step: int, group: Group) -> None:
-        """Keep a step, and of the earlier ones those that the recipe keeps. All processes come here."""
-        if recipe.sharing.cuts:
-            shards.save(recipe.checkpoints, step, task.modules, self.optimizers, self.average, {"best": self.best})
-        elif group.leads:
-            kept = {name: value.detach() for name, value in trained(task.modules).items()}
-            optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-            state = {"optimizers": optimizers, "scaler": self.scaler.state_dict(), "best": self.best}
-            checkpoint.save(recipe.checkpoints, Saved(step, kept, self.average, state))
-        if group.leads:
-            best = self.best["step"] if self.best and recipe.keep_best else None
-            checkpoint.prune(recipe.checkpoints, recipe.keep_last, best)
 
 
 def _run(recipe: Recipe, group: Group, report: Report) -> None:
@@ -138,13 +69,8 @@ def _run(recipe: Recipe, group: Group, report: Report) -> None:
     with _deterministic(recipe.deterministic):
         task = recipe.task(group)
         group.begin(task.modules)
-        state = _State(
-            task.optimizers(), torch.amp.GradScaler(task.device.type, enabled=recipe.dtype == "float16"), None
-        )
-        if recipe.optim.ema_decay is not None:
-            state.average = {name: value.detach().clone() for name, value in trained(task.averaged).items()}
-        state.parameters = list(trained(task.modules).values())
-        first = state.resume(recipe, task)
+        state = RunState.of(recipe, task)
+        first = state.resume()
         if group.leads:
             write_record(recipe, Path(recipe.output))
         with Watch.of(recipe, first, group.leads) as watch:
@@ -152,7 +78,7 @@ def _run(recipe: Recipe, group: Group, report: Report) -> None:
 
 
 def _steps(
-    recipe: Recipe, task: Task[Any], group: Group, state: _State, first: int, report: Report, watch: Watch
+    recipe: Recipe, task: Task[Any], group: Group, state: RunState, first: int, report: Report, watch: Watch
 ) -> None:
     peak, started = None, time.perf_counter()
     for step, micro in enumerate(task.batches(first), start=first):
@@ -182,12 +108,12 @@ def _steps(
             watch.log(progress)
             report(progress)
         if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps or (better and recipe.keep_best):
-            state.save(recipe, task, step + 1, group)
+            state.save(step + 1, group)
         started = time.perf_counter()
 
 
 def _step(
-    recipe: Recipe, task: Task[Any], micro: Sequence[Any], step: int, group: Group, state: _State
+    recipe: Recipe, task: Task[Any], micro: Sequence[Any], step: int, group: Group, state: RunState
 ) -> dict[str, float]:
     """Accumulate the gradients of one step over every process, and take it."""
     totals = group.sum(task.totals(micro))
@@ -228,21 +154,6 @@ def _step(
     state.scaler.update()
     task.modules.zero_grad(set_to_none=True)
     return values
-
-
-def _put(task: Task[Any], saved: Saved, recipe: Recipe) -> None:
-    """Saved weights into what learns.
-
-    Raises:
-        CheckpointError: the run was begun by another recipe.
-    """
-    ours = trained(task.modules)
-    checkpoint.check_names(Path(recipe.output), ours.keys(), saved.weights.keys())
-    with torch.no_grad():
-        for name, parameter in ours.items():
-            if parameter.shape != saved.weights[name].shape:
-                raise CheckpointError(f"{recipe.output} was begun by another recipe: {name} has another shape")
-            parameter.copy_(saved.weights[name])
 
 
 @torch.no_grad()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..distributed import alike
+from ..distributed import alike, fill_parameter
 from ..errors import MissingExtraError
 from .config import OptimConfig
 from .muon import Muon
@@ -67,3 +67,44 @@ def _adamw_8bit() -> Any:
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit
+
+
+def state_by_name(
+    optimizers: Iterable[torch.optim.Optimizer], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Any]:
+    """What optimizers remember of each parameter, by its name: of those that have learnt anything so far."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    found: dict[str, Any] = {}
+    for optimizer in optimizers:
+        state = optimizer.state_dict()["state"]
+        found |= {names[id(p)]: state[i] for i, p in enumerate(_members(optimizer)) if i in state}
+    return found
+
+
+def fill_optimizers(
+    optimizers: Iterable[torch.optim.Optimizer], parameters: Mapping[str, nn.Parameter], state: Mapping[str, Any]
+) -> None:
+    """Give optimizers what `state_by_name` had of whole parameters; of those that are cut, this process's part."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for optimizer in optimizers:
+        members = {i: p for i, p in enumerate(_members(optimizer)) if names[id(p)] in state}
+        ours = {i: _part(state[names[id(p)]], p) for i, p in members.items()}
+        optimizer.load_state_dict({"state": ours, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _members(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    """Parameters in the order in which its state counts them."""
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _part(value: Any, parameter: nn.Parameter) -> Any:
+    """Moments, which are as large as their parameter, cut as it is; all else as it is."""
+    if isinstance(value, Mapping):
+        return {key: _part(one, parameter) for key, one in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    if value.shape != parameter.shape:
+        return value.clone()
+    part = torch.empty_like(parameter.detach(), dtype=value.dtype)
+    fill_parameter(part, value)
+    return part

@@ -13,9 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..distributed import load_run, read_extra, save_run
+from ..distributed import load_run, save_run
 from ..models import LanguageModel
-from .checkpoint import check_names
 from .task import trained
 
 
@@ -32,7 +31,8 @@ def save(
     Raises:
         CheckpointError: the folder cannot be written, or its disk is full.
     """
-    extra = {**state, "step": step, "names": sorted(trained(modules)), "average": average is not None}
+    shapes = {name: list(value.shape) for name, value in trained(modules).items()}
+    extra = {**state, "step": step, "shapes": shapes, "average": average is not None}
     model = cast(LanguageModel, modules)  # only its parameters' names are asked for
     return save_run(folder, step, model, optimizers, extra=extra, trainable_only=True, beside=average)
 
@@ -42,23 +42,11 @@ def load(
     modules: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer] = (),
     average: Mapping[str, Tensor] | None = None,
-) -> dict[str, Any]:
-    """Fill what learns, the optimizers and the averaged weights from a saved step; returns its state and its number.
+) -> None:
+    """Fill what learns, the optimizers and the averaged weights from a saved step, cut or whole; all call this
+    together.
 
     Raises:
-        CheckpointError: damaged, or begun by another recipe.
+        CheckpointError: damaged, or it does not fit.
     """
-    extra = read_extra(path)
-    check_names(path, trained(modules).keys(), extra["names"])
-    if not extra["average"]:
-        average = None
-    return load_run(path, cast(LanguageModel, modules), optimizers, trainable_only=True, beside=average)
-
-
-def load_whole(path: Path, modules: nn.Module) -> dict[str, Tensor] | None:
-    """Fill what learns of a model that one process holds; returns the averaged weights, where there are any."""
-    average = None
-    if read_extra(path)["average"]:
-        average = {name: torch.empty_like(value) for name, value in trained(modules).items()}
-    load(path, modules, (), average)
-    return average
+    load_run(path, cast(LanguageModel, modules), optimizers, trainable_only=True, beside=average)

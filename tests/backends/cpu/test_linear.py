@@ -28,8 +28,9 @@ def kernel(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "cpu_gains_by", lambda dtype: False)
 
 
-# Rows in sixes, 1020 at once; inputs in pairs of 8 or 16, 512 at once; outputs in 16s or 64s
-SHAPES = [(9, 1, 1), (12, 31, 15), (17, 64, 64), (25, 513, 16), (1021, 40, 70), (2050, 24, 65), (30, 1100, 200)]
+# Rows in sixes, over 768 in another order; inputs in pairs of 8 or 16, 192 at once; outputs in 16s or 64s
+SHAPES = [(9, 1, 1), (12, 31, 15), (17, 64, 64), (25, 513, 16), (97, 385, 65), (30, 2100, 200)]
+SHAPES += [(1021, 40, 70), (801, 600, 1100)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from finetune_rows import finetune, write_rows
 
+from llama_multimodal import loading
 from llama_multimodal.adapters.peft_format import load_adapter
 from llama_multimodal.errors import ConfigError, TrainingError
 from llama_multimodal.loading import load
-from llama_multimodal.models import VisionLanguageModel
+from llama_multimodal.models import LanguageModel, VisionLanguageModel
 from llama_multimodal.models.mllama_vision import TiledVisionEncoder
 from llama_multimodal.train import checkpoint, loop, watch
 from llama_multimodal.train.chat.encode import microbatch
@@ -29,6 +31,7 @@ from llama_multimodal.train.plots import plot_run
 from llama_multimodal.train.recipes import read_recipe
 from llama_multimodal.train.task import trained
 from llama_multimodal.train.tile_tables import share_between_ratios
+from llama_multimodal.weights.checkpoint import Checkpoint, read_model
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +124,29 @@ def test_a_whole_model_is_trained_saved_and_loaded(rows: Path, tmp_path: Path) -
     old, new = dict(base.named_parameters()), dict(model.named_parameters())
     changed = {part_of(name, base.config.text) for name in old if not torch.equal(old[name], new[name])}
     assert changed == {"self", "cross", "embedding", "lm_head"}
+
+
+def test_a_model_all_of_which_was_trained_is_written_without_its_base(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = finetune(rows, tmp_path, steps=1, batch={"rows": 2})
+    run(recipe)
+    places = []
+
+    def read(checkpoint: Checkpoint, dtype: torch.dtype, place: torch.device, *more: Any) -> LanguageModel:
+        places.append(place.type)
+        return read_model(checkpoint, dtype, place, *more)
+
+    monkeypatch.setattr(loading, "read_model", read)
+    result = loop.export(recipe)
+    assert places == ["meta"]
+    monkeypatch.undo()
+    model, _ = load(result)
+    saved = checkpoint.load(checkpoint.last_path(recipe.checkpoints)).weights
+    assert model.dtype == load("tiny", device="meta")[0].dtype
+    assert {name for name, _ in model.named_parameters()} == saved.keys()
+    for name, value in model.named_parameters():
+        assert torch.equal(value, saved[name].to(value.dtype)), name
 
 
 def test_an_adapter_over_4_bit_weights(rows: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 
@@ -141,3 +142,17 @@ def test_blocks_are_computed_again_in_both_parts() -> None:
     with torch.no_grad():
         model.hidden(piece.inputs)
     assert counts == {part: 3 * number for part, number in once.items()}
+
+
+def test_a_copy_computes_its_own_blocks_again() -> None:
+    model = recompute_blocks(random_model())
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for block in model.decoder.layers:
+            block.mlp.down_proj.weight.fill_(float("nan"))
+    (piece,) = cut(BatchConfig(tokens=1000))
+    hidden = other.hidden(piece.inputs)
+    torch.testing.assert_close(hidden, random_model().hidden(piece.inputs))
+    hidden.sum().backward()
+    assert other.decoder.layers[0].mlp.down_proj.weight.grad is not None
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -49,7 +49,7 @@ def learnt(source: Any, **more: Any) -> list[str]:
 def test_a_list_and_lines_hold_the_same_rows(tmp_path: Path, indent: int | None, bom: bytes) -> None:
     rows = [
         *ROWS,
-        {"question": "Grüße 🦙, ]}", "answer": 'a "[" \\ \n'},
+        {"question": "Grüße 🦙, ]}\u2028\x85", "answer": 'a "[" \\ \n'},
         {"question": "x", "answer": "y", "n": [[1], {}]},
     ]
     listed, lines = tmp_path / "a.json", tmp_path / "a.jsonl"

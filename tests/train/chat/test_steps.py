@@ -148,6 +148,9 @@ def test_a_resumed_run_goes_on_with_the_list(tmp_path: Path) -> None:
     assert lines(one) == lines(two) and log.read == 120
     SkipLog(two, 0.1, 40)  # a new run begins a new list
     assert lines(two) == []
+    odd = Skip("a", "a:1", "empty", "JSON allows\u2028such a separator in a text")
+    SkipLog(two, 0.1, 40).add(0, StepExamples([], [odd], []))
+    assert [skip for _, skip in SkipLog(two, 0.1, 40, step=1).skips] == [odd]
     two.write_text("3\n")
     with pytest.raises(DataError, match="not a list of skipped rows"):
         SkipLog(two, 0.1, 40, step=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...adapters.targets import PRESETS, resolve
-from ...config import AnyModelConfig, LanguageModelConfig
+from ...config import AnyModelConfig, LanguageModelConfig, ModelConfig
 from ...loading import locate
 from ...planning import MemoryPlan, Packed, PlanOptions, plan
 from ...planning.options import TARGETS
@@ -22,7 +22,8 @@ def config_of(recipe: ChatRecipe) -> AnyModelConfig:
 
 
 def memory_plan(recipe: ChatRecipe, config: AnyModelConfig, processes: int, device: str) -> MemoryPlan:
-    """Of one process, for its fullest micro-batch with a picture in every row, cut into as many tiles as there can be.
+    """Of one process, for its fullest micro-batch: conversations of the greatest length, each with a picture, which is
+    cut into as many tiles as there can be.
 
     Raises:
         ConfigError: processes that the recipe cannot be divided among, or targets that the model does not have.
@@ -31,12 +32,12 @@ def memory_plan(recipe: ChatRecipe, config: AnyModelConfig, processes: int, devi
     data, shard, tensor = mesh.sizes(processes)
     mine = -(-recipe.batch.rows // (data * shard))  # rows of a step
     longest = max_length(recipe.data, config)
+    most = min(recipe.batch.rows_at_once or mine, mine)  # conversations of a micro-batch
     if recipe.batch.packing:
-        rows = 1
-        context = min(max(longest, recipe.batch.tokens), config.text.max_position_embeddings)
+        rows, packed = 1, min(-(-max(longest, recipe.batch.tokens) // longest), most)
+        context = min(max(longest, recipe.batch.tokens), packed * longest)
     else:
-        rows = min(max(1, recipe.batch.tokens // longest), recipe.batch.rows_at_once or mine, mine)
-        context = longest
+        rows, packed, context = min(max(1, recipe.batch.tokens // longest), most), 1, longest
     rank, targets = _adapters(recipe, config)
     return plan(
         config,
@@ -44,6 +45,8 @@ def memory_plan(recipe: ChatRecipe, config: AnyModelConfig, processes: int, devi
             dtype=_DTYPES[recipe.dtype],  # type: ignore[arg-type]
             context=context,
             batch=rows,
+            packed=packed,
+            images=context // longest if isinstance(config, ModelConfig) else None,
             pack=Packed("nf4") if recipe.method == "qlora" else None,
             train="full" if recipe.method == "full" else "lora",
             rank=rank,

@@ -118,10 +118,11 @@ class ChatRecipe(Recipe):
         return [*describe(made, processes, self.parallel.described), *check(made, device_of(self), RELIEF)]
 
     def to_export(self) -> ChatRecipe:
-        """Of an adapter its own weights alone; a whole model in the machine's memory, whatever the GPUs hold."""
+        """Without the base where nothing of it is written: of an adapter its own weights alone, of a model all of whose
+        weights learn those. Otherwise in the machine's memory, whatever the GPUs hold."""
         alone = replace(self, parallel=ParallelOptions(), evaluate=EvaluateConfig(), result="last", recompute=False)
         if self.method == "full":
-            return replace(alone, device="cpu")
+            return replace(alone, device="cpu" if self.freeze else "meta")
         return replace(alone, device="meta", method="lora")
 
     def usage(self, result: Path) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from ...processing import json_lines
 from ...processing.images import ImageSource
 from .skips import BadRow
 from .sources import Row, Rows, file_rows, nearest_folder
@@ -29,9 +29,9 @@ def sample_row(contents: Contents, find: Callable[[str], ImageSource]) -> Row:
     table: Any = {}
     if "json" in contents:
         try:
-            table = json.loads(contents["json"]())
-        except (ValueError, RecursionError) as error:
-            raise BadRow("not JSON", f"its .json is not JSON: {error}") from error
+            table = json_lines.parse(contents["json"]())
+        except ValueError as error:
+            raise BadRow("not JSON", f"its .json is {error}") from error
         table = {"messages": table} if isinstance(table, list) else table
         if not isinstance(table, dict):
             raise BadRow("shape", "its .json must hold a table, or a list of messages")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import DataError
+from ...processing import json_lines
 
 if TYPE_CHECKING:
     from .steps import StepExamples
@@ -103,7 +104,8 @@ class SkipLog:
         if step == 0 or not self.path.exists():
             return []
         try:
-            rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            with self.path.open("rb") as file:
+                rows = [json_lines.parse(line) for _, _, line in json_lines.rows(file)]
             found = [(int(row.pop("step")), Skip(**row)) for row in rows]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{self.path} is not a list of skipped rows; move it away") from error

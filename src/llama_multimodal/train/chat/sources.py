@@ -16,7 +16,9 @@ import numpy as np
 
 from ...config import nearest
 from ...errors import DataError
+from ...processing import json_lines
 from ...processing.images import ImageSource
+from ...processing.json_lines import BOM
 from .config import DatasetSource, FileSource, FolderSource, SourceConfig, TarSource
 from .skips import BadRow
 
@@ -155,34 +157,27 @@ class JsonRows:
         try:
             with file.open("rb") as opened:
                 opened.seek(begin)
-                table = json.loads(opened.read(length))
+                table = json_lines.parse(opened.read(length))
         except OSError as error:
             raise BadRow("unreadable", f"the file cannot be read: {error.strerror}") from error
-        except RecursionError:
-            raise BadRow("not JSON", "lists within lists, too deep to read") from None
         except ValueError as error:
-            raise BadRow("not JSON", f"not JSON: {error}") from error
+            raise BadRow("not JSON", str(error)) from error
         return Row(table, in_folder(self.folder or file.parent))
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-_BOM = b"\xef\xbb\xbf"
 
 
 def _spans(file: Path) -> np.ndarray:
     """Where the rows of a file lie: of JSON lines, or of a list over any number of lines."""
     try:
         with file.open("rb") as opened:
-            begin = len(_BOM) if opened.read(len(_BOM)) == _BOM else 0
+            begin = len(BOM) if opened.read(len(BOM)) == BOM else 0
             opened.seek(begin)
             listed = file.suffix.lower() == ".json" and opened.read(4096).lstrip()[:1] == b"["
-            opened.seek(begin)
+            opened.seek(begin if listed else 0)
             if not listed:
-                spans = []
-                for number, line in enumerate(opened, 1):
-                    if line.strip():
-                        spans.append((begin, len(line), number))
-                    begin += len(line)
+                spans = [(first, len(line), number) for number, first, line in json_lines.rows(opened)]
                 if file.suffix.lower() == ".json" and spans:
                     _require_lines(file, spans[0])
                 return np.array(spans, np.int64).reshape(-1, 3)
@@ -199,8 +194,8 @@ def _require_lines(file: Path, span: tuple[int, int, int]) -> None:
     with file.open("rb") as opened:
         opened.seek(span[0])
         try:
-            json.loads(opened.read(span[1]))
-        except (ValueError, RecursionError):
+            json_lines.parse(opened.read(span[1]))
+        except ValueError:
             raise DataError(
                 f"{file} is neither a list of rows nor one row a line; write it as [row, row, …], or as JSON lines"
             ) from None

@@ -68,9 +68,10 @@ class ChatTask(Task[MicroBatch]):
             stored = model.dtype
             torch.manual_seed(recipe.seed)
             model = make_trainable(model, recipe, self.dtype)
-            for pair in model.modules() if self.device.type == "meta" else ():
-                if isinstance(pair, LowRank):
-                    give_memory(pair, torch.device("cpu"))
+            if self.device.type == "meta":  # of what it is to export, and no more
+                whole = recipe.method == "full"
+                for part in [model] if whole else [pair for pair in model.modules() if isinstance(pair, LowRank)]:
+                    give_memory(part, torch.device("cpu"))
         if (vision := _tiled(model)) is not None:
             share_between_ratios(vision)
         return model.train(), check_processor(processor, recipe.model), stored

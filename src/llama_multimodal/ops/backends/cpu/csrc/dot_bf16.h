@@ -32,7 +32,7 @@ void dot_rows(const uint16_t* weight, int64_t inputs, const float* x, int64_t x_
   for (; k + kPair <= inputs; k += kPair)
     for (int n = 0; n < OUTPUTS; n++) {
       const uint16_t* at = weight + n * inputs + k;
-      if (OUTPUTS > 1) __builtin_prefetch(at + OUTPUTS * inputs, 0, 2);
+      __builtin_prefetch(at + (OUTPUTS > 1 ? OUTPUTS * inputs : kBytesAhead / 2), 0, 2);
       Words pair;
       memcpy(&pair, at, sizeof(pair));
       const Floats even = bits<Floats>(pair << 16), odd = bits<Floats>(pair & 0xffff0000u);

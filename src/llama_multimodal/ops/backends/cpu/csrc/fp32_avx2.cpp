@@ -5,5 +5,5 @@
 
 namespace llama_mm {
 extern const Attention kFp32AttentionAvx2[2] = {in_fp32<float>(), in_fp32<uint16_t>()};
-extern const WideProduct kWideProductAvx2 = {kTogether, order_weights, multiply_rows};
+extern const WideProduct kWideProductAvx2 = {kTogether, order_weights, widen_values, multiply_rows, finish_row};
 }

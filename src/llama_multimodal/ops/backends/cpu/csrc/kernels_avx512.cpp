@@ -17,7 +17,6 @@ using llama_mm::PackedWeight;
 using llama_mm::RoundedX;
 using llama_mm::Rounding;
 constexpr int kBlock = llama_mm::kBlock, kFours = kBlock / 4;
-constexpr int64_t kBytesAhead = 4096;  // bytes that are asked for early: the next page, where the prefetchers stop
 
 // The 16 rows' values of one block as unsigned bytes: w[i] holds inputs 4i to 4i + 3 of every row.
 template <bool INT4>

@@ -13,8 +13,11 @@ struct WideProduct {
   int outputs;  // O
   // O rows of a weight, or `there` of them and zeros → fp32 [inputs, O].
   void (*order_weights)(const uint16_t* weight, int64_t stride, int64_t there, int64_t inputs, float* out);
+  void (*widen)(const uint16_t* x, int64_t count, float* out);
   // sums [kRowsTogether, O] of as many rows of x against ordered weights; added to what is there, or put there.
   void (*multiply)(const float* x, int64_t stride, const float* weight, int64_t inputs, bool add, float* sums);
+  // out [there] = sums + bias, in bf16; both have O values.
+  void (*finish)(const float* sums, const float* bias, int64_t there, uint16_t* out);
 };
 
 // What the instruction set in use has, or null.

@@ -22,6 +22,9 @@ typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 typedef int8_t SignedBytes __attribute__((vector_size(LANES)));
 
+// Bytes of a weight that are asked for early: the next page, where the prefetchers stop.
+constexpr int64_t kBytesAhead = 4096;
+
 struct Fp8 {  // e4m3: 1 bit of sign, 4 of exponent, 3 of mantissa
   uint8_t byte;
 };
