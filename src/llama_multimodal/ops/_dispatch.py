@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _constant(function: Function) -> Function:
+def constant(function: Function) -> Function:
     """What `torch.compiler.assume_constant_result` does. That imports the compiler, which takes more than half a
     second, and whoever compiles nothing has no use for it."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -116,7 +116,7 @@ def _objection(kernel: Kernel, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 @functools.cache
-@_constant
+@constant
 def why_missing(backend: str) -> str | None:
     """Why a backend cannot be used on this machine, or None; its kernels are registered by the first call."""
     if backend == "torch":
@@ -132,7 +132,7 @@ def why_missing(backend: str) -> str | None:
     return package.load()
 
 
-@_constant
+@constant
 def requested_backend() -> str | None:
     """The backend that `use_backend` or `LLAMA_MM_BACKEND` asks for; None leaves the choice to the dispatch."""
     name = _forced.get() or os.environ.get("LLAMA_MM_BACKEND") or None

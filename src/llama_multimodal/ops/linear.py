@@ -103,7 +103,7 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
     return torch.ops.mkldnn._is_mkldnn_fp16_supported() and _cpu_flag("avx512_fp16", "amx_fp16", "asimdhp")
 
 
-@torch.compiler.assume_constant_result  # it reads a file
+@_dispatch.constant  # it reads a file
 def cpu_gains_by(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of a half-precision dtype faster than in fp32."""
     return cpu_multiplies(dtype) and not (dtype == torch.bfloat16 and _has_slow_pairs())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ....errors import DeviceError
+from ... import _dispatch
 from ..native import library_path, why_not_built
 
 INSTRUCTION_SETS = ("avx512", "avx2", "plain")
@@ -112,13 +113,13 @@ def instruction_set() -> str:
     return _instruction_set
 
 
-@torch.compiler.assume_constant_result
+@_dispatch.constant
 def has_attention(dtype: torch.dtype) -> bool:
     """Whether there is a kernel for attention of many queries."""
     return dtype in DTYPES and bool(functions().has_attention(DTYPES[dtype]))
 
 
-@torch.compiler.assume_constant_result
+@_dispatch.constant
 def has_wide_linear() -> bool:
     """Whether there is a kernel for products of bf16 in fp32."""
     return bool(functions().has_wide_linear())
