@@ -7,6 +7,7 @@ python load_memory.py quantize FOLDER TARGET
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -77,6 +78,9 @@ def measure(folder: Path, dtype: str) -> dict[str, float]:
 
 def measure_quantize(folder: Path, target: Path) -> dict[str, float]:
     """Peak memory above what the process had before, and the sizes of the files."""
+    # What torch imports for itself once tensors are joined on the meta device, a hundred MB.
+    importlib.import_module("torch._dynamo")
+
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     done = quantize(folder, target, "int4", lm_head="int4", keep=())
