@@ -7,9 +7,12 @@ and full-size models on the meta device besides. docs/memory.md has a table of t
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,6 +83,13 @@ def phases(config: AnyModelConfig, options: PlanOptions) -> dict[str, int]:
     return found
 
 
+@pytest.fixture(scope="module")
+def alone() -> Iterator[ProcessPoolExecutor]:
+    """A process of its own: in one that ran other tests a state of a block has been seen to stay a little longer."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -90,16 +100,15 @@ def phases(config: AnyModelConfig, options: PlanOptions) -> dict[str, int]:
         ("HuggingFaceTB/SmolVLM-Instruct", PlanOptions(context=8192)),
     ],
 )
-def test_full_size_models(name: str, options: PlanOptions) -> None:
+def test_full_size_models(name: str, options: PlanOptions, alone: ProcessPoolExecutor) -> None:
     config = find_config(name)
     assert config is not None
     options = replace(options, device="cpu")  # the meta device runs what a CPU without kernels would
-    made, found = plan(config, options), phases(config, options)
+    made, found = plan(config, options), alone.submit(phases, config, options).result()
     assert made.part("self-attention cache").bytes == found["self-attention cache"]
     read = made.part("cross-attention cache").bytes + made.part("image embeddings").bytes
     assert read == found["read"]
     assert made.part("text activations").bytes == pytest.approx(found["text activations"], rel=0.03)
     given = config, options, made.load
     pictures = max(inference.vision_peak(*given), read + inference.projection_peak(*given)) if made.load.tiles else 0
-    # What waits for the garbage collector is alive as well: now and then one more state of a block.
-    assert pictures == pytest.approx(found["pictures"], rel=0.1)
+    assert pictures == pytest.approx(found["pictures"], rel=0.05)
