@@ -65,7 +65,7 @@ def guarded_case(
 @pytest.fixture
 def kernels_only(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many rows, and whatever would be fastest."""
-    for few in (packed_linear.FEW_BF16, packed_linear._FEW_INTEGER):
+    for few in (packed_linear._FEW_BF16, packed_linear._FEW_WIDENED, packed_linear._FEW_INTEGER):
         monkeypatch.setitem(few, instruction_set, 100)
 
 

@@ -17,8 +17,8 @@ from ...decode_block import DecoderBlock
 from ...quantized_blocks import CacheBlocks, QuantizedBlocks
 from ..operators import define
 from .decode_attention import raise_for, refuses_dtype, refuses_tensors, stored
-from .library import DTYPES, functions, instruction_set, pointer, strides
-from .packed_linear import FEW_BF16, LAYOUT
+from .library import DTYPES, functions, pointer, strides
+from .packed_linear import LAYOUT, few_bf16_rows
 from .quantized_cache import refuses_quantized
 
 _MOST_ROWS = 8
@@ -35,7 +35,7 @@ def _refuses_block(x: Tensor, block: DecoderBlock, cos: Tensor, sin: Tensor, **o
     for product in (block.qkv, block.output, block.gate_up, block.down):
         weight, bias = product.weight, product.bias
         if weight.format == "bf16":
-            most = min(most, FEW_BF16[instruction_set()])
+            most = min(most, few_bf16_rows())
         elif weight.layout != LAYOUT:
             return f'a weight has the layout "{weight.layout}"; takes "{LAYOUT}"'
         if not weight.values.is_cpu or (bias is not None and bias.dtype != x.dtype):

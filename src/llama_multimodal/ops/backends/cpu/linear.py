@@ -1,5 +1,5 @@
-"""`linear` of many rows on CPUs that multiply bf16 slower than fp32, or not at all: each weight is widened once, in the
-cache, and meets all rows there. torch would write an fp32 copy to memory first.
+"""`linear` on CPUs that multiply bf16 slower than fp32, or not at all: weights are widened in the cache and meet all
+rows there. torch would write an fp32 copy to memory first.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from torch import Tensor
 from ... import _dispatch
 from ...linear import cpu_gains_by
 from ..operators import define
-from .library import DTYPES, functions, has_wide_linear, instruction_set, pointer
-from .packed_linear import FEW_BF16
+from .library import DTYPES, functions, has_wide_linear, pointer
+from .packed_linear import few_bf16_rows
 
 
 def _leaves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether torch's own is used: for few rows and other dtypes, and where the CPU gains by bf16."""
+    """Whether torch's own is used: for nothing, for other dtypes, and where the CPU gains by bf16."""
     return (
         not (x.is_cpu and weight.is_cpu and (bias is None or bias.is_cpu))
         or not x.dtype == weight.dtype == torch.bfloat16
         or (bias is not None and bias.dtype not in DTYPES)
         or x.ndim == 0
-        or x.numel() <= FEW_BF16[instruction_set()] * x.shape[-1]
+        or not x.numel()
         or not weight.numel()
         or cpu_gains_by(torch.bfloat16)
         or not has_wide_linear()
@@ -46,8 +46,10 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    sizes, bias_dtype = (math.prod(x.shape[:-1]), x.shape[-1]), 0 if bias is None else DTYPES[bias.dtype]
-    into = (weight.shape[0], out.data_ptr(), torch.get_num_threads())
-    if functions().wide_linear(x.data_ptr(), *sizes, weight.data_ptr(), pointer(bias), bias_dtype, *into):
+    rows, bias_dtype = math.prod(x.shape[:-1]), 0 if bias is None else DTYPES[bias.dtype]
+    few = rows <= few_bf16_rows()
+    x_in_c = (x.data_ptr(), DTYPES[x.dtype]) if few else (x.data_ptr(),)
+    rest = (weight.data_ptr(), pointer(bias), bias_dtype, weight.shape[0], out.data_ptr(), torch.get_num_threads())
+    if (functions().bf16_linear if few else functions().wide_linear)(*x_in_c, rows, x.shape[-1], *rest):
         raise MemoryError("linear: no memory for the widened rows of x")
     return out

@@ -31,8 +31,14 @@ LAYOUT = "cpu tiles"
 _ROUNDED_AT_ONCE = 1024  # rows of x, whose rounded values take 2 bytes each
 _TILE, _BLOCK = 16, 32  # outputs that lie interleaved, inputs that are rounded together
 # Rows up to which a kernel is faster than torch's product, on the instruction set's kind of machine.
-FEW_BF16 = {"avx512": 4, "avx2": 8, "plain": 2}
+_FEW_BF16 = {"avx512": 4, "avx2": 8, "plain": 2}
+_FEW_WIDENED = {"avx512": 32, "avx2": 16, "plain": 2}  # of a bf16 weight where bf16 products are slower than fp32 ones
 _FEW_INTEGER = {"avx512": 96, "avx2": 24, "plain": 2}
+
+
+def few_bf16_rows() -> int:
+    """Rows of x up to which the kernel for few is the faster one with a bf16 weight."""
+    return (_FEW_BF16 if cpu_gains_by(torch.bfloat16) else _FEW_WIDENED)[instruction_set()]
 
 
 @_dispatch.register("prepare_weight", "cpu")
@@ -141,7 +147,7 @@ def cpu_packed_linear(
     inputs = x.shape[-1]
     rows = math.prod(x.shape[:-1])
     no_kernel = x.dtype == torch.float64 or (format != "bf16" and layout == "plain")
-    few = (FEW_BF16 if format == "bf16" else _FEW_INTEGER)[instruction_set()]
+    few = few_bf16_rows() if format == "bf16" else _FEW_INTEGER[instruction_set()]
     if no_kernel or (rows > few and not int8_activations):
         packed = PackedWeight(format, (outputs, inputs), values, scales, zeros, group, layout)  # type: ignore[arg-type]
         return _many_rows(x, packed, bias)

@@ -3,7 +3,7 @@
 // A weight's outputs go in groups. Few rows of x are widened once, and each thread brings a group's weights into order
 // and multiplies all rows by them, a few inputs at a time: what it needs stays in its caches. With many rows the x of
 // all would not: there the weights of several groups are brought into order first, then each thread takes some rows,
-// widens them and multiplies them by one group after the other.
+// widens them and multiplies them by one group after the other. Of long rows it takes a part of the inputs at a time.
 //
 // Shapes: T rows of x · K inputs · N outputs · O outputs of a group
 #include "linear.h"
@@ -22,6 +22,8 @@ constexpr int64_t kFewRows = 768;
 constexpr int64_t kInputs = 192;                   // at a time, whose weights of a group fit the first cache: 48 KB
 constexpr int64_t kMostValues = int64_t{1} << 19;  // of a weight that are in order at a time: 2 MB
 constexpr int64_t kRowsOfTask = 96;                // a multiple of kRowsTogether
+constexpr int64_t kWidened = 7 * kInputs;          // inputs of a task's rows that stay in the second cache: 0.5 MB
+constexpr int64_t kRowsAtOnce = 64 * kRowsOfTask;  // whose sums wait for the next part of the inputs
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -45,16 +47,18 @@ struct Problem {
     use.order_weights(weight + group * use.outputs * inputs + k, inputs, there(group), some, to);
   }
 
-  // Rows [row, row + count) → fp32 [count, K]; zeros up to a multiple of kRowsTogether.
-  void widen(int64_t row, int64_t count, float* to) const {
-    use.widen(x + row * inputs, count * inputs, to);
-    for (int64_t i = count * inputs; i < rounded_up(count, kRowsTogether) * inputs; i++) to[i] = 0.0f;
+  // `some` inputs from the k-th on of rows [row, row + count) → fp32 [count, some]; zeros up to a multiple of
+  // kRowsTogether.
+  void widen(int64_t row, int64_t count, int64_t k, int64_t some, float* to) const {
+    for (int64_t t = 0; t < count; t++) use.widen(x + (row + t) * inputs + k, some, to + t * some);
+    for (int64_t i = count * some; i < rounded_up(count, kRowsTogether) * some; i++) to[i] = 0.0f;
   }
 
-  // sums [count, O] of widened rows and `some` inputs from the k-th on, whose weights are in order.
-  void multiply(const float* wide, int64_t count, int64_t k, int64_t some, const float* ordered, float* sums) const {
+  // sums [count, O] of widened rows [count, stride] and as many inputs as have their weights in order.
+  void multiply(const float* wide, int64_t stride, int64_t count, const float* ordered, int64_t some, bool add,
+                float* sums) const {
     for (int64_t t = 0; t < count; t += kRowsTogether)
-      use.multiply(wide + t * inputs + k, inputs, ordered, some, k > 0, sums + t * use.outputs);
+      use.multiply(wide + t * stride, stride, ordered, some, add, sums + t * use.outputs);
   }
 
   void finish(int64_t row, int64_t count, int64_t group, const float* sums) const {
@@ -75,13 +79,16 @@ int few_rows(const Problem& p) {
     float* const sums = ordered + p.use.outputs * kInputs;
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < p.rows; row += kRowsTogether)
-      p.widen(row, least(p.rows - row, kRowsTogether), wide + row * p.inputs);
+      for (int64_t k = 0; k < p.inputs; k += kInputs) {  // [K/kInputs, padded, kInputs]: what is read together
+        const int64_t some = least(p.inputs - k, kInputs);
+        p.widen(row, least(p.rows - row, kRowsTogether), k, some, wide + k * padded + row * some);
+      }
 #pragma omp for schedule(dynamic)
     for (int64_t group = 0; group < p.groups(); group++) {
       for (int64_t k = 0; k < p.inputs; k += kInputs) {
         const int64_t some = least(p.inputs - k, kInputs);
         p.order(group, k, some, ordered);
-        p.multiply(wide, p.rows, k, some, ordered, sums);
+        p.multiply(wide + k * padded, some, p.rows, ordered, some, k > 0, sums);
       }
       p.finish(0, p.rows, group, sums);
     }
@@ -89,31 +96,40 @@ int few_rows(const Problem& p) {
   return 0;
 }
 
-int many_rows(const Problem& p) {
-  const int64_t tasks = (p.rows + kRowsOfTask - 1) / kRowsOfTask, of_thread = kRowsOfTask * (p.inputs + p.use.outputs);
-  const int64_t of_group = p.use.outputs * p.inputs;
+// Rows [from, to).
+int many_rows(const Problem& p, int64_t from, int64_t to) {
+  const int64_t tasks = (to - from + kRowsOfTask - 1) / kRowsOfTask, parts = (p.inputs + kWidened - 1) / kWidened;
+  const int64_t of_part = rounded_up((p.inputs + parts - 1) / most(1, parts), 16), of_group = p.use.outputs * of_part;
   const int64_t together = least(p.groups(), most(1, kMostValues / most(1, of_group)));  // in order at a time
-  const Scratch ordered_memory(together * of_group * 4), thread_memory(p.threads * of_thread * 4);
-  if (!ordered_memory.memory || !thread_memory.memory) return 1;
+  const int64_t of_sums = kRowsOfTask * p.use.outputs;
+  const Scratch ordered_memory(together * of_group * 4), wide_memory(p.threads * kRowsOfTask * of_part * 4);
+  const Scratch sums_memory((parts > 1 ? tasks * together : p.threads) * of_sums * 4);
+  if (!ordered_memory.memory || !wide_memory.memory || !sums_memory.memory) return 1;
   float* const ordered = reinterpret_cast<float*>(ordered_memory.memory);
+  float* const all_sums = reinterpret_cast<float*>(sums_memory.memory);
 #pragma omp parallel num_threads(p.threads)
   {
-    float* const wide = reinterpret_cast<float*>(thread_memory.memory) + omp_get_thread_num() * of_thread;
-    float* const sums = wide + kRowsOfTask * p.inputs;
+    const int thread = omp_get_thread_num();
+    float* const wide = reinterpret_cast<float*>(wide_memory.memory) + thread * kRowsOfTask * of_part;
     for (int64_t first = 0; first < p.groups(); first += together) {
       const int64_t end = least(p.groups(), first + together);
+      for (int64_t part = 0; part < parts; part++) {
+        const int64_t start = part * of_part, inputs = least(p.inputs - start, of_part);
 #pragma omp for schedule(static)
-      for (int64_t group = first; group < end; group++)
-        p.order(group, 0, p.inputs, ordered + (group - first) * of_group);
+        for (int64_t group = first; group < end; group++)
+          p.order(group, start, inputs, ordered + (group - first) * of_group);
 #pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < tasks; task++) {
-        const int64_t row = task * kRowsOfTask, count = least(p.rows - row, kRowsOfTask);
-        p.widen(row, count, wide);
-        for (int64_t group = first; group < end; group++) {
-          const float* const weights = ordered + (group - first) * of_group;
-          for (int64_t k = 0; k < p.inputs; k += kInputs)
-            p.multiply(wide, count, k, least(p.inputs - k, kInputs), weights + k * p.use.outputs, sums);
-          p.finish(row, count, group, sums);
+        for (int64_t task = 0; task < tasks; task++) {
+          const int64_t row = from + task * kRowsOfTask, count = least(to - row, kRowsOfTask);
+          p.widen(row, count, start, inputs, wide);
+          for (int64_t group = first; group < end; group++) {
+            const float* const weights = ordered + (group - first) * of_group;
+            float* const sums = all_sums + (parts > 1 ? task * together + group - first : thread) * of_sums;
+            for (int64_t k = 0; k < inputs; k += kInputs)
+              p.multiply(wide + k, inputs, count, weights + k * p.use.outputs, least(inputs - k, kInputs),
+                         start + k > 0, sums);
+            if (part == parts - 1) p.finish(row, count, group, sums);
+          }
         }
       }
     }
@@ -139,7 +155,10 @@ int llama_mm_cpu_wide_linear(const uint16_t* x, int64_t rows, int64_t inputs, co
   for (int64_t n = 0; n < padded; n++)
     added[n] = bias && n < outputs ? get(bias, static_cast<DType>(bias_dtype), n) : 0.0f;
   const Problem p = {use, x, rows, inputs, weight, added, outputs, out, threads};
-  return rows <= kFewRows ? few_rows(p) : many_rows(p);
+  if (rows <= kFewRows) return few_rows(p);
+  for (int64_t from = 0; from < rows; from += kRowsAtOnce)
+    if (many_rows(p, from, least(rows, from + kRowsAtOnce))) return 1;
+  return 0;
 }
 
 }  // extern "C"

@@ -122,7 +122,7 @@ int llama_mm_cpu_bf16_linear(const void* x, int dtype, int rows, int64_t inputs,
   const Kernels& use = *kernels();
   const DType type = static_cast<DType>(dtype);
   const Output output = {out, type, bias, static_cast<DType>(bias_dtype), outputs};
-  const int64_t stride = (inputs + 15) / 16 * 16;
+  const int64_t stride = (inputs + 15) / 16 * 16 + 16;
   Scratch scratch((rows + 1) * stride * 4);
   if (!scratch.memory) return 1;
   float *ordered = reinterpret_cast<float*>(scratch.memory), *wide = ordered + rows * stride;
@@ -131,14 +131,16 @@ int llama_mm_cpu_bf16_linear(const void* x, int dtype, int rows, int64_t inputs,
     use.order_row(wide, inputs, ordered + t * stride);
   }
   const int team = useful_threads(threads, outputs * inputs * 2);
+  const int passes = (rows + kMaxDotRows - 1) / kMaxDotRows;  // of about as many rows each
 #pragma omp parallel for schedule(dynamic, share(outputs / kOutputs, team)) num_threads(team) if (team > 1)
   for (int64_t first = 0; first < outputs; first += kOutputs) {
-    float sums[kOutputs * kMaxRows];
+    float sums[kOutputs * kMaxDotRows];
     const int64_t count = outputs - first < kOutputs ? outputs - first : kOutputs;
-    for (int row = 0; row < rows; row += kMaxRows) {
-      use.dot_bf16(weight + first * inputs, inputs, static_cast<int>(count), ordered + row * stride, stride,
-                   least(rows - row, kMaxRows), sums);
-      output.put(sums, row, least(rows - row, kMaxRows), first, kOutputs);
+    for (int pass = 0; pass < passes; pass++) {
+      const int row = rows * pass / passes, some = rows * (pass + 1) / passes - row;
+      use.dot_bf16(weight + first * inputs, inputs, static_cast<int>(count), ordered + row * stride, stride, some,
+                   sums);
+      output.put(sums, row, some, first, kOutputs);
     }
   }
   return 0;
