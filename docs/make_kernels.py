@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,9 +167,8 @@ def cuobjdump() -> str:
     return str(Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump")
 
 
-def generation() -> str:
+def generation(result: dict[str, Any]) -> str:
     """Tokens a second of benchmarks/generate.py, and ratios to its peers of the same run."""
-    result = _result("generate")
     decode, prefill = (result["results"][f"{kind}_tokens_per_second"] for kind in ("decode", "prefill"))
     peers = {"bf16": "llama.cpp BF16", "int8": "llama.cpp Q8_0", "int4": "llama.cpp Q4_0"}
     lines = [
@@ -185,9 +185,8 @@ def generation() -> str:
     return "\n".join([_where(result), "", *lines])
 
 
-def matrices() -> str:
+def matrices(result: dict[str, Any]) -> str:
     """Milliseconds of benchmarks/linear.py, by rows of x."""
-    result = _result("linear")
     rows = {name: row for name, row in result["results"].items() if name.endswith(" rows")}
     heads = [*rows, "memory read at 1 rows"]
     lines = [f"| | {' | '.join(heads)} |".replace("1 rows", "1 row"), "|---" * (len(heads) + 1) + "|"]
@@ -200,14 +199,16 @@ def matrices() -> str:
     return "\n".join([_where(result), "", *lines])
 
 
-def _result(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text(encoding="utf-8"))
-    return found
+def on_each_machine(table: Callable[[dict[str, Any]], str], name: str) -> str:
+    """The newest result's table, then the one of an AMD machine."""
+    files = (ROOT / "benchmarks/results" / f"{file}.json" for file in (name, f"{name}_amd"))
+    return "\n\n".join(table(json.loads(file.read_text(encoding="utf-8"))) for file in files)
 
 
 def _where(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
-    return f"{result['device']}, {result['threads']} threads, {result['capability']}; {versions}."
+    machine = f"{result['device']}, {result['threads']} threads, {result['capability']}"
+    return f"{machine}; {versions}; commit {result['commit'][:7]}."
 
 
 def replace(marker: str, text: str) -> None:
@@ -220,8 +221,8 @@ def replace(marker: str, text: str) -> None:
 def main() -> None:
     replace("kernels", kernels())
     replace("floors", floors())
-    replace("generation", generation())
-    replace("matrices", matrices())
+    replace("generation", on_each_machine(generation, "generate"))
+    replace("matrices", on_each_machine(matrices, "linear"))
     if shutil.which("nvcc"):
         replace("registers", registers())
         replace("instructions", instructions())
