@@ -41,6 +41,21 @@ CacheBlocks = Tensor | QuantizedBlocks
 """A layer's keys or values in blocks, [P, S, Hkv, D]: in a model's own dtype, or in 8 bits."""
 
 
+def refused_as_8_bits(
+    k_cache: Tensor, v_cache: Tensor, k_scales: Tensor, v_scales: Tensor, device: torch.device
+) -> str | None:
+    """Why these are no caches that a kernel on `device` reads: another dtype, gaps, or scales of another shape."""
+    if k_cache.dtype not in _LIMITS or v_cache.dtype != k_cache.dtype:
+        return f"k_cache is {k_cache.dtype}, v_cache {v_cache.dtype}; takes int8 or float8_e4m3fn, the same for both"
+    for cache, scales in ((k_cache, k_scales), (v_cache, v_scales)):
+        if scales.dtype != torch.float32 or scales.shape != cache.shape[:-1]:
+            shapes = f"shape {tuple(cache.shape)} has scales {scales.dtype} {tuple(scales.shape)}"
+            return f"a cache of {shapes}; takes fp32 [N, S, Hkv]"
+        if not (cache.is_contiguous() and scales.is_contiguous()) or {cache.device, scales.device} != {device}:
+            return f"takes contiguous caches on {device}"
+    return None
+
+
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x [..., D] to the nearest values of `dtype`, and their scales, fp32 [...]. What is not finite becomes NaN."""
     wide, limit = x.float(), _LIMITS[dtype]

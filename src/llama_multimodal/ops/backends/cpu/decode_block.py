@@ -14,12 +14,11 @@ from torch import Tensor
 
 from ... import _dispatch
 from ...decode_block import DecoderBlock
-from ...quantized_blocks import CacheBlocks, QuantizedBlocks
+from ...quantized_blocks import CacheBlocks, QuantizedBlocks, refused_as_8_bits
 from ..operators import define
 from .decode_attention import raise_for, refuses_dtype, refuses_tensors, stored
 from .library import DTYPES, functions, pointer, strides
 from .packed_linear import LAYOUT, few_bf16_rows
-from .quantized_cache import refuses_quantized
 
 _MOST_ROWS = 8
 _PRODUCT = struct.Struct("@PPPPqqqii")  # LlamaMmProduct of csrc/decode_block.cpp
@@ -75,7 +74,7 @@ def _refuses_paged(
     plain = {} if scales else {"k_cache": k, "v_cache": v}
     if why := _refuses_block(x, block, cos, sin, lengths=lengths, **plain):
         return why
-    if scales and (why := refuses_quantized(k, v, *scales)):
+    if scales and (why := refused_as_8_bits(k, v, scales[0], scales[1], x.device)):
         return why
     if block_table.ndim != 2 or len(block_table) != len(x) or not block_table.is_cpu:
         return f"block_table has shape {list(block_table.shape)}; takes [B, M] on the CPU"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import _dispatch
+from ...quantized_blocks import refused_as_8_bits
 from ..operators import define
 from .decode_attention import (
     check_paged,
@@ -21,20 +22,7 @@ from .decode_attention import (
     refuses_tensors,
     stored,
 )
-from .library import DTYPES, QUANTIZED, dense_last, functions
-
-
-def refuses_quantized(k_cache: Tensor, v_cache: Tensor, k_scales: Tensor, v_scales: Tensor) -> str | None:
-    """Why not: another dtype, gaps, or scales of another shape."""
-    for cache, scales in ((k_cache, k_scales), (v_cache, v_scales)):
-        if cache.dtype not in QUANTIZED or cache.dtype != k_cache.dtype:
-            return f"takes int8 or float8_e4m3fn, the same for both, not {k_cache.dtype} and {v_cache.dtype}"
-        if scales.dtype != torch.float32 or scales.shape != cache.shape[:-1]:
-            return f"a cache of shape {list(cache.shape)} has scales {scales.dtype} {list(scales.shape)}; takes fp32"
-        if not (cache.is_cpu and scales.is_cpu and cache.is_contiguous() and scales.is_contiguous()):
-            return "takes contiguous caches on the CPU"
-    return None
-
+from .library import DTYPES, dense_last, functions
 
 # --- paged_decode_attention ------------------------------------------------------------------------------------------
 
@@ -50,7 +38,7 @@ def _refuses_read(
 ) -> str | None:
     if why := refuses_dtype(q) or refuses_tensors(q=q, block_table=block_table, lengths=lengths):
         return why
-    return refuses_quantized(k_cache, v_cache, k_scales, v_scales)
+    return refused_as_8_bits(k_cache, v_cache, k_scales, v_scales, torch.device("cpu"))
 
 
 @_dispatch.register("quantized_paged_decode_attention", "cpu", refuses=_refuses_read)
@@ -91,7 +79,7 @@ def _refuses_write(
 ) -> str | None:
     if why := refuses_dtype(k) or refuses_tensors(k=k, v=v, slots=slots):
         return why
-    return refuses_quantized(k_cache, v_cache, k_scales, v_scales)
+    return refused_as_8_bits(k_cache, v_cache, k_scales, v_scales, torch.device("cpu"))
 
 
 @_dispatch.register("quantized_kv_write", "cpu", refuses=_refuses_write)

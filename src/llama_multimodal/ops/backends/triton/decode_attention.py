@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._dispatch import register
+from ...quantized_blocks import refused_as_8_bits
 from ..operators import define, multiprocessors
 from .library import LOG2_E, WIDE, launch, power, refused, refused_indices, unit_last, upcasts, widen
 
@@ -440,15 +441,7 @@ def _refuses_quantized(
 ) -> str | None:
     if why := _refuses_blocks(q, k_cache, v_cache, block_table, lengths) or refused(q=q):
         return why
-    if k_cache.dtype not in _FORMATS or v_cache.dtype != k_cache.dtype:
-        return f"k_cache is {k_cache.dtype}, v_cache {v_cache.dtype}; takes int8 or float8_e4m3fn, the same for both"
-    for cache, scales in ((k_cache, k_scales), (v_cache, v_scales)):
-        if scales.dtype != torch.float32 or scales.shape != cache.shape[:-1]:
-            shape = tuple(scales.shape)
-            return f"a cache of shape {tuple(cache.shape)} has scales {scales.dtype} {shape}; takes fp32 [N, S, Hkv]"
-        if not (cache.is_contiguous() and scales.is_contiguous()) or {cache.device, scales.device} != {q.device}:
-            return f"takes contiguous caches on {q.device}, where q is"
-    return None
+    return refused_as_8_bits(k_cache, v_cache, k_scales, v_scales, q.device)
 
 
 def _refuses_blocks(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, lengths: Tensor) -> str | None:

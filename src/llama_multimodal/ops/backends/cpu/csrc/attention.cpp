@@ -20,8 +20,6 @@ using namespace llama_mm;
 
 constexpr int64_t kTaskQueries = 16 * kQueries;
 
-int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // Of a [B, heads, tokens, D] tensor, in elements; the last dimension has none.
 struct Strides {
   const int64_t* of;
@@ -96,7 +94,7 @@ int llama_mm_cpu_attention(int dtype, const void* q, const int64_t* q_strides, c
                      {q_strides}, {k_strides}, {v_strides}, {out_strides},
                      heads, kv_heads, queries, keys, dim, causal != 0};
   const int64_t padded = padded_dim(dim), padded_keys = rounded_up(keys, kTile), group = heads / kv_heads;
-  const int64_t pairs = rows * kv_heads, together = pairs < threads ? pairs : threads;  // key heads in order at a time
+  const int64_t pairs = rows * kv_heads, together = least<int64_t>(pairs, threads);  // key heads in order at a time
   const int64_t of_pair = padded_keys * padded, pieces = (queries + kTaskQueries - 1) / kTaskQueries;
   const Scratch ordered(2 * together * of_pair * use.bytes), biases(padded_keys * 4);
   const Scratch q_memory(threads * kTaskQueries * padded * use.bytes), acc_memory(threads * kTaskQueries * padded * 4);
@@ -131,7 +129,7 @@ int llama_mm_cpu_attention(int dtype, const void* q, const int64_t* q_strides, c
         const int64_t piece = pieces - 1 - task / (here * group);  // causal: the longest first
         const int64_t row = (pair + slot) / kv_heads, head = (pair + slot) % kv_heads * group + member;
         const int64_t first = piece * kTaskQueries, left = queries - first;
-        const int64_t end = first + (left < kTaskQueries ? left : kTaskQueries);
+        const int64_t end = first + least(left, kTaskQueries);
         const int64_t offset = slot * of_pair * use.bytes;
         attend_some(p, use, row, head, first, end, ordered_keys + offset, ordered_values + offset, bias, my_q, my_acc);
       }

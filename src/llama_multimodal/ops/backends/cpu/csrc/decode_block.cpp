@@ -90,8 +90,8 @@ static int run_block(const LlamaMmBlock* block, const void* x, int rows, const f
   const int64_t bytes = bytes_of(type), hidden = b.qkv.inputs, inner = b.down.inputs;
   const int64_t head = b.dim * bytes, q_row = b.heads * head, kv_row = b.kv_heads * head;
   const int64_t row_bytes = hidden * bytes, qkv_row = q_row + 2 * kv_row, gates = 2 * inner * bytes;
-  const int64_t widest = gates > qkv_row ? gates : qkv_row;
-  Scratch normed(rows * row_bytes), wide(rows * widest), narrow(rows * (q_row > inner * bytes ? q_row : inner * bytes));
+  const int64_t widest = most(gates, qkv_row);
+  Scratch normed(rows * row_bytes), wide(rows * widest), narrow(rows * most(q_row, inner * bytes));
   Scratch product(rows * row_bytes), sum(rows * row_bytes);
   if (!normed.memory || !wide.memory || !narrow.memory || !product.memory || !sum.memory) return -1;
   const char* from = static_cast<const char*>(x);

@@ -25,10 +25,6 @@ constexpr int64_t kRowsOfTask = 96;                // a multiple of kRowsTogethe
 constexpr int64_t kWidened = 7 * kInputs;          // inputs of a task's rows that stay in the second cache: 0.5 MB
 constexpr int64_t kRowsAtOnce = 64 * kRowsOfTask;  // whose sums wait for the next part of the inputs
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 struct Problem {
   const WideProduct& use;
   const uint16_t* x;
@@ -40,7 +36,7 @@ struct Problem {
   int threads;
 
   int64_t groups() const { return (outputs + use.outputs - 1) / use.outputs; }
-  int64_t there(int64_t group) const { return least(outputs - group * use.outputs, use.outputs); }
+  int64_t there(int64_t group) const { return least<int64_t>(outputs - group * use.outputs, use.outputs); }
 
   // `some` inputs of a group from the k-th on → fp32 [some, O].
   void order(int64_t group, int64_t k, int64_t some, float* to) const {
@@ -81,7 +77,7 @@ int few_rows(const Problem& p) {
     for (int64_t row = 0; row < p.rows; row += kRowsTogether)
       for (int64_t k = 0; k < p.inputs; k += kInputs) {  // [K/kInputs, padded, kInputs]: what is read together
         const int64_t some = least(p.inputs - k, kInputs);
-        p.widen(row, least(p.rows - row, kRowsTogether), k, some, wide + k * padded + row * some);
+        p.widen(row, least<int64_t>(p.rows - row, kRowsTogether), k, some, wide + k * padded + row * some);
       }
 #pragma omp for schedule(dynamic)
     for (int64_t group = 0; group < p.groups(); group++) {
@@ -99,8 +95,8 @@ int few_rows(const Problem& p) {
 // Rows [from, to).
 int many_rows(const Problem& p, int64_t from, int64_t to) {
   const int64_t tasks = (to - from + kRowsOfTask - 1) / kRowsOfTask, parts = (p.inputs + kWidened - 1) / kWidened;
-  const int64_t of_part = rounded_up((p.inputs + parts - 1) / most(1, parts), 16), of_group = p.use.outputs * of_part;
-  const int64_t together = least(p.groups(), most(1, kMostValues / most(1, of_group)));  // in order at a time
+  const int64_t of_part = rounded_up((p.inputs + parts - 1) / most<int64_t>(1, parts), 16), of_group = p.use.outputs * of_part;
+  const int64_t together = least(p.groups(), most<int64_t>(1, kMostValues / most<int64_t>(1, of_group)));  // in order at a time
   const int64_t of_sums = kRowsOfTask * p.use.outputs;
   const Scratch ordered_memory(together * of_group * 4), wide_memory(p.threads * kRowsOfTask * of_part * 4);
   const Scratch sums_memory((parts > 1 ? tasks * together : p.threads) * of_sums * 4);

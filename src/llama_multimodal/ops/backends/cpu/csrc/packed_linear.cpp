@@ -23,7 +23,7 @@ struct Output {
 
   // sums [rows, count] of the rows from `row` on and the outputs from `output` on, those past the last dropped.
   void put(float* sums, int row, int rows, int64_t output, int64_t count) const {
-    const int64_t real = count < outputs - output ? count : outputs - output;
+    const int64_t real = least(count, outputs - output);
     for (int t = 0; t < rows; t++, sums += count) {
       if (bias)
         for (int64_t n = 0; n < real; n++) sums[n] += get(bias, bias_dtype, output + n);
@@ -32,11 +32,8 @@ struct Output {
   }
 };
 
-int least(int a, int b) { return a < b ? a : b; }
-
 int useful_threads(int threads, int64_t bytes) {
-  const int64_t most = bytes / kBytesPerThread + 1;
-  return static_cast<int>(most < threads ? most : threads);
+  return static_cast<int>(least<int64_t>(bytes / kBytesPerThread + 1, threads));
 }
 
 // How many pieces of work a thread takes at once: a thread that is held up leaves the rest to the others.

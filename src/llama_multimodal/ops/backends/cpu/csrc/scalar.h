@@ -1,4 +1,4 @@
-// One value of a tensor, to and from fp32; what the drivers share.
+// What the drivers share: one value of a tensor, to and from fp32, and whole numbers.
 #pragma once
 
 #include <cstring>
@@ -8,6 +8,16 @@
 namespace {
 
 constexpr float kLog2E = 1.44269504f;  // softmax runs in powers of two
+
+template <typename T>
+T least(T a, T b) {
+  return a < b ? a : b;
+}
+template <typename T>
+T most(T a, T b) {
+  return a > b ? a : b;
+}
+inline int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 inline int bytes_of(llama_mm::DType dtype) {
   return dtype == llama_mm::kFloat32 ? 4 : dtype == llama_mm::kBFloat16 ? 2 : 1;
