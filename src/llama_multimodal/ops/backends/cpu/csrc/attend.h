@@ -9,7 +9,8 @@
 namespace {
 
 constexpr int kChunk = 32;  // keys between two corrections of the running maximum; their values stay in the first cache
-constexpr int kKeysAhead = 8;  // keys that are asked for early, where one takes more than the two lines that are anyway
+// Keys that are asked for early, where one takes more than the two lines that are anyway; of dense ones the next page's.
+constexpr int kKeysAhead = 8;
 
 // Scores of KEYS keys from k on, for every head: weights[head][0 .. KEYS).
 template <typename T, int G, int KEYS>
@@ -56,10 +57,13 @@ void attend_chunk(const T* k, const T* v, const llama_mm::Run& run, int count, c
                   int64_t dim, const float* k_scales, const float* v_scales, float* acc, float* max, float* total) {
   constexpr int keys = LANES == 16 || G <= 2 ? 4 : 2;  // that the registers hold sums for
   alignas(64) float weights[G][kChunk];
+  const int64_t bytes = dim * static_cast<int64_t>(sizeof(T));
+  const bool dense = run.k_stride == dim && run.v_stride == dim;
+  const int ahead = dense ? static_cast<int>(kBytesAhead / bytes) : kKeysAhead;
   int first = 0;
   for (; first + keys <= count; first += keys) {
-    if (dim * static_cast<int64_t>(sizeof(T)) > 128)
-      for (int j = first + kKeysAhead; j < first + kKeysAhead + keys; j++)
+    if (dense || bytes > 128)
+      for (int j = first + ahead; j < first + ahead + keys; j++)
         for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
           __builtin_prefetch(k + j * run.k_stride + d);
           __builtin_prefetch(v + j * run.v_stride + d);

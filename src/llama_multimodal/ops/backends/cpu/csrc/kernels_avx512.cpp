@@ -57,7 +57,8 @@ struct Product {
       }
       for (const int64_t end = block + weight.blocks_per_group; block < end; block++, values += bytes) {
         __m512i w[kFours];
-        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(values + kBytesAhead + line);
+        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(values + kBytesAhead + line, 0, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(scales) + kBytesAhead, 0, 2);
         load_block<INT4>(values, w);
         for (int t = 0; t < ROWS; t++) {
           const BlockOfX& head = x.blocks[block * ROWS + t];
