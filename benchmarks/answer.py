@@ -5,7 +5,7 @@ checkpoint, with a picture where the model reads any.
 
 Shapes with random weights, written by transformers: SmolLM2 135M and Llama 3.2 1B on text, SmolVLM 256M with a picture
 that becomes 17 squares, and Llama 3.2 Vision with 0.8 B of text. Ours is loaded as the command line does on a CPU
-(`pack="auto"`). Before that is timed, the logits behind the prompt are held against transformers' in fp32, both ours
+(`pack="auto"`: bf16), or with weights in 8 or 4 bits; transformers' stay in bf16. Before that is timed, the logits behind the prompt are held against transformers' in fp32, both ours
 and theirs, and the greedy tokens are compared; but not for Llama 3.2 Vision, which transformers computes from other
 layers. Random weights give logits that lie close together: where rounding settles which is the largest, all tokens
 behind it differ. What memory gives is measured beside: no answer in bf16 is faster than its weights are read.
@@ -109,10 +109,10 @@ class Prepared:
     read: int
 
 
-def prepare(case: Case, folder: Path) -> Prepared:
+def prepare(case: Case, folder: Path, format: str) -> Prepared:
     import transformers
 
-    model, processor = lmm.load(folder, dtype=torch.bfloat16, pack="auto")
+    model, processor = lmm.load(folder, dtype=torch.bfloat16, pack=format)
     words = torch.randint(10, 30000, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
     kind = processor.config.model_type if case.picture else "text"  # type: ignore[union-attr]
     extra: dict[str, Any] = {}
@@ -198,6 +198,7 @@ def answer(run: Callable[[int, Callable[[int], None]], None], count: int) -> tup
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=32, help="that are decoded")
+    parser.add_argument("--pack", choices=("auto", "int8", "int4"), default="auto", help="our weights")
     parser.add_argument("--case", help="only those whose title contains this")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -205,7 +206,7 @@ def main() -> None:
     for case in CASES:
         if args.case and args.case not in case.title:
             continue
-        prepared = prepare(case, case.write(args.scratch))
+        prepared = prepare(case, case.write(args.scratch), args.pack)
         both = {"ours": prepared.ours, "transformers": prepared.theirs}
         with torch.inference_mode():
             tokens = [answer(run, args.tokens + 1)[0] for run in both.values()]
@@ -235,7 +236,7 @@ def main() -> None:
             "weight_bytes": prepared.read,
             "read_bandwidth": bandwidth,
         }
-    write("answer", results, args.output)
+    write("answer" if args.pack == "auto" else f"answer_{args.pack}", results, args.output)
 
 
 if __name__ == "__main__":
