@@ -5,10 +5,11 @@ checkpoint, with a picture where the model reads any.
 
 Shapes with random weights, written by transformers: SmolLM2 135M and Llama 3.2 1B on text, SmolVLM 256M with a picture
 that becomes 17 squares, and Llama 3.2 Vision with 0.8 B of text. Ours is loaded as the command line does on a CPU
-(`pack="auto"`: bf16), or with weights in 8 or 4 bits; transformers' stay in bf16. Before that is timed, the logits behind the prompt are held against transformers' in fp32, both ours
-and theirs, and the greedy tokens are compared; but not for Llama 3.2 Vision, which transformers computes from other
-layers. Random weights give logits that lie close together: where rounding settles which is the largest, all tokens
-behind it differ. What memory gives is measured beside: no answer in bf16 is faster than its weights are read.
+(`pack="auto"`: bf16), or with weights in 8 or 4 bits; transformers' stay in bf16. Before that is timed, the logits
+behind the prompt are held against transformers' in fp32, both ours and theirs, and the greedy tokens are compared; but
+not for Llama 3.2 Vision, which transformers computes from other layers. Random weights give logits that lie close
+together: where rounding settles which is the largest, all tokens behind it differ. What memory gives is measured
+beside: no answer is faster than its weights are read.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def smolvlm(folder: Path) -> Path:
     from tokenizers import AddedToken, Tokenizer
     from transformers import SmolVLMImageProcessor
 
-    words, folder = smollm2(folder), random_smolvlm(folder)
+    words, folder = smollm2(folder), random_smolvlm(folder / "one-square")  # not where answer.py cuts pictures
     if not (folder / "tokenizer.json").exists():
         backend = Tokenizer.from_file(str(words / "tokenizer.json"))
         names = [f"<unused_{i}>" for i in range(backend.get_vocab_size(), 49280)]
