@@ -1,7 +1,7 @@
 """One question and its answer, batch 1, bf16: time to the first token and decoding, against transformers on the same
 checkpoint, with a picture where the model reads any.
 
-    OMP_PROC_BIND=true python benchmarks/answer.py --scratch /var/tmp/bench --output benchmarks/results
+    OMP_PROC_BIND=true python benchmarks/answer.py --scratch FOLDER --output benchmarks/results
 
 Shapes with random weights, written by transformers: SmolLM2 135M and Llama 3.2 1B on text, SmolVLM 256M with a picture
 that becomes 17 squares, and Llama 3.2 Vision with 0.8 B of text. Ours is loaded as the command line does on a CPU
@@ -110,10 +110,10 @@ class Prepared:
     read: int
 
 
-def prepare(case: Case, folder: Path, format: str) -> Prepared:
+def prepare(case: Case, folder: Path, pack: str) -> Prepared:
     import transformers
 
-    model, processor = lmm.load(folder, dtype=torch.bfloat16, pack=format)
+    model, processor = lmm.load(folder, dtype=torch.bfloat16, pack=pack)
     words = torch.randint(10, 30000, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
     kind = processor.config.model_type if case.picture else "text"  # type: ignore[union-attr]
     extra: dict[str, Any] = {}

@@ -1,6 +1,6 @@
 """Loading a checkpoint: time and peak memory, against transformers, in fresh processes.
 
-    OMP_PROC_BIND=true python benchmarks/load.py --scratch /var/tmp/bench --output benchmarks/results
+    OMP_PROC_BIND=true python benchmarks/load.py --scratch FOLDER --output benchmarks/results
 
 The checkpoint is about 2.5 GB in bf16. Peak memory is that of the whole process, above an import of the library.
 """

@@ -1,6 +1,6 @@
 """What each memory saver of `llama-mm train` costs and saves: peak memory and tokens a second of the same run with it.
 
-    OMP_PROC_BIND=true python benchmarks/memory_savers.py --scratch /var/tmp/bench --output benchmarks/results
+    OMP_PROC_BIND=true python benchmarks/memory_savers.py --scratch FOLDER --output benchmarks/results
 
 Every variant runs in a process of its own, in bf16, and is drawn into docs/images/memory_savers.png. The models and
 rows are those of train.py. Needs bitsandbytes and matplotlib besides.

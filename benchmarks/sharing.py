@@ -1,7 +1,7 @@
 """What the engine's shared cache saves: the time to the first token of eight turns about one picture, and of a prompt
 whose beginning another request had before.
 
-    OMP_PROC_BIND=true python benchmarks/sharing.py --scratch /var/tmp/bench --output benchmarks/results
+    OMP_PROC_BIND=true python benchmarks/sharing.py --scratch FOLDER --output benchmarks/results
 
 The same engine answers with `prefix_cache` on and off, each from an empty cache, in turn.
 """

@@ -1,7 +1,7 @@
 """Many requests at a time: tokens a second of the engine, against one request after the other and against transformers'
 batched generate on the same weights.
 
-    OMP_PROC_BIND=true python benchmarks/throughput.py --scratch /var/tmp/bench --output benchmarks/results
+    OMP_PROC_BIND=true python benchmarks/throughput.py --scratch FOLDER --output benchmarks/results
 
 Half of the requests look at a picture of one to four tiles; prompts and answers differ in length, and every answer has
 its whole length: the end token is switched off. transformers gets the requests with pictures and those without in

@@ -1,6 +1,6 @@
 """LoRA fine-tuning against transformers + peft, the same weights, rows and targets, bf16: tokens a second and memory.
 
-    OMP_PROC_BIND=true python benchmarks/train.py --scratch /var/tmp/bench --output benchmarks/results
+    OMP_PROC_BIND=true python benchmarks/train.py --scratch FOLDER --output benchmarks/results
 
 Ours is `train.loop.train` on a recipe, all that `llama-mm train` runs, with packing; the peer does what transformers'
 Trainer does: a batch padded on the right, the model's own loss under bf16 autocast, fused AdamW. After each of our

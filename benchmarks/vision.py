@@ -1,6 +1,6 @@
 """The vision pass and the time to the first token, against transformers on the same weights, bf16.
 
-    OMP_PROC_BIND=true python benchmarks/vision.py --scratch /var/tmp/bench --output benchmarks/results
+    OMP_PROC_BIND=true python benchmarks/vision.py --scratch FOLDER --output benchmarks/results
 
 Also says where our time goes, by module.
 """

@@ -47,9 +47,12 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     rows, bias_dtype = math.prod(x.shape[:-1]), 0 if bias is None else DTYPES[bias.dtype]
-    few = rows <= few_bf16_rows()
-    x_in_c = (x.data_ptr(), DTYPES[x.dtype]) if few else (x.data_ptr(),)
-    rest = (weight.data_ptr(), pointer(bias), bias_dtype, weight.shape[0], out.data_ptr(), torch.get_num_threads())
-    if (functions().bf16_linear if few else functions().wide_linear)(*x_in_c, rows, x.shape[-1], *rest):
+    weight_in_c = (weight.data_ptr(), pointer(bias), bias_dtype, weight.shape[0])
+    rest = (rows, x.shape[-1], *weight_in_c, out.data_ptr(), torch.get_num_threads())
+    if rows <= few_bf16_rows():
+        failed = functions().bf16_linear(x.data_ptr(), DTYPES[x.dtype], *rest)
+    else:
+        failed = functions().wide_linear(x.data_ptr(), *rest)
+    if failed:
         raise MemoryError("linear: no memory for the widened rows of x")
     return out

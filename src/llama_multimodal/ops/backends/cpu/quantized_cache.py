@@ -38,7 +38,7 @@ def _refuses_read(
 ) -> str | None:
     if why := refuses_dtype(q) or refuses_tensors(q=q, block_table=block_table, lengths=lengths):
         return why
-    return refused_as_8_bits(k_cache, v_cache, k_scales, v_scales, torch.device("cpu"))
+    return refused_as_8_bits(k_cache, v_cache, k_scales, v_scales, q.device)
 
 
 @_dispatch.register("quantized_paged_decode_attention", "cpu", refuses=_refuses_read)
@@ -79,7 +79,7 @@ def _refuses_write(
 ) -> str | None:
     if why := refuses_dtype(k) or refuses_tensors(k=k, v=v, slots=slots):
         return why
-    return refused_as_8_bits(k_cache, v_cache, k_scales, v_scales, torch.device("cpu"))
+    return refused_as_8_bits(k_cache, v_cache, k_scales, v_scales, k.device)
 
 
 @_dispatch.register("quantized_kv_write", "cpu", refuses=_refuses_write)

@@ -9,7 +9,8 @@
 namespace {
 
 constexpr int kChunk = 32;  // keys between two corrections of the running maximum; their values stay in the first cache
-// Keys that are asked for early, where one takes more than the two lines that are anyway; of dense ones the next page's.
+// Keys that are asked for early, where one takes more than the two lines that are anyway; of dense ones the next
+// page's.
 constexpr int kKeysAhead = 8;
 
 // Scores of KEYS keys from k on, for every head: weights[head][0 .. KEYS).

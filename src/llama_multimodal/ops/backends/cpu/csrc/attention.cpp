@@ -59,7 +59,7 @@ void attend_some(const Problem& p, const Attention& use, int64_t row, int64_t he
   }
   const float scale = kLog2E / std::sqrt(static_cast<float>(p.dim));
   for (int64_t key = 0; key < p.keys && !(p.causal && key >= end); key += kKeys) {
-    const int64_t count = p.keys - key < kKeys ? p.keys - key : kKeys;
+    const int64_t count = least(p.keys - key, int64_t{kKeys});
     for (int64_t g = 0; g < groups; g++) {
       const int64_t t = g * kQueries, seen = first + t - key;
       if (p.causal && seen + kQueries <= 0) continue;
@@ -94,7 +94,7 @@ int llama_mm_cpu_attention(int dtype, const void* q, const int64_t* q_strides, c
                      {q_strides}, {k_strides}, {v_strides}, {out_strides},
                      heads, kv_heads, queries, keys, dim, causal != 0};
   const int64_t padded = padded_dim(dim), padded_keys = rounded_up(keys, kTile), group = heads / kv_heads;
-  const int64_t pairs = rows * kv_heads, together = least<int64_t>(pairs, threads);  // key heads in order at a time
+  const int64_t pairs = rows * kv_heads, together = least(pairs, int64_t{threads});  // key heads in order at a time
   const int64_t of_pair = padded_keys * padded, pieces = (queries + kTaskQueries - 1) / kTaskQueries;
   const Scratch ordered(2 * together * of_pair * use.bytes), biases(padded_keys * 4);
   const Scratch q_memory(threads * kTaskQueries * padded * use.bytes), acc_memory(threads * kTaskQueries * padded * 4);
@@ -113,12 +113,12 @@ int llama_mm_cpu_attention(int dtype, const void* q, const int64_t* q_strides, c
     char* my_q = q_memory.memory + me * kTaskQueries * padded * use.bytes;
     float* my_acc = reinterpret_cast<float*>(acc_memory.memory) + me * kTaskQueries * padded;
     for (int64_t pair = 0; pair < pairs; pair += together) {
-      const int64_t here = pairs - pair < together ? pairs - pair : together;
+      const int64_t here = least(pairs - pair, together);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < here * (padded_keys / kTile); i++) {
         const int64_t slot = i % here, key = i / here * kTile;
         const int64_t row = (pair + slot) / kv_heads, head = (pair + slot) % kv_heads;
-        const int64_t count = keys - key < kTile ? keys - key : kTile;
+        const int64_t count = least(keys - key, int64_t{kTile});
         const int64_t offset = (slot * of_pair + key * padded) * use.bytes;
         use.order_keys(p.from(k, p.k_at.at(row, head, key)), k_strides[2], count, dim, ordered_keys + offset);
         use.order_values(p.from(v, p.v_at.at(row, head, key)), v_strides[2], count, dim, ordered_values + offset);

@@ -37,16 +37,14 @@ int attend_all(const Problem& p, const Keys& keys) {
   const int64_t pairs = p.rows * p.kv_heads, group = p.heads / p.kv_heads;
   int64_t longest = 0, total = 0;
   for (int64_t row = 0; row < p.rows; row++) {
-    longest = keys.count(row) > longest ? keys.count(row) : longest;
+    longest = most(longest, keys.count(row));
     total += keys.count(row);
   }
   int threads = p.threads;
   if (total * p.kv_heads * p.dim * 2 * bytes_of(p.cache) < kSmall) threads = 1;
   int64_t parts = 1;
-  if (pairs < 4 * threads && pairs % threads) {
-    const int64_t wanted = (4 * threads + pairs - 1) / pairs, most = longest / kLeastPart;
-    parts = wanted < most ? wanted : most > 1 ? most : 1;
-  }
+  if (pairs < 4 * threads && pairs % threads)
+    parts = most(int64_t{1}, least((4 * threads + pairs - 1) / pairs, longest / kLeastPart));
 
   // A task's memory: q, acc [group, D]; max, sum [group].
   const int64_t floats = group * (2 * p.dim + 2), tasks = pairs * parts;
@@ -129,7 +127,7 @@ struct Paged {
   int64_t count(int64_t row) const { return lengths[row]; }
   Run run(int64_t row, int64_t head, int64_t first, int64_t end) const {
     const int64_t block = table[row * blocks_of_row + first / slots], slot = first % slots;
-    const int64_t left = slots - slot, count = end - first < left ? end - first : left;
+    const int64_t left = slots - slot, count = least(end - first, left);
     const int64_t scale = (block * slots + slot) * kv_heads + head;
     return {k + (block * k_strides[0] + slot * k_strides[1] + head * k_strides[2]) * bytes,
             v + (block * v_strides[0] + slot * v_strides[1] + head * v_strides[2]) * bytes,

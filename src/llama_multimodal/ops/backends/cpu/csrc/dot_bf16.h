@@ -19,10 +19,11 @@ void order_row(const float* x, int64_t inputs, float* out) {
   for (; k < inputs; k++) out[k] = x[k];
 }
 
-// Outputs at a time: one stream is what the memory's prefetchers follow best; with more rows of x, as many as leave their
-// sums in registers, so that x is read and weights are widened less often.
+// Outputs at a time: one stream is what the memory's prefetchers follow best; with more rows of x, as many as leave
+// their sums in registers, so that x is read and weights are widened less often.
 constexpr int outputs_for(int rows) { return rows <= 2 ? 1 : LANES == 16 || rows == 3 ? 4 : 2; }
 
+// By value: a copy straight into an array goes through memory in two halves with AVX2, and waits for both.
 INLINE Words load_pair(const uint16_t* from) {
   Words pair;
   memcpy(&pair, from, sizeof(pair));
@@ -60,8 +61,11 @@ void dot_rows(const uint16_t* weight, int64_t inputs, const float* x, int64_t x_
     float total[OUTPUTS];
     Floats both[OUTPUTS];
     for (int n = 0; n < OUTPUTS; n++) both[n] = evens[n][t] + odds[n][t];
-    if constexpr (OUTPUTS == 4) sum_four(both, total);
-    else for (int n = 0; n < OUTPUTS; n++) total[n] = sum(both[n]);
+    if constexpr (OUTPUTS == 4) {
+      sum_four(both, total);
+    } else {
+      for (int n = 0; n < OUTPUTS; n++) total[n] = sum(both[n]);
+    }
     for (int n = 0; n < OUTPUTS; n++) {
       for (int64_t rest = k; rest < inputs; rest++)
         total[n] += widen(weight[n * inputs + rest]) * x[t * x_stride + rest];

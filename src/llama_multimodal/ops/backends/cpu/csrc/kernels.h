@@ -15,13 +15,13 @@ enum DType : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kFp8 = 3 };  // the l
 // How finely x is rounded for a product of whole numbers (see round_row.h), by its dtype, or to 8 bits where asked for.
 enum Rounding : int { kForFloat32 = kFloat32, kForBFloat16 = kBFloat16, kTo8Bits = 2 };
 
-constexpr int kTileRows = 16;  // weight rows that lie interleaved
-constexpr int kBlock = 32;     // inputs that share one step of x
-constexpr int kMaxRows = 8;       // rows of x in one pass over a tile
-constexpr int kMaxTileRows = 16;  // where there are many
+constexpr int kTileRows = 16;     // weight rows that lie interleaved
+constexpr int kBlock = 32;        // inputs that share one step of x
+constexpr int kMaxRows = 8;       // rows of x in one pass over a tile, whatever the instruction set
+constexpr int kMaxTileRows = 16;  // the most that one takes at once where it takes more
 constexpr int kMaxDotRows = 6;    // rows of x in one pass over a bf16 weight
 constexpr int kOutputs = 4;       // outputs of a bf16 weight at a time
-constexpr int kMaxHeads = 4;   // query heads that share one pass over a key head's keys and values
+constexpr int kMaxHeads = 4;      // query heads that share one pass over a key head's keys and values
 
 // x of one row and 32 inputs: x ≈ step · q, and q is split into digits (see round_row.h).
 struct BlockOfX {

@@ -49,6 +49,7 @@ struct Product {
     for (int t = 0; t < ROWS; t++) out[t] = _mm512_setzero_ps();
 
     for (int64_t group = 0, block = 0; group < groups; group++, scales += 16) {
+      __builtin_prefetch(reinterpret_cast<const char*>(scales) + kBytesAhead, 0, 2);
       const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
       __m512 zero = _mm512_setzero_ps();
       if (ZEROS) {
@@ -58,7 +59,6 @@ struct Product {
       for (const int64_t end = block + weight.blocks_per_group; block < end; block++, values += bytes) {
         __m512i w[kFours];
         for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(values + kBytesAhead + line, 0, 2);
-        __builtin_prefetch(reinterpret_cast<const char*>(scales) + kBytesAhead, 0, 2);
         load_block<INT4>(values, w);
         for (int t = 0; t < ROWS; t++) {
           const BlockOfX& head = x.blocks[block * ROWS + t];

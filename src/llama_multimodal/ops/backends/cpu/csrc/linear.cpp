@@ -36,7 +36,7 @@ struct Problem {
   int threads;
 
   int64_t groups() const { return (outputs + use.outputs - 1) / use.outputs; }
-  int64_t there(int64_t group) const { return least<int64_t>(outputs - group * use.outputs, use.outputs); }
+  int64_t there(int64_t group) const { return least(outputs - group * use.outputs, int64_t{use.outputs}); }
 
   // `some` inputs of a group from the k-th on → fp32 [some, O].
   void order(int64_t group, int64_t k, int64_t some, float* to) const {
@@ -77,7 +77,7 @@ int few_rows(const Problem& p) {
     for (int64_t row = 0; row < p.rows; row += kRowsTogether)
       for (int64_t k = 0; k < p.inputs; k += kInputs) {  // [K/kInputs, padded, kInputs]: what is read together
         const int64_t some = least(p.inputs - k, kInputs);
-        p.widen(row, least<int64_t>(p.rows - row, kRowsTogether), k, some, wide + k * padded + row * some);
+        p.widen(row, least(p.rows - row, int64_t{kRowsTogether}), k, some, wide + k * padded + row * some);
       }
 #pragma omp for schedule(dynamic)
     for (int64_t group = 0; group < p.groups(); group++) {
@@ -95,8 +95,8 @@ int few_rows(const Problem& p) {
 // Rows [from, to).
 int many_rows(const Problem& p, int64_t from, int64_t to) {
   const int64_t tasks = (to - from + kRowsOfTask - 1) / kRowsOfTask, parts = (p.inputs + kWidened - 1) / kWidened;
-  const int64_t of_part = rounded_up((p.inputs + parts - 1) / most<int64_t>(1, parts), 16), of_group = p.use.outputs * of_part;
-  const int64_t together = least(p.groups(), most<int64_t>(1, kMostValues / most<int64_t>(1, of_group)));  // in order at a time
+  const int64_t of_part = rounded_up((p.inputs + parts - 1) / parts, 16), of_group = p.use.outputs * of_part;
+  const int64_t together = least(p.groups(), most(int64_t{1}, kMostValues / of_group));  // in order at a time
   const int64_t of_sums = kRowsOfTask * p.use.outputs;
   const Scratch ordered_memory(together * of_group * 4), wide_memory(p.threads * kRowsOfTask * of_part * 4);
   const Scratch sums_memory((parts > 1 ? tasks * together : p.threads) * of_sums * 4);
@@ -140,7 +140,7 @@ extern "C" {
 // Whether there are such products with the instruction set in use.
 int llama_mm_cpu_has_wide_linear() { return wide_product() != nullptr; }
 
-// x: bf16 [T, K]; weight: bf16 [N, K]; bias: [N] or null; out: bf16 [T, N]. 0, or 1 where there is no memory.
+// x: bf16 [T, K], K >= 1; weight: bf16 [N, K]; bias: [N] or null; out: bf16 [T, N]. 0, or 1 where there is no memory.
 int llama_mm_cpu_wide_linear(const uint16_t* x, int64_t rows, int64_t inputs, const uint16_t* weight, const void* bias,
                              int bias_dtype, int64_t outputs, uint16_t* out, int threads) {
   const WideProduct& use = *wide_product();

@@ -33,7 +33,7 @@ struct Output {
 };
 
 int useful_threads(int threads, int64_t bytes) {
-  return static_cast<int>(least<int64_t>(bytes / kBytesPerThread + 1, threads));
+  return static_cast<int>(least(bytes / kBytesPerThread + 1, int64_t{threads}));
 }
 
 // How many pieces of work a thread takes at once: a thread that is held up leaves the rest to the others.
@@ -88,7 +88,7 @@ int llama_mm_cpu_packed_linear(const void* x, int dtype, int to_8_bits, int rows
   for (int t = 0; t < rows; t++) {
     float wide[kWidened];
     for (int64_t first = 0; first < inputs; first += kWidened) {
-      const int64_t count = first + kWidened < inputs ? kWidened : inputs - first;
+      const int64_t count = least(kWidened, inputs - first);
       for (int64_t k = 0; k < count; k++) wide[k] = get(x, type, t * inputs + first + k);
       use.round_row(wide, count / kBlock, rounding, middle, panels.count(t), panels.at(t, first / kBlock));
     }
@@ -98,7 +98,7 @@ int llama_mm_cpu_packed_linear(const void* x, int dtype, int to_8_bits, int rows
 #pragma omp parallel for schedule(dynamic, share(tiles / step, team)) num_threads(team) if (team > 1)
   for (int64_t first = 0; first < tiles; first += step) {
     float sums[kMaxTileRows * kTileRows];
-    const int64_t end = first + step < tiles ? first + step : tiles;
+    const int64_t end = least(first + step, tiles);
     for (int row = 0; row < rows; row += panels.count(row)) {
       const int count = panels.count(row);
       const bool both = end - first == 2 && count == use.pair_rows;
@@ -119,7 +119,8 @@ int llama_mm_cpu_bf16_linear(const void* x, int dtype, int rows, int64_t inputs,
   const Kernels& use = *kernels();
   const DType type = static_cast<DType>(dtype);
   const Output output = {out, type, bias, static_cast<DType>(bias_dtype), outputs};
-  const int64_t stride = (inputs + 15) / 16 * 16 + 16;
+  // 64 bytes more: rows a power of two apart would share few places of the first cache.
+  const int64_t stride = rounded_up(inputs, 16) + 16;
   Scratch scratch((rows + 1) * stride * 4);
   if (!scratch.memory) return 1;
   float *ordered = reinterpret_cast<float*>(scratch.memory), *wide = ordered + rows * stride;
@@ -132,7 +133,7 @@ int llama_mm_cpu_bf16_linear(const void* x, int dtype, int rows, int64_t inputs,
 #pragma omp parallel for schedule(dynamic, share(outputs / kOutputs, team)) num_threads(team) if (team > 1)
   for (int64_t first = 0; first < outputs; first += kOutputs) {
     float sums[kOutputs * kMaxDotRows];
-    const int64_t count = outputs - first < kOutputs ? outputs - first : kOutputs;
+    const int64_t count = least(outputs - first, int64_t{kOutputs});
     for (int pass = 0; pass < passes; pass++) {
       const int row = rows * pass / passes, some = rows * (pass + 1) / passes - row;
       use.dot_bf16(weight + first * inputs, inputs, static_cast<int>(count), ordered + row * stride, stride, some,
