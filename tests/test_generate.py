@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from llama_multimodal.errors import PromptError
 from llama_multimodal.generate import GenerationOutput
 from llama_multimodal.inputs import ModelInputs
 from llama_multimodal.models import VisionLanguageModel
-from llama_multimodal.ops import Format
+from llama_multimodal.ops import DecoderBlock, Format
 from llama_multimodal.quant.pack import pack, use_int8_activations
 from llama_multimodal.sampling import adjusted_logits, sample
 
@@ -78,23 +79,25 @@ def test_greedy_takes_the_largest_logit_of_the_whole_sequence(model, batch) -> N
 def test_packed_blocks_decode_what_the_whole_sequence_says(
     batch, monkeypatch: pytest.MonkeyPatch, format: Format, int8_activations: bool
 ) -> None:
-    """One call a block in place of the layers one by one; rows of different lengths, with pictures and without."""
+    """One call for blocks that follow each other; rows of different lengths, with pictures and without."""
     if format == "bf16" and int8_activations:
         pytest.skip("bf16 weights take activations as they are")
     calls = []
 
-    def counted(x: torch.Tensor, *args: Any) -> torch.Tensor:
-        calls.append(len(x))
-        return decode_block(x, *args)
+    def counted(x: torch.Tensor, blocks: list[DecoderBlock], *args: Any) -> torch.Tensor:
+        calls.append((len(x), len(blocks)))
+        return decode_blocks(x, blocks, *args)
 
-    decode_block = ops.decode_block
-    monkeypatch.setattr(ops, "decode_block", counted)
+    decode_blocks = ops.decode_blocks
+    monkeypatch.setattr(ops, "decode_blocks", counted)
     config = with_text(intermediate_size=64)  # whole groups of 32 everywhere
     model = pack(random_model(config=config), format)
     if int8_activations:
         use_int8_activations(model)
     answers = generate(model, batch, SamplingParams(max_new_tokens=6, temperature=0.0)).token_ids
-    assert calls == [len(ROWS)] * 5 * len(config.text.self_attention_layers)  # the first token is the prefill's
+    layers, others = range(config.text.num_hidden_layers), config.text.cross_attention_layers
+    runs = [len(list(run)) for cross, run in itertools.groupby(layers, others.__contains__) if not cross]
+    assert calls == [(len(ROWS), length) for length in runs] * 5  # the first token is the prefill's
     for row, (tokens, grids) in enumerate(zip(ROWS, GRIDS, strict=True)):
         with torch.inference_mode():
             logits = model(make_inputs([[*tokens, *answers[row]]], [grids])).logits[0, len(tokens) - 1 : -1]

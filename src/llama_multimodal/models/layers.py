@@ -19,7 +19,7 @@ class Linear(nn.Linear):
     """`nn.Linear` through `ops.linear`."""
 
     product: PackedProduct | None = None
-    """What a packed layer computes. A decoding step with one for every layer of a block takes `ops.decode_block`."""
+    """What a packed layer computes. A decoding step with one for every layer of a block takes `ops.decode_blocks`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
@@ -76,7 +76,11 @@ class PackedLinear(nn.Module):
     def product(self) -> PackedProduct:
         """What it computes. Kept between calls, since a decoding step asks each layer for it."""
         kept = self._product
-        if kept is None or kept.weight.values is not self.values or kept.int8_activations != self.int8_activations:
+        if (
+            kept is None
+            or kept.weight.values is not self._buffers["values"]
+            or kept.int8_activations != self.int8_activations
+        ):
             self._product = kept = PackedProduct(self.weight, self.bias, self.int8_activations)
         return kept
 

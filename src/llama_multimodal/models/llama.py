@@ -6,6 +6,7 @@ Shapes: B rows · T tokens · E hidden size · H query heads · Hkv key heads ·
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +109,7 @@ class SelfAttentionBlock(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
+        self._packed: DecoderBlock | None = None
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = SelfAttention(config)
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -123,29 +125,29 @@ class SelfAttentionBlock(nn.Module):
         layer: int,
         segments: SegmentLengths | None = None,
     ) -> Tensor:
-        if isinstance(cache, PagedCache):
-            if not cache.reads.runs and (packed := self._packed()) is not None:  # every token is a row of its own
-                cos, sin = (angle[0] for angle in angles)
-                caches, reads = (cache.keys[layer], cache.values[layer]), cache.reads
-                return ops.paged_decode_block(x[0], packed, cos, sin, *caches, reads.table, reads.lengths)[None]
-        elif cache is not None and x.shape[1] == 1 and (packed := self._packed()) is not None:
-            cos, sin = (angle[:, 0] for angle in angles)
-            lengths = (positions[:, 0] + 1).to(torch.int32)
-            return ops.decode_block(x[:, 0], packed, cos, sin, *cache.layer(layer), lengths)[:, None]
         attended = self.attention(self.input_norm(x), angles, positions, mask, cache, layer, segments)
         normed, x = self.post_attention_norm.after_adding(attended, x)
         return x + self.mlp(normed)
 
-    def _packed(self) -> DecoderBlock | None:
-        """The block with its packed weights, if all of them are."""
-        attention, mlp = self.attention, self.mlp
-        qkv, output = attention.qkv.product, attention.o_proj.product
-        gate_up, down = mlp.gate_up.product, mlp.down_proj.product
+    def packed(self) -> DecoderBlock | None:
+        """The block as a decoding step computes it, if all of its weights are packed. Kept between calls."""
+        children: Any = self._modules  # a step asks every block, and `nn.Module.__getattr__` is slow
+        attention, mlp = children["attention"]._modules, children["mlp"]._modules
+        qkv, output = attention["qkv"].product, attention["o_proj"].product
+        gate_up, down = mlp["gate_up"].product, mlp["down_proj"].product
         if qkv is None or output is None or gate_up is None or down is None:
             return None
-        norms = (self.input_norm.weight, self.post_attention_norm.weight)
-        heads = (attention.num_heads, attention.num_kv_heads)
-        return DecoderBlock(qkv, output, gate_up, down, *norms, self.input_norm.eps, *heads)
+        before, after = (children[norm]._parameters["weight"] for norm in ("input_norm", "post_attention_norm"))
+        parts = qkv, output, gate_up, down, before, after
+        kept = self._packed
+        if kept is None or any(a is not b for a, b in zip(parts, (*kept.products, *kept.norms), strict=True)):
+            heads = self.attention.num_heads, self.attention.num_kv_heads
+            self._packed = kept = DecoderBlock(*parts, self.input_norm.eps, *heads)
+        return kept
+
+    def _apply(self, *args: Any, **kwargs: Any) -> SelfAttentionBlock:
+        self._packed = None  # would keep what moves to another device here too
+        return super()._apply(*args, **kwargs)
 
 
 class CrossAttentionBlock(nn.Module):
@@ -249,8 +251,12 @@ class LlamaDecoder(nn.Module):
         ranges = None if cross_cache is None else _ranges(visible, cross_cache, x.device)
         sees_image = (visible[..., 0] < visible[..., 1])[..., None].to(x.device, x.dtype)  # [B, T, 1]
         self_layer = cross_layer = 0
-        for block in self.layers:
-            if isinstance(block, SelfAttentionBlock):
+        for block in self._stretches(_one_token_a_row(x, self_cache)):
+            if isinstance(block, list):
+                assert self_cache is not None
+                x = _decode(x, block, angles, positions, self_cache, self_layer)
+                self_layer += len(block)
+            elif isinstance(block, SelfAttentionBlock):
                 x = block(x, angles, positions, mask, self_cache, self_layer, lengths)
                 self_layer += 1
             else:
@@ -260,6 +266,19 @@ class LlamaDecoder(nn.Module):
         if last_token_of is not None:
             x = x[torch.arange(x.shape[0]), torch.as_tensor(last_token_of, dtype=torch.int64)][:, None]
         return self.norm(x)
+
+    def _stretches(self, decoding: bool) -> list[nn.Module | list[DecoderBlock]]:
+        """The layers in their order; where `decoding`, packed ones that follow each other are one entry."""
+        stretches: list[nn.Module | list[DecoderBlock]] = []
+        for layer in self.layers:
+            packed = layer.packed() if decoding and isinstance(layer, SelfAttentionBlock) else None
+            if packed is None:
+                stretches.append(layer)
+            elif stretches and isinstance(stretches[-1], list):
+                stretches[-1].append(packed)
+            else:
+                stretches.append([packed])
+        return stretches
 
     def _cache_mask(self, positions: Tensor, cache: SelfAttentionCache | None) -> Tensor | None:
         """Which cache slots each query may read: bool [B, 1, T, slots]; None when the call starts every row."""
@@ -278,6 +297,30 @@ class LlamaDecoder(nn.Module):
             return None
         slots = torch.arange(end, device=positions.device)
         return slots <= positions[:, None, :, None]
+
+
+def _one_token_a_row(x: Tensor, cache: SelfAttentionCache | PagedCache | None) -> bool:
+    """Whether this is a decoding step; x: [B, T, E]"""
+    return not cache.reads.runs if isinstance(cache, PagedCache) else cache is not None and x.shape[1] == 1
+
+
+def _decode(
+    x: Tensor,
+    blocks: Sequence[DecoderBlock],
+    angles: tuple[Tensor, Tensor],
+    positions: Tensor,
+    cache: SelfAttentionCache | PagedCache,
+    layer: int,
+) -> Tensor:
+    """Packed blocks on one new token a row, the first of them with the cache's `layer`."""
+    layers = slice(layer, layer + len(blocks))
+    if isinstance(cache, PagedCache):
+        cos, sin = (angle[0] for angle in angles)
+        caches, reads = (cache.keys[layers], cache.values[layers]), cache.reads
+        return ops.paged_decode_blocks(x[0], blocks, cos, sin, *caches, reads.table, reads.lengths)[None]
+    cos, sin = (angle[:, 0] for angle in angles)
+    lengths = (positions[:, 0] + 1).to(torch.int32)
+    return ops.decode_blocks(x[:, 0], blocks, cos, sin, cache.keys[layers], cache.values[layers], lengths)[:, None]
 
 
 def segment_lengths(segments: Tensor) -> SegmentLengths:

@@ -4,7 +4,7 @@ from ._dispatch import BACKENDS, available, use_backend
 from .attention import attention, segment_attention
 from .cross_attention import KeyRanges, Span, cross_attention
 from .decode_attention import decode_attention, kv_write, paged_decode_attention
-from .decode_block import DecoderBlock, PackedProduct, decode_block, paged_decode_block
+from .decode_blocks import DecoderBlock, PackedProduct, decode_blocks, paged_decode_blocks
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_gelu import Approximation, linear_gelu
@@ -53,7 +53,7 @@ __all__ = [
     "available",
     "cross_attention",
     "decode_attention",
-    "decode_block",
+    "decode_blocks",
     "divides",
     "kv_write",
     "linear",
@@ -63,7 +63,7 @@ __all__ = [
     "packed_linear",
     "paged_attention",
     "paged_decode_attention",
-    "paged_decode_block",
+    "paged_decode_blocks",
     "prepare_weight",
     "put_blocks",
     "restore_weight",

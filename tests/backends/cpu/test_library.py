@@ -18,8 +18,8 @@ from llama_multimodal.ops.backends.cpu import library
 from ..references import randn
 
 OPS = [
-    "cross_attention", "decode_attention", "decode_block", "kv_write", "packed_linear", "paged_decode_attention",
-    "paged_decode_block", "prepare_weight", "quantized_kv_write", "quantized_paged_decode_attention",
+    "cross_attention", "decode_attention", "decode_blocks", "kv_write", "packed_linear", "paged_decode_attention",
+    "paged_decode_blocks", "prepare_weight", "quantized_kv_write", "quantized_paged_decode_attention",
 ]  # fmt: skip
 
 

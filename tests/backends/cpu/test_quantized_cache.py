@@ -21,7 +21,7 @@ from llama_multimodal.ops.quantized_blocks import dequantize, quantize
 from .. import references
 from ..references import close, name_of, randn
 from .conftest import Guards
-from .test_decode_block import BLOCK, block_of, inputs_of, paged
+from .test_decode_blocks import BLOCK, block_of, inputs_of, one, paged
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 each_format = pytest.mark.parametrize("format", CACHE_DTYPES)
@@ -143,9 +143,8 @@ def test_a_whole_block(
             name: QuantizedBlocks(*quantize(made[name].nan_to_num(), CACHE_DTYPES[format]))
             for name in ("k_cache", "v_cache")
         }
-        rest = {name: made[name] for name in ("cos", "sin", "block_table", "lengths")}
         with ops.use_backend(backend):
-            outs.append(ops.paged_decode_block(made["x"], block, **caches, **rest))
+            outs.append(ops.paged_decode_blocks(**one(block, made | caches)))
         flat = [restored(cache).view(-1, block.kv_heads, block.head_dim) for cache in caches.values()]
         written.append(torch.stack([x[order[row, n - 1]] for x in flat for row, n in enumerate(lengths)]))
     tolerance = 5e-2 if dtype == torch.bfloat16 or format == "fp8" else 1e-2  # a value may round to its neighbour

@@ -25,6 +25,10 @@ _KEYS = [_POINTER, _POINTER, _POINTER, _POINTER]  # k, its strides, v, its strid
 _STORED = [_INT, _POINTER, _POINTER]  # the cache's dtype, k's and v's scales
 _QUERIES = [_POINTER, _INT, _SIZE, _SIZE, _SIZE, _SIZE]  # q, dtype, B, H, Hkv, D
 _WEIGHT = [_POINTER, _POINTER, _POINTER, _INT, _SIZE]  # values, scales, zeros, int4, G
+_BLOCKS = [  # pointers and numbers of L blocks, L, eps, dtype, H, Hkv, D, x, B, cos, sin
+    *[_TEXT, _TEXT, _INT, ctypes.c_float, _INT, _SIZE, _SIZE, _SIZE],
+    *[_POINTER, _INT, _POINTER, _POINTER],
+]
 _SIGNATURES = {  # without the llama_mm_cpu_ that every name begins with
     "instruction_set": ([], _TEXT),
     "use_instruction_set": ([_TEXT], _INT),
@@ -43,12 +47,9 @@ _SIGNATURES = {  # without the llama_mm_cpu_ that every name begins with
     ),
     "unpack_tiles": ([*_WEIGHT, _SIZE, _SIZE, _SIZE, _INT, _POINTER, _INT], None),
     "decode_attention": ([*_QUERIES, *_KEYS, _SIZE, _POINTER, _POINTER, _POINTER, _INT], _INT),
-    "decode_block": ([_TEXT, _POINTER, _INT, _POINTER, _POINTER, *_KEYS, _SIZE, _POINTER, _POINTER, _INT], _INT),
-    "paged_decode_block": (
-        [
-            *[_TEXT, _POINTER, _INT, _POINTER, _POINTER, *_KEYS, *_STORED, _SIZE, _SIZE, _POINTER, _SIZE],
-            *[_POINTER, _POINTER, _INT],
-        ],
+    "decode_blocks": ([*_BLOCKS, *_KEYS, _SIZE, _POINTER, _POINTER, _INT], _INT),
+    "paged_decode_blocks": (
+        [*_BLOCKS, *_KEYS, *_STORED, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _INT],
         _INT,
     ),
     "paged_decode_attention": (

@@ -1,8 +1,8 @@
-"""decode_block and paged_decode_block on CPUs against the same block out of the other ops' references, on every
+"""decode_blocks and paged_decode_blocks on CPUs against the same blocks out of the other ops' references, on every
 instruction set.
 
 Shapes: B rows · E hidden size · H query heads · Hkv key heads · D head dim · F feed-forward size · C slots of a row
-N blocks · S slots of a block
+N cache blocks · S slots of a cache block
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 from llama_multimodal import ops
 from llama_multimodal.errors import DeviceError
 from llama_multimodal.ops import DecoderBlock, Format, PackedProduct
-from llama_multimodal.ops.backends.cpu import decode_block
+from llama_multimodal.ops.backends.cpu import decode_blocks
+from llama_multimodal.ops.quantized_blocks import CACHE_DTYPES, QuantizedBlocks, quantize
 
 from ..references import name_of, randn
 from .conftest import Guards
@@ -72,11 +73,17 @@ def inputs_of(block: DecoderBlock, rows: int, dtype: torch.dtype) -> dict[str, A
     }  # fmt: skip
 
 
+def one(block: DecoderBlock, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `decode_blocks` or `paged_decode_blocks` for a single block."""
+    rest = {name: value for name, value in given.items() if not name.endswith("_cache")}
+    return rest | {"blocks": [block], "k_caches": [given["k_cache"]], "v_caches": [given["v_cache"]]}
+
+
 def run(block: DecoderBlock, given: dict[str, Any], backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """The output and both caches; what was given stays as it was. The reference multiplies unused slots by zero."""
     copies = {name: value.nan_to_num() if backend == "torch" else value.clone() for name, value in given.items()}
     with ops.use_backend(backend):
-        out = ops.decode_block(copies.pop("x"), block, **copies)
+        out = ops.decode_blocks(**one(block, copies))
     return out, copies["k_cache"], copies["v_cache"]
 
 
@@ -135,7 +142,7 @@ def test_caches_with_gaps(cpu: None, guards: Guards) -> None:
         room = torch.full((2, block.kv_heads, 2 * SLOTS, block.head_dim), torch.nan)
         room[:, :, ::2] = given[name]
         given[name] = room[:, :, ::2]
-    torch.testing.assert_close(ops.decode_block(block=block, **given), expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(ops.decode_blocks(**one(block, given)), expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("length", [0, -1, SLOTS + 1])
@@ -145,7 +152,7 @@ def test_a_length_out_of_range_writes_nothing(cpu: None, guards: Guards, length:
     given["lengths"][1] = length
     before = given["k_cache"].clone()
     with pytest.raises(ValueError, match=f"row 1: its length must be from 1 to the cache's {SLOTS} slots"):
-        ops.decode_block(block=block, **given)
+        ops.decode_blocks(**one(block, given))
     assert torch.equal(given["k_cache"].nan_to_num(7.0), before.nan_to_num(7.0))
 
 
@@ -161,11 +168,11 @@ def test_what_it_does_not_take(cpu: None, guards: Guards) -> None:
         (plain, given, 'has the layout "plain"'),
         (block, half, "takes fp32 and bf16"),
         (block, many, "of 8 rows at most"),
-        (block, narrow, "the caches have shapes"),
+        (block, narrow, "a cache has shape"),
         (block, short, "cos and sin have shapes"),
     ):
         with pytest.raises(DeviceError, match=message):
-            ops.decode_block(block=other, **arguments)
+            ops.decode_blocks(**one(other, arguments))
 
 
 # --- over blocks -----------------------------------------------------------------------------------------------------
@@ -202,7 +209,7 @@ def test_blocks_hold_the_same(
     made, order = paged(given)
     before = {name: made[name].clone() for name in ("k_cache", "v_cache")}
     with ops.use_backend("cpu"):
-        out = ops.paged_decode_block(made["x"], block, **{name: made[name] for name in made if name != "x"})
+        out = ops.paged_decode_blocks(**one(block, made))
     torch.testing.assert_close(out, dense, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     for name, expected in (("k_cache", k_dense), ("v_cache", v_dense)):
         flat, old = (cache.view(-1, *cache.shape[2:]) for cache in (made[name], before[name]))
@@ -220,7 +227,7 @@ def test_the_reference_over_blocks(guards: Guards, cpu: None) -> None:
     made, _ = paged(given)
     made = {name: value.nan_to_num() for name, value in made.items()}
     with ops.use_backend("torch"):
-        out = ops.paged_decode_block(made.pop("x"), block, **made)
+        out = ops.paged_decode_blocks(**one(block, made))
     torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -231,19 +238,97 @@ def test_a_block_out_of_range_writes_nothing(cpu: None, guards: Guards, what: st
     made[what][1] = value
     before = made["k_cache"].clone()
     with pytest.raises(ValueError, match="row 1: its length must be from 1 to 42, and its blocks from 0 to 14"):
-        ops.paged_decode_block(made.pop("x"), block, **made)
+        ops.paged_decode_blocks(**one(block, made))
     assert torch.equal(made["k_cache"].nan_to_num(7.0), before.nan_to_num(7.0))
 
 
 def test_torch_knows_the_operator(attached: None, guards: Guards) -> None:
     block = block_of(guards, torch.float32, int8_activations=True)
     given = inputs_of(block, 2, torch.float32)
-    tensors, numbers = decode_block.flattened(block)
+    caches = [[given[name].nan_to_num()] for name in ("k_cache", "v_cache")]
     torch.library.opcheck(
-        decode_block.cpu_decode_block,
+        decode_blocks.cpu_decode_blocks,
         (
-            given["x"], tensors, numbers, block.input_norm, block.post_attention_norm, block.eps, block.heads,
-            block.kv_heads, given["cos"], given["sin"], given["k_cache"].nan_to_num(), given["v_cache"].nan_to_num(),
-            None, None, None, given["lengths"],
+            given["x"], *decode_blocks.flattened([block]), block.eps, block.heads, block.kv_heads, given["cos"],
+            given["sin"], *caches, [], [], None, given["lengths"],
         ),
     )  # fmt: skip
+
+
+# --- several blocks --------------------------------------------------------------------------------------------------
+
+FORMATS: tuple[Any, ...] = (("int4", "int8", "int8", "int4"), ("bf16",) * 4, ("int8",) * 4)
+
+
+def stack_of(guards: Guards, dtype: torch.dtype, rows: int, inner: tuple[int, ...] = (160, 64, 96)) -> dict[str, Any]:
+    """The arguments of `decode_blocks`, blocks of several formats and feed-forward sizes."""
+    blocks = [
+        block_of(guards, dtype, formats, sizes=(96, 4, 2, 32, size), seed=seed)
+        for seed, (formats, size) in enumerate(zip(FORMATS, inner, strict=True))
+    ]
+    given = [inputs_of(block, rows, dtype) for block in blocks]
+    caches = {f"{name}_caches": [each[f"{name}_cache"] * (1 + i) for i, each in enumerate(given)] for name in "kv"}
+    return {name: given[0][name] for name in ("x", "cos", "sin", "lengths")} | caches | {"blocks": blocks}
+
+
+@each_dtype
+@pytest.mark.parametrize("inner", [(160, 64, 96), (32, 64, 224)], ids=str)
+def test_one_call_gives_what_a_call_a_block_gives(
+    instruction_set: str, guards: Guards, dtype: torch.dtype, inner: tuple[int, ...]
+) -> None:
+    stack = stack_of(guards, dtype, 2, inner)
+    copies = {name: [cache.clone() for cache in stack[name]] for name in ("k_caches", "v_caches")}
+    with ops.use_backend("cpu"):
+        out = ops.decode_blocks(**stack)
+        x = stack["x"]
+        for i, block in enumerate(stack["blocks"]):
+            own = {name: [copies[name][i]] for name in copies}
+            x = ops.decode_blocks(**stack | own | {"x": x, "blocks": [block]})
+    assert torch.equal(out, x)
+    for name, caches in copies.items():
+        for ours, theirs in zip(stack[name], caches, strict=True):
+            assert torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("format", ["plain", "int8", "fp8"])
+def test_over_blocks_one_call_gives_what_a_call_a_block_gives(cpu: None, guards: Guards, format: str) -> None:
+    stack = stack_of(guards, torch.float32, 2)
+    pairs = [dict(k_cache=k, v_cache=v) for k, v in zip(stack["k_caches"], stack["v_caches"], strict=True)]
+    rest = {name: stack[name] for name in ("x", "cos", "sin", "lengths")}
+    made = [paged(rest | pair)[0] for pair in pairs]
+
+    def caches_of(name: str) -> list[Any]:
+        blocks = [each[name].nan_to_num() for each in made]
+        return blocks if format == "plain" else [QuantizedBlocks(*quantize(x, CACHE_DTYPES[format])) for x in blocks]
+
+    whole, each = ({f"{name}s": caches_of(name) for name in ("k_cache", "v_cache")} for _ in range(2))
+    rest |= {"block_table": made[0]["block_table"]}
+    out = ops.paged_decode_blocks(**rest, **whole, blocks=stack["blocks"])
+    x = rest["x"]
+    for i, block in enumerate(stack["blocks"]):
+        x = ops.paged_decode_blocks(**rest | {"x": x}, blocks=[block], **{name: [each[name][i]] for name in each})
+    assert torch.equal(out, x)
+    for name, caches in each.items():
+        for ours, theirs in zip(whole[name], caches, strict=True):
+            if isinstance(ours, QuantizedBlocks):
+                assert torch.equal(ours.scales, theirs.scales)
+                ours, theirs = ours.values.view(torch.uint8), theirs.values.view(torch.uint8)
+            assert torch.equal(ours, theirs)
+
+
+def test_several_blocks_that_do_not_go_together(cpu: None, guards: Guards) -> None:
+    stack = stack_of(guards, torch.float32, 2)
+    first, second, third = stack["blocks"]
+    other_heads = block_of(guards, torch.float32, sizes=(96, 4, 4, 32, 160))
+    double = dataclasses.replace(second, input_norm=second.input_norm.double())
+    gaps = torch.zeros(2, 2, 2 * SLOTS, 32)[:, :, ::2]
+    for change, message in (
+        ({"blocks": []}, "one block or more"),
+        ({"blocks": [first, other_heads, third]}, "differ in their heads"),
+        ({"blocks": [first, double, third]}, "takes norms on the CPU in torch.float32"),
+        ({"k_caches": stack["k_caches"][:2]}, "caches of 2 and 3 blocks; takes 3"),
+        ({"k_caches": [*stack["k_caches"][:2], gaps]}, "differ in their strides"),
+        ({"v_caches": [*stack["v_caches"][:2], gaps.double()]}, "one is torch.float64"),
+    ):
+        with pytest.raises(DeviceError, match=message):
+            ops.decode_blocks(**stack | change)
