@@ -9,6 +9,7 @@
 #include "linear.h"
 
 #include <omp.h>
+#include <unistd.h>
 
 #include "kernels.h"
 #include "scalar.h"
@@ -19,11 +20,23 @@ namespace {
 using namespace llama_mm;
 
 constexpr int64_t kFewRows = 768;
+constexpr int64_t kFewValues = int64_t{3} << 19;  // of x in fp32, which each group reads as a whole: 6 MB
 constexpr int64_t kInputs = 192;                   // at a time, whose weights of a group fit the first cache: 48 KB
 constexpr int64_t kMostValues = int64_t{1} << 19;  // of a weight that are in order at a time: 2 MB
 constexpr int64_t kRowsOfTask = 96;                // a multiple of kRowsTogether
-constexpr int64_t kWidened = 7 * kInputs;          // inputs of a task's rows that stay in the second cache: 0.5 MB
+constexpr int64_t kMostParts = 7;                  // of kInputs, that a task's rows are widened by
 constexpr int64_t kRowsAtOnce = 64 * kRowsOfTask;  // whose sums wait for the next part of the inputs
+
+// Inputs of a task's rows that half of the second cache holds.
+int64_t widened_inputs() {
+  int64_t cache = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  cache = bytes;
+#endif
+  if (cache <= 0) cache = 1 << 19;  // unknown
+  return kInputs * most(int64_t{1}, least(kMostParts, cache / 2 / (kRowsOfTask * kInputs * 4)));
+}
 
 struct Problem {
   const WideProduct& use;
@@ -94,7 +107,8 @@ int few_rows(const Problem& p) {
 
 // Rows [from, to).
 int many_rows(const Problem& p, int64_t from, int64_t to) {
-  const int64_t tasks = (to - from + kRowsOfTask - 1) / kRowsOfTask, parts = (p.inputs + kWidened - 1) / kWidened;
+  const int64_t tasks = (to - from + kRowsOfTask - 1) / kRowsOfTask, widened = widened_inputs();
+  const int64_t parts = (p.inputs + widened - 1) / widened;
   const int64_t of_part = rounded_up((p.inputs + parts - 1) / parts, 16), of_group = p.use.outputs * of_part;
   const int64_t together = least(p.groups(), most(int64_t{1}, kMostValues / of_group));  // in order at a time
   const int64_t of_sums = kRowsOfTask * p.use.outputs;
@@ -151,7 +165,8 @@ int llama_mm_cpu_wide_linear(const uint16_t* x, int64_t rows, int64_t inputs, co
   for (int64_t n = 0; n < padded; n++)
     added[n] = bias && n < outputs ? get(bias, static_cast<DType>(bias_dtype), n) : 0.0f;
   const Problem p = {use, x, rows, inputs, weight, added, outputs, out, threads};
-  if (rows <= kFewRows) return few_rows(p);
+  // Many rows are shared out by tasks, of which every thread wants one.
+  if (rows < kRowsOfTask * threads || (rows <= kFewRows && rows * inputs <= kFewValues)) return few_rows(p);
   for (int64_t from = 0; from < rows; from += kRowsAtOnce)
     if (many_rows(p, from, least(rows, from + kRowsAtOnce))) return 1;
   return 0;
