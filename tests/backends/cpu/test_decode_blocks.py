@@ -18,6 +18,7 @@ from llama_multimodal import ops
 from llama_multimodal.errors import DeviceError
 from llama_multimodal.ops import DecoderBlock, Format, PackedProduct
 from llama_multimodal.ops.backends.cpu import decode_blocks
+from llama_multimodal.ops.backends.cpu.packed_linear import few_rows
 from llama_multimodal.ops.quantized_blocks import CACHE_DTYPES, QuantizedBlocks, quantize
 
 from ..references import name_of, randn
@@ -101,14 +102,14 @@ def compare(block: DecoderBlock, given: dict[str, Any]) -> None:
 
 
 @each_dtype
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("rows", [1, 3, 8, 21])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("int8_activations", [False, True], ids=["", "a8"])
 def test_whole_numbers(
     instruction_set: str, guards: Guards, dtype: torch.dtype, rows: int, symmetric: bool, int8_activations: bool
 ) -> None:
     block = block_of(guards, dtype, symmetric=symmetric, int8_activations=int8_activations)
-    compare(block, inputs_of(block, rows, dtype))
+    compare(block, inputs_of(block, min(rows, few_rows("int4")), dtype))
 
 
 @each_dtype
@@ -130,7 +131,7 @@ def test_sizes(instruction_set: str, guards: Guards, dtype: torch.dtype, sizes: 
 
 def test_more_threads_than_work(instruction_set: str, guards: Guards, threads: None) -> None:
     block = block_of(guards, torch.float32, sizes=(256, 4, 2, 64, 512))
-    compare(block, inputs_of(block, 4, torch.float32))
+    compare(block, inputs_of(block, few_rows("int4"), torch.float32))
 
 
 def test_caches_with_gaps(cpu: None, guards: Guards) -> None:
@@ -161,13 +162,13 @@ def test_what_it_does_not_take(cpu: None, guards: Guards) -> None:
     given = inputs_of(block, 2, torch.float32)
     plain = dataclasses.replace(block, down=PackedProduct(ops.pack_weight(randn(96, 160), "int8")))
     half = {name: value.half() if value.is_floating_point() else value for name, value in given.items()}
-    many = inputs_of(block, 9, torch.float32)
+    many = inputs_of(block, 33, torch.float32)
     narrow = given | {"k_cache": given["k_cache"][..., :16]}
     short = given | {"cos": given["cos"][:, :8]}
     for other, arguments, message in (
         (plain, given, 'has the layout "plain"'),
         (block, half, "takes fp32 and bf16"),
-        (block, many, "of 8 rows at most"),
+        (block, many, f"of {min(32, few_rows('int4'))} rows at most"),
         (block, narrow, "a cache has shape"),
         (block, short, "cos and sin have shapes"),
     ):
@@ -203,8 +204,7 @@ def test_blocks_hold_the_same(
 ) -> None:
     """What rows of one piece give, and each new key and value in its block."""
     block = block_of(guards, dtype, formats)
-    rows = min(rows, 2) if formats[0] == "bf16" else rows
-    given = inputs_of(block, rows, dtype)
+    given = inputs_of(block, min(rows, few_rows("bf16"), few_rows("int4")), dtype)
     dense, k_dense, v_dense = run(block, given, "cpu")
     made, order = paged(given)
     before = {name: made[name].clone() for name in ("k_cache", "v_cache")}

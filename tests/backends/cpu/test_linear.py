@@ -26,10 +26,10 @@ def kernel(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not library.has_wide_linear():
         pytest.skip("this instruction set has no such kernel")
     monkeypatch.setattr(module, "cpu_gains_by", lambda dtype: False)
-    monkeypatch.setattr(module, "few_bf16_rows", lambda: 5)
+    monkeypatch.setattr(module, "few_rows", lambda format: 5)
 
 
-# Rows in sixes, over 768 (and over 1.5 million values) in another order, over 6144 not all at once; inputs in pairs of 8
+# Rows in sixes, over 768 (or 1.5 million values) in another order, over 6144 not all at once; inputs in pairs of 8
 # or 16, 192 at once, of many rows 1344 at most; outputs in 16s or 64s. Up to five rows go to the kernel for few.
 SHAPES = [(1, 1, 1), (5, 100, 70), (9, 1, 1), (12, 31, 15), (17, 64, 64), (25, 513, 16), (97, 385, 65), (30, 2100, 200)]
 SHAPES += [(1021, 40, 70), (801, 600, 1100), (6200, 1400, 70), (775, 2700, 130), (400, 4100, 70)]

@@ -18,9 +18,9 @@ from ...quantized_blocks import CacheBlocks, QuantizedBlocks, refused_as_8_bits
 from ..operators import define
 from .decode_attention import raise_for, refuses_dtype, refuses_tensors
 from .library import DTYPES, QUANTIZED, functions, strides
-from .packed_linear import LAYOUT, few_bf16_rows
+from .packed_linear import LAYOUT, few_rows
 
-_MOST_ROWS = 8
+_MOST_ROWS = 32  # what lies between the products is one thread's work
 
 
 def _refuses_blocks(
@@ -43,9 +43,8 @@ def _refuses_blocks(
                 return f"takes norms on the CPU in {x.dtype}, without gaps"
         for product in block.products:
             weight, bias = product.weight, product.bias
-            if weight.format == "bf16":
-                most = min(most, few_bf16_rows())
-            elif weight.layout != LAYOUT:
+            most = min(most, few_rows(weight.format))
+            if weight.format != "bf16" and weight.layout != LAYOUT:
                 return f'a weight has the layout "{weight.layout}"; takes "{LAYOUT}"'
             if not weight.values.is_cpu or (bias is not None and bias.dtype != x.dtype):
                 return f"takes weights on the CPU with biases in {x.dtype}"

@@ -13,7 +13,7 @@ from ... import _dispatch
 from ...linear import cpu_gains_by
 from ..operators import define
 from .library import DTYPES, functions, has_wide_linear, pointer
-from .packed_linear import few_bf16_rows
+from .packed_linear import few_rows
 
 
 def _leaves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -49,7 +49,7 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows, bias_dtype = math.prod(x.shape[:-1]), 0 if bias is None else DTYPES[bias.dtype]
     weight_in_c = (weight.data_ptr(), pointer(bias), bias_dtype, weight.shape[0])
     rest = (rows, x.shape[-1], *weight_in_c, out.data_ptr(), torch.get_num_threads())
-    if rows <= few_bf16_rows():
+    if rows <= few_rows("bf16"):
         failed = functions().bf16_linear(x.data_ptr(), DTYPES[x.dtype], *rest)
     else:
         failed = functions().wide_linear(x.data_ptr(), *rest)

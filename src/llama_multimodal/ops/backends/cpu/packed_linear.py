@@ -36,8 +36,10 @@ _FEW_WIDENED = {"avx512": 32, "avx2": 16, "plain": 2}  # of a bf16 weight where 
 _FEW_INTEGER = {"avx512": 96, "avx2": 24, "plain": 2}
 
 
-def few_bf16_rows() -> int:
-    """Rows of x up to which the kernel for few is the faster one with a bf16 weight."""
+def few_rows(format: str) -> int:
+    """Rows of x up to which the kernel for few is the faster one with a weight of this format."""
+    if format != "bf16":
+        return _FEW_INTEGER[instruction_set()]
     return (_FEW_BF16 if cpu_gains_by(torch.bfloat16) else _FEW_WIDENED)[instruction_set()]
 
 
@@ -147,8 +149,7 @@ def cpu_packed_linear(
     inputs = x.shape[-1]
     rows = math.prod(x.shape[:-1])
     no_kernel = x.dtype == torch.float64 or (format != "bf16" and layout == "plain")
-    few = few_bf16_rows() if format == "bf16" else _FEW_INTEGER[instruction_set()]
-    if no_kernel or (rows > few and not int8_activations):
+    if no_kernel or (rows > few_rows(format) and not int8_activations):
         packed = PackedWeight(format, (outputs, inputs), values, scales, zeros, group, layout)  # type: ignore[arg-type]
         return _many_rows(x, packed, bias)
     weight = (values, scales, zeros, bias, format, layout, outputs, group, int8_activations)
