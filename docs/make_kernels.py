@@ -200,8 +200,8 @@ def matrices(result: dict[str, Any]) -> str:
 
 
 def on_each_machine(table: Callable[[dict[str, Any]], str], name: str) -> str:
-    """The newest result's table, then the one of an AMD machine."""
-    files = (ROOT / "benchmarks/results" / f"{file}.json" for file in (name, f"{name}_amd"))
+    """The table of an Intel machine, then those of AMD machines with AVX-512 and with AVX2."""
+    files = (ROOT / "benchmarks/results" / f"{file}.json" for file in (name, f"{name}_amd", f"{name}_avx2"))
     return "\n\n".join(table(json.loads(file.read_text(encoding="utf-8"))) for file in files)
 
 

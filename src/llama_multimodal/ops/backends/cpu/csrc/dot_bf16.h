@@ -8,6 +8,10 @@ namespace {
 
 constexpr int kPair = 2 * LANES;  // a load of bf16 values gives the even and the odd ones as two vectors of fp32
 
+// Inputs at a time, so that x of many rows stays in the first cache, beside weights. Few rows wait for memory, which likes
+// long streams; and registers of 64 bytes take so many outputs with each load of x that the second cache keeps up.
+constexpr int64_t inputs_for(int rows) { return LANES == 16 || rows < 5 ? int64_t{1} << 40 : 512; }
+
 // Each 2·LANES inputs: the even ones, then the odd ones. The rest keeps its order.
 void order_row(const float* x, int64_t inputs, float* out) {
   int64_t k = 0;
@@ -41,57 +45,73 @@ INLINE void add_rows(const float* x, int64_t x_stride, const Words* pairs, Half 
   }
 }
 
+// `count` inputs, whole pairs of vectors; ahead: the weights that are read next, of the first output.
 template <int ROWS, int OUTPUTS>
-void dot_rows(const uint16_t* weight, int64_t inputs, const float* x, int64_t x_stride, float* sums) {
-  Floats evens[OUTPUTS][ROWS] = {}, odds[OUTPUTS][ROWS] = {};
+INLINE void add_block(const uint16_t* weight, int64_t inputs, const uint16_t* ahead, const float* x, int64_t x_stride,
+                      int64_t count, Floats (*sums)[ROWS]) {
+  Floats evens[OUTPUTS][ROWS], odds[OUTPUTS][ROWS] = {};
+  memcpy(evens, sums, sizeof(evens));
   // With many sums one chain of additions each hides the latency, and two would not fit the registers.
-  auto& last = OUTPUTS * ROWS > 8 ? evens : odds;
-  int64_t k = 0;
-  for (; k + kPair <= inputs; k += kPair) {
+  constexpr bool one_chain = OUTPUTS * ROWS > 8;
+  auto& last = one_chain ? evens : odds;
+  for (int64_t k = 0; k < count; k += kPair) {
     Words pairs[OUTPUTS];
     for (int n = 0; n < OUTPUTS; n++) {
-      const uint16_t* at = weight + n * inputs + k;
-      __builtin_prefetch(at + (OUTPUTS > 1 ? OUTPUTS * inputs : kBytesAhead / 2), 0, 2);
-      pairs[n] = load_pair(at);
+      __builtin_prefetch(ahead + n * inputs + k, 0, 2);
+      pairs[n] = load_pair(weight + n * inputs + k);
     }
     add_rows<ROWS, OUTPUTS>(x + k, x_stride, pairs, [](Words pair) { return pair << 16; }, evens);
     add_rows<ROWS, OUTPUTS>(x + k + LANES, x_stride, pairs, [](Words pair) { return pair & 0xffff0000u; }, last);
   }
-  for (int t = 0; t < ROWS; t++) {
-    float total[OUTPUTS];
-    Floats both[OUTPUTS];
-    for (int n = 0; n < OUTPUTS; n++) both[n] = evens[n][t] + odds[n][t];
-    if constexpr (OUTPUTS == 4) {
-      sum_four(both, total);
-    } else {
-      for (int n = 0; n < OUTPUTS; n++) total[n] = sum(both[n]);
+  for (int n = 0; n < OUTPUTS; n++)
+    for (int t = 0; t < ROWS; t++) sums[n][t] = one_chain ? evens[n][t] : evens[n][t] + odds[n][t];
+}
+
+template <int ROWS, int OUTPUTS>
+void dot_outputs(const uint16_t* weight, int64_t inputs, int outputs, const float* x, int64_t x_stride, float* sums) {
+  constexpr int64_t block = inputs_for(ROWS);
+  const int64_t whole = inputs - inputs % kPair;
+  Floats parts[llama_mm::kOutputs][ROWS] = {};
+  for (int64_t k = 0; k < whole; k += block) {
+    const int64_t count = whole - k < block ? whole - k : block;
+    int n = 0;
+    for (; n + OUTPUTS <= outputs; n += OUTPUTS) {
+      const uint16_t* const from = weight + n * inputs + k;
+      const bool turns = count == block && n + 2 * OUTPUTS > outputs;  // to the first outputs' next block
+      const uint16_t* const next = turns ? weight + k + block : from + OUTPUTS * inputs;
+      add_block<ROWS, OUTPUTS>(from, inputs, OUTPUTS == 1 ? from + kBytesAhead / 2 : next, x + k, x_stride, count,
+                               parts + n);
     }
-    for (int n = 0; n < OUTPUTS; n++) {
-      for (int64_t rest = k; rest < inputs; rest++)
-        total[n] += widen(weight[n * inputs + rest]) * x[t * x_stride + rest];
-      sums[t * llama_mm::kOutputs + n] = total[n];
+    for (; n < outputs; n++) {
+      const uint16_t* const from = weight + n * inputs + k;
+      add_block<ROWS, 1>(from, inputs, from + inputs, x + k, x_stride, count, parts + n);
     }
+  }
+  for (int t = 0; t < ROWS; t++, x += x_stride, sums += llama_mm::kOutputs) {
+    for (int n = 0; n < outputs; n += 4) {
+      Floats four[4] = {};
+      for (int i = 0; i < 4 && n + i < outputs; i++) four[i] = parts[n + i][t];
+      sum_four(four, sums + n);
+    }
+    for (int n = 0; n < outputs; n++)
+      for (int64_t rest = whole; rest < inputs; rest++) sums[n] += widen(weight[n * inputs + rest]) * x[rest];
   }
 }
 
 template <int ROWS>
-void dot_outputs(const uint16_t* weight, int64_t inputs, int outputs, const float* x, int64_t x_stride, float* sums) {
-  constexpr int step = outputs_for(ROWS);
-  int n = 0;
-  for (; n + step <= outputs; n += step)
-    dot_rows<ROWS, step>(weight + n * inputs, inputs, x, x_stride, sums + n);
-  for (; n < outputs; n++) dot_rows<ROWS, 1>(weight + n * inputs, inputs, x, x_stride, sums + n);
+void dot_some(const uint16_t* weight, int64_t inputs, int outputs, const float* x, int64_t x_stride, float* sums) {
+  dot_outputs<ROWS, outputs_for(ROWS)>(weight, inputs, outputs, x, x_stride, sums);
 }
 
 void dot_bf16(const uint16_t* weight, int64_t inputs, int outputs, const float* x, int64_t x_stride, int rows,
               float* sums) {
   switch (rows) {
-    case 1: return dot_outputs<1>(weight, inputs, outputs, x, x_stride, sums);
-    case 2: return dot_outputs<2>(weight, inputs, outputs, x, x_stride, sums);
-    case 3: return dot_outputs<3>(weight, inputs, outputs, x, x_stride, sums);
-    case 4: return dot_outputs<4>(weight, inputs, outputs, x, x_stride, sums);
-    case 5: return dot_outputs<5>(weight, inputs, outputs, x, x_stride, sums);
-    default: return dot_outputs<6>(weight, inputs, outputs, x, x_stride, sums);
+    case 1: return dot_some<1>(weight, inputs, outputs, x, x_stride, sums);
+    case 2: return dot_some<2>(weight, inputs, outputs, x, x_stride, sums);
+    case 3: return dot_some<3>(weight, inputs, outputs, x, x_stride, sums);
+    case 4: return dot_some<4>(weight, inputs, outputs, x, x_stride, sums);
+    case 5: return dot_some<5>(weight, inputs, outputs, x, x_stride, sums);
+    default: return dot_some<6>(weight, inputs, outputs, x, x_stride, sums);
   }
 }
 

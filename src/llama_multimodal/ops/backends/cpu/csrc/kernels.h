@@ -20,7 +20,7 @@ constexpr int kBlock = 32;        // inputs that share one step of x
 constexpr int kMaxRows = 8;       // rows of x in one pass over a tile, whatever the instruction set
 constexpr int kMaxTileRows = 16;  // the most that one takes at once where it takes more
 constexpr int kMaxDotRows = 6;    // rows of x in one pass over a bf16 weight
-constexpr int kOutputs = 4;       // outputs of a bf16 weight at a time
+constexpr int kOutputs = 16;      // outputs of a bf16 weight at a time
 constexpr int kMaxHeads = 4;      // query heads that share one pass over a key head's keys and values
 
 // x of one row and 32 inputs: x ≈ step · q, and q is split into digits (see round_row.h).
@@ -96,7 +96,7 @@ struct Kernels {
   void (*unpack_tile)(const PackedWeight& weight, int64_t tile, DType dtype, void* out);
   // x [K] → the order that dot_bf16 reads.
   void (*order_row)(const float* x, int64_t inputs, float* out);
-  // sums [rows, 4] of 1 to 6 ordered rows of x at x_stride against up to 4 outputs' bf16 weights [K].
+  // sums [rows, kOutputs] of 1 to 6 ordered rows of x at x_stride against up to kOutputs outputs' bf16 weights [K].
   void (*dot_bf16)(const uint16_t* weight, int64_t inputs, int outputs, const float* x, int64_t x_stride, int rows,
                    float* sums);
   void (*attend[4])(const Run& run, const Softmax& state);  // by the dtype of the cache
