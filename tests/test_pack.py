@@ -16,6 +16,7 @@ from llama_multimodal import load, ops
 from llama_multimodal.errors import ConfigError
 from llama_multimodal.models import VisionLanguageModel
 from llama_multimodal.models.layers import Linear
+from llama_multimodal.models.llama import SelfAttentionBlock
 from llama_multimodal.ops import Format
 from llama_multimodal.quant.pack import PackedLinear, Packing, pack, packable_layers, use_int8_activations
 from llama_multimodal.weights.save import save_checkpoint
@@ -134,6 +135,28 @@ def test_8_bit_activations_are_the_rounded_inputs_of_the_packed_layers(format: F
     assert (ours - real_logits(plain)).abs().max() < 6e-3 < 3e-2 < (ours - before).abs().max()
     with ops.use_backend("torch"):
         assert (ours - real_logits(model)).abs().max() < 6e-3
+
+
+def test_a_block_as_decoding_takes_it_is_kept_until_something_of_it_is_replaced() -> None:
+    block = next(layer for layer in random_model().decoder.layers if isinstance(layer, SelfAttentionBlock))
+    assert block.packed() is None
+    model = pack(random_model(config=WIDER), "int8")
+    block = next(layer for layer in model.decoder.layers if isinstance(layer, SelfAttentionBlock))
+    first = block.packed()
+    assert first is not None and block.packed() is first
+    use_int8_activations(model)
+    second = block.packed()
+    assert second is not None and second.qkv.int8_activations and block.packed() is second
+    block.input_norm.weight = torch.nn.Parameter(torch.ones_like(block.input_norm.weight))
+    third = block.packed()
+    assert third is not None and third.input_norm is block.input_norm.weight
+    gone = weakref.ref(third)
+    del third
+    model.to("meta")
+    assert gone() is None  # what has moved is not held here too
+    assert (moved := block.packed()) is not None and moved.qkv.weight.values.is_meta
+    block.mlp.down_proj = Linear(64, 32, bias=False)
+    assert block.packed() is None
 
 
 def test_8_bit_activations_are_refused_where_they_do_not_go() -> None:

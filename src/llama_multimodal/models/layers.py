@@ -19,7 +19,7 @@ class Linear(nn.Linear):
     """`nn.Linear` through `ops.linear`."""
 
     product: PackedProduct | None = None
-    """What a packed layer computes. A decoding step with one for every layer of a block goes through `ops.decode_blocks`."""
+    """What a packed layer computes. Blocks that have one for every layer decode through `ops.decode_blocks`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)

@@ -168,7 +168,7 @@ def test_what_it_does_not_take(cpu: None, guards: Guards) -> None:
     for other, arguments, message in (
         (plain, given, 'has the layout "plain"'),
         (block, half, "takes fp32 and bf16"),
-        (block, many, f"of {min(32, few_rows('int4'))} rows at most"),
+        (block, many, f"takes from 1 to {min(32, few_rows('int4'))}"),
         (block, narrow, "a cache has shape"),
         (block, short, "cos and sin have shapes"),
     ):
@@ -320,11 +320,13 @@ def test_several_blocks_that_do_not_go_together(cpu: None, guards: Guards) -> No
     stack = stack_of(guards, torch.float32, 2)
     first, second, third = stack["blocks"]
     other_heads = block_of(guards, torch.float32, sizes=(96, 4, 4, 32, 160))
+    wider = block_of(guards, torch.float32, sizes=(128, 4, 2, 32, 160))
     double = dataclasses.replace(second, input_norm=second.input_norm.double())
     gaps = torch.zeros(2, 2, 2 * SLOTS, 32)[:, :, ::2]
     for change, message in (
-        ({"blocks": []}, "one block or more"),
+        ({"blocks": []}, "one block or more and x"),
         ({"blocks": [first, other_heads, third]}, "differ in their heads"),
+        ({"blocks": [first, wider, third]}, r"x has shape \[2, 96\], and a block's weights"),
         ({"blocks": [first, double, third]}, "takes norms on the CPU in torch.float32"),
         ({"k_caches": stack["k_caches"][:2]}, "caches of 2 and 3 blocks; takes 3"),
         ({"k_caches": [*stack["k_caches"][:2], gaps]}, "differ in their strides"),

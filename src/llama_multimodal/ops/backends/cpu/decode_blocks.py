@@ -27,8 +27,8 @@ def _refuses_blocks(
     x: Tensor, blocks: Sequence[DecoderBlock], cos: Tensor, sin: Tensor, caches: Sequence[Tensor], lengths: Tensor
 ) -> str | None:
     """Why not, whatever shapes the caches have; caches: those that are not in 8 bits."""
-    if not blocks:
-        return "takes one block or more"
+    if not blocks or x.ndim != 2:
+        return f"takes one block or more and x [B, E], not {len(blocks)} and {list(x.shape)}"
     if why := refuses_dtype(x) or refuses_tensors(x=x, lengths=lengths):
         return why
     for cache in caches:
@@ -38,6 +38,8 @@ def _refuses_blocks(
     for block in blocks:
         if (block.heads, block.kv_heads, block.eps) != (first.heads, first.kv_heads, first.eps):
             return "blocks differ in their heads or in eps"
+        if not _fits(block, x.shape[-1]):
+            return f"x has shape {list(x.shape)}, and a block's weights {[p.weight.shape for p in block.products]}"
         for norm in block.norms:
             if norm.dtype != x.dtype or not norm.is_cpu or not norm.is_contiguous():
                 return f"takes norms on the CPU in {x.dtype}, without gaps"
@@ -48,11 +50,19 @@ def _refuses_blocks(
                 return f'a weight has the layout "{weight.layout}"; takes "{LAYOUT}"'
             if not weight.values.is_cpu or (bias is not None and bias.dtype != x.dtype):
                 return f"takes weights on the CPU with biases in {x.dtype}"
-    if x.ndim != 2 or not 1 <= len(x) <= most:
-        return f"x has shape {list(x.shape)}; takes [B, E] of {most} rows at most"
+    if not 1 <= len(x) <= most:
+        return f"x has {len(x)} rows; takes from 1 to {most}"
     if cos.shape != (len(x), first.head_dim // 2) or sin.shape != cos.shape or cos.dtype != torch.float32:
         return f"cos and sin have shapes {list(cos.shape)} and {list(sin.shape)}; takes fp32 [B, D/2]"
     return None
+
+
+def _fits(block: DecoderBlock, hidden: int) -> bool:
+    """Whether the products go together; the kernel counts on it."""
+    qkv, output, gate_up, down = (product.weight.shape for product in block.products)
+    heads, kv_heads, dim, inner = block.heads, block.kv_heads, block.head_dim, down[1]
+    wanted = ((heads + 2 * kv_heads) * dim, hidden), (hidden, heads * dim), (2 * inner, hidden), (hidden, inner)
+    return (qkv, output, gate_up, down) == wanted
 
 
 def _refuses_caches(

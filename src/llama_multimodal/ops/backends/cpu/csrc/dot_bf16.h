@@ -40,7 +40,10 @@ INLINE void add_rows(const float* x, int64_t x_stride, const Words* pairs, Half 
   Floats weights[OUTPUTS];
   for (int n = 0; n < OUTPUTS; n++) weights[n] = bits<Floats>(half(pairs[n]));
   for (int t = 0; t < ROWS; t++) {
-    const Floats row = load(x + t * x_stride);
+    Floats row = load(x + t * x_stride);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if (OUTPUTS == 2 && ROWS < 6) asm("" : "+x"(row));  // or GCC loads it for each output; of six rows it has to
+#endif
     for (int n = 0; n < OUTPUTS; n++) sums[n][t] += weights[n] * row;
   }
 }
