@@ -200,9 +200,9 @@ def matrices(result: dict[str, Any]) -> str:
 
 
 def on_each_machine(table: Callable[[dict[str, Any]], str], name: str) -> str:
-    """The table of an Intel machine, then those of AMD machines with AVX-512 and with AVX2."""
+    """The tables of an Intel machine and of AMD machines with AVX-512 and with AVX2, as far as they are there."""
     files = (ROOT / "benchmarks/results" / f"{file}.json" for file in (name, f"{name}_amd", f"{name}_avx2"))
-    return "\n\n".join(table(json.loads(file.read_text(encoding="utf-8"))) for file in files)
+    return "\n\n".join(table(json.loads(file.read_text(encoding="utf-8"))) for file in files if file.exists())
 
 
 def _where(result: dict[str, Any]) -> str:

@@ -155,6 +155,10 @@ def test_a_block_as_decoding_takes_it_is_kept_until_something_of_it_is_replaced(
     model.to("meta")
     assert gone() is None  # what has moved is not held here too
     assert (moved := block.packed()) is not None and moved.qkv.weight.values.is_meta
+    hook = block.register_forward_hook(lambda *_: None)
+    assert block.packed() is None  # whoever listens hears every step
+    hook.remove()
+    assert block.packed() is not None
     block.mlp.down_proj = Linear(64, 32, bias=False)
     assert block.packed() is None
 

@@ -180,14 +180,23 @@ def test_warm_up_records_every_number_of_rows() -> None:
 
 @pytest.mark.parametrize(
     "kind, settings",
-    [("text", {}), ("cross_attention", {"cache_dtype": "int8"}), ("text", {"adapted": True}), ("text", {"rows": 17})],
-    ids=["", "images, int8", "adapters", "bf16, many rows"],
+    [
+        ("text", {}),
+        ("cross_attention", {"cache_dtype": "int8"}),
+        ("text", {"adapted": True}),
+        ("text", {"rows": 17}),
+        ("cross_attention", {"packing": Packing("bf16")}),
+        ("text", {"packing": Packing("int8", 16)}),
+    ],
+    ids=["", "images, int8", "adapters", "bf16, many rows", "packed blocks", "packed blocks without a kernel"],
 )
 def test_steps_compile_as_one_graph_and_once(kind: str, settings: dict[str, Any]) -> None:
     """No break, no second graph for a step, and no bound on how many steps there are."""
     torch._dynamo.reset()
     rows, adapted = settings.get("rows", 2), settings.get("adapted", False)
     made = model(kind, torch.bfloat16 if rows > 2 else torch.float32, adapted)
+    if "packing" in settings:
+        pack(made, settings["packing"])
     config = replace(STATIC, max_requests=rows, cache_dtype=settings.get("cache_dtype"), static_decode=None)
     engine, counter = Engine(made, None, replace(config, compile=True)), CompileCounterWithBackend("eager")
     static = engine.runner.static

@@ -109,7 +109,7 @@ class SelfAttentionBlock(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self._packed: DecoderBlock | None = None
+        self._packed: tuple[tuple[Any, ...], DecoderBlock] | None = None  # what it was made of, and the block
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = SelfAttention(config)
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -130,20 +130,26 @@ class SelfAttentionBlock(nn.Module):
         return x + self.mlp(normed)
 
     def packed(self) -> DecoderBlock | None:
-        """The block as a decoding step computes it, if all of its weights are packed. Kept between calls."""
+        """The block as a decoding step computes it, if all of its weights are packed and no hook wants to see it.
+
+        Kept between calls, until something of it is replaced.
+        """
         children: Any = self._modules  # a step asks every block, and `nn.Module.__getattr__` is slow
-        attention, mlp = children["attention"]._modules, children["mlp"]._modules
-        qkv, output = attention["qkv"].product, attention["o_proj"].product
-        gate_up, down = mlp["gate_up"].product, mlp["down_proj"].product
-        if qkv is None or output is None or gate_up is None or down is None:
+        attention, mlp = children["attention"], children["mlp"]
+        layers = [attention._modules.get(name) for name in ("qkv", "o_proj")]
+        layers += [mlp._modules.get(name) for name in ("gate_up", "down_proj")]
+        qkv, output, gate_up, down = (getattr(layer, "product", None) for layer in layers)
+        hooked = self._forward_hooks or self._forward_pre_hooks
+        if qkv is None or output is None or gate_up is None or down is None or hooked:
+            if self._packed is not None:
+                self._packed = None
             return None
-        before, after = (children[norm]._parameters["weight"] for norm in ("input_norm", "post_attention_norm"))
-        parts = qkv, output, gate_up, down, before, after
-        kept = self._packed
-        if kept is None or any(a is not b for a, b in zip(parts, (*kept.products, *kept.norms), strict=True)):
-            heads = self.attention.num_heads, self.attention.num_kv_heads
-            self._packed = kept = DecoderBlock(*parts, self.input_norm.eps, *heads)
-        return kept
+        before, after = children["input_norm"], children["post_attention_norm"]
+        norms = before._parameters["weight"], after._parameters["weight"]
+        parts = qkv, output, gate_up, down, *norms, before.eps, attention.num_heads, attention.num_kv_heads
+        if self._packed is None or any(a is not b for a, b in zip(parts, self._packed[0], strict=True)):
+            self._packed = parts, DecoderBlock(*parts)
+        return self._packed[1]
 
     def _apply(self, *args: Any, **kwargs: Any) -> SelfAttentionBlock:
         self._packed = None  # would keep what moves to another device here too

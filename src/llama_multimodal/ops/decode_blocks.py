@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,11 +54,11 @@ class DecoderBlock:
     def head_dim(self) -> int:
         return self.output.weight.shape[1] // self.heads
 
-    @cached_property
+    @property
     def products(self) -> tuple[PackedProduct, PackedProduct, PackedProduct, PackedProduct]:
         return self.qkv, self.output, self.gate_up, self.down
 
-    @cached_property
+    @property
     def norms(self) -> tuple[Tensor, Tensor]:
         return self.input_norm, self.post_attention_norm
 

@@ -316,6 +316,17 @@ def test_over_blocks_one_call_gives_what_a_call_a_block_gives(cpu: None, guards:
             assert torch.equal(ours, theirs)
 
 
+def test_8_bit_caches_of_two_kinds_do_not_go_together(cpu: None, guards: Guards) -> None:
+    stack = stack_of(guards, torch.float32, 2)
+    rest = {name: stack[name] for name in ("x", "cos", "sin", "lengths")}
+    made = paged(rest | {"k_cache": stack["k_caches"][0], "v_cache": stack["v_caches"][0]})[0]
+    kinds = [QuantizedBlocks(*quantize(made["k_cache"].nan_to_num(), dtype)) for dtype in CACHE_DTYPES.values()]
+    with pytest.raises(DeviceError, match="differ in their strides or dtypes"):
+        ops.paged_decode_blocks(
+            **rest, blocks=stack["blocks"][:2], k_caches=kinds, v_caches=kinds, block_table=made["block_table"]
+        )
+
+
 def test_several_blocks_that_do_not_go_together(cpu: None, guards: Guards) -> None:
     stack = stack_of(guards, torch.float32, 2)
     first, second, third = stack["blocks"]
@@ -324,13 +335,17 @@ def test_several_blocks_that_do_not_go_together(cpu: None, guards: Guards) -> No
     double = dataclasses.replace(second, input_norm=second.input_norm.double())
     gaps = torch.zeros(2, 2, 2 * SLOTS, 32)[:, :, ::2]
     for change, message in (
-        ({"blocks": []}, "one block or more and x"),
+        ({"blocks": []}, "one block or more"),
         ({"blocks": [first, other_heads, third]}, "differ in their heads"),
         ({"blocks": [first, wider, third]}, r"x has shape \[2, 96\], and a block's weights"),
         ({"blocks": [first, double, third]}, "takes norms on the CPU in torch.float32"),
-        ({"k_caches": stack["k_caches"][:2]}, "caches of 2 and 3 blocks; takes 3"),
+        ({"k_caches": stack["k_caches"][:2]}, r"there are \[2, 3\] caches; takes 3 of each"),
         ({"k_caches": [*stack["k_caches"][:2], gaps]}, "differ in their strides"),
         ({"v_caches": [*stack["v_caches"][:2], gaps.double()]}, "one is torch.float64"),
+        ({"lengths": stack["lengths"][:1]}, "lengths has shape"),
+        ({"sin": stack["sin"].double()}, "cos and sin have shapes"),
+        ({"blocks": [first, second, dataclasses.replace(third, kv_heads=3)]}, "differ in their heads"),
+        ({"blocks": [first, second, dataclasses.replace(third, input_norm=third.input_norm[:50])]}, "of 96 values"),
     ):
         with pytest.raises(DeviceError, match=message):
             ops.decode_blocks(**stack | change)

@@ -32,7 +32,15 @@ def kernel(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
 # Rows in sixes, over 768 (or 1.5 million values) in another order, over 6144 not all at once; inputs in pairs of 8
 # or 16, 192 at once, of many rows 1344 at most; outputs in 16s or 64s. Up to five rows go to the kernel for few.
 SHAPES = [(1, 1, 1), (5, 100, 70), (9, 1, 1), (12, 31, 15), (17, 64, 64), (25, 513, 16), (97, 385, 65), (30, 2100, 200)]
-SHAPES += [(1021, 40, 70), (801, 600, 1100), (6200, 1400, 70), (775, 2700, 130), (400, 4100, 70)]
+SHAPES += [
+    (1021, 40, 70),
+    (801, 600, 1100),
+    (6200, 1400, 70),
+    (775, 2700, 130),
+    (400, 4100, 70),
+    (5, 1100, 35),
+    (5, 1024, 16),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

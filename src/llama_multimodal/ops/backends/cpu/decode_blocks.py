@@ -26,9 +26,9 @@ _MOST_ROWS = 32  # what lies between the products is one thread's work
 def _refuses_blocks(
     x: Tensor, blocks: Sequence[DecoderBlock], cos: Tensor, sin: Tensor, caches: Sequence[Tensor], lengths: Tensor
 ) -> str | None:
-    """Why not, whatever shapes the caches have; caches: those that are not in 8 bits."""
-    if not blocks or x.ndim != 2:
-        return f"takes one block or more and x [B, E], not {len(blocks)} and {list(x.shape)}"
+    """Why not, whatever shapes the caches have; caches: those that are not in 8 bits. What passes is safe in C."""
+    if x.ndim != 2:
+        return f"x has shape {list(x.shape)}; takes [B, E]"
     if why := refuses_dtype(x) or refuses_tensors(x=x, lengths=lengths):
         return why
     for cache in caches:
@@ -38,47 +38,58 @@ def _refuses_blocks(
     for block in blocks:
         if (block.heads, block.kv_heads, block.eps) != (first.heads, first.kv_heads, first.eps):
             return "blocks differ in their heads or in eps"
-        if not _fits(block, x.shape[-1]):
-            return f"x has shape {list(x.shape)}, and a block's weights {[p.weight.shape for p in block.products]}"
-        for norm in block.norms:
-            if norm.dtype != x.dtype or not norm.is_cpu or not norm.is_contiguous():
-                return f"takes norms on the CPU in {x.dtype}, without gaps"
-        for product in block.products:
-            weight, bias = product.weight, product.bias
-            most = min(most, few_rows(weight.format))
-            if weight.format != "bf16" and weight.layout != LAYOUT:
-                return f'a weight has the layout "{weight.layout}"; takes "{LAYOUT}"'
-            if not weight.values.is_cpu or (bias is not None and bias.dtype != x.dtype):
-                return f"takes weights on the CPU with biases in {x.dtype}"
+        if why := _refuses_block(block, x):
+            return why
+        most = min(most, *(few_rows(product.weight.format) for product in block.products))
     if not 1 <= len(x) <= most:
         return f"x has {len(x)} rows; takes from 1 to {most}"
-    if cos.shape != (len(x), first.head_dim // 2) or sin.shape != cos.shape or cos.dtype != torch.float32:
-        return f"cos and sin have shapes {list(cos.shape)} and {list(sin.shape)}; takes fp32 [B, D/2]"
+    if lengths.shape != x.shape[:1]:
+        return f"lengths has shape {list(lengths.shape)}; takes one for each of {len(x)} rows"
+    for angle in (cos, sin):
+        if angle.shape != (len(x), first.head_dim // 2) or angle.dtype != torch.float32 or not angle.is_cpu:
+            return f"cos and sin have shapes {list(cos.shape)} and {list(sin.shape)}; takes fp32 [B, D/2] on the CPU"
     return None
 
 
-def _fits(block: DecoderBlock, hidden: int) -> bool:
-    """Whether the products go together; the kernel counts on it."""
-    qkv, output, gate_up, down = (product.weight.shape for product in block.products)
-    heads, kv_heads, dim, inner = block.heads, block.kv_heads, block.head_dim, down[1]
+def _refuses_block(block: DecoderBlock, x: Tensor) -> str | None:
+    hidden, heads, kv_heads, dim = x.shape[1], block.heads, block.kv_heads, block.head_dim
+    inner = block.down.weight.shape[1]
     wanted = ((heads + 2 * kv_heads) * dim, hidden), (hidden, heads * dim), (2 * inner, hidden), (hidden, inner)
-    return (qkv, output, gate_up, down) == wanted
+    if tuple(product.weight.shape for product in block.products) != wanted or kv_heads < 1 or heads % kv_heads:
+        return f"x has shape {list(x.shape)}, and a block's weights {[p.weight.shape for p in block.products]}"
+    for norm in block.norms:
+        if norm.dtype != x.dtype or not norm.is_cpu or norm.shape != x.shape[1:] or not norm.is_contiguous():
+            return f"takes norms on the CPU in {x.dtype}, of {hidden} values without gaps"
+    for product in block.products:
+        weight, bias = product.weight, product.bias
+        if weight.format != "bf16" and weight.layout != LAYOUT:
+            return f'a weight has the layout "{weight.layout}"; takes "{LAYOUT}"'
+        if not weight.values.is_cpu:
+            return "takes weights on the CPU"
+        if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous() or len(bias) != weight.shape[0]):
+            return f"takes biases in {x.dtype}, as long as their weights"
+    return None
 
 
 def _refuses_caches(
     blocks: Sequence[DecoderBlock], k_caches: Sequence[Tensor], v_caches: Sequence[Tensor], shape: tuple[int, ...]
 ) -> str | None:
     """shape: what each must have."""
-    if not len(blocks) == len(k_caches) == len(v_caches):
-        return f"there are caches of {len(k_caches)} and {len(v_caches)} blocks; takes {len(blocks)} of each"
     for caches in (k_caches, v_caches):
-        steps = caches[0].stride()
+        steps, dtype = caches[0].stride(), caches[0].dtype
         for cache in caches:
             if cache.shape != shape or steps[3] != 1:
                 return f"a cache has shape {list(cache.shape)} and strides {list(steps)}; takes {list(shape)}, dense"
-            if cache.stride() != steps:
-                return "the caches differ in their strides from block to block"
+            if cache.stride() != steps or cache.dtype != dtype:
+                return "the caches differ in their strides or dtypes from block to block"
     return None
+
+
+def _refuses_counts(blocks: Sequence[DecoderBlock], *caches: Sequence[object]) -> str | None:
+    counts = [len(of_blocks) for of_blocks in caches]
+    if not blocks:
+        return "takes one block or more"
+    return None if set(counts) == {len(blocks)} else f"there are {counts} caches; takes {len(blocks)} of each"
 
 
 def _refuses(
@@ -90,6 +101,8 @@ def _refuses(
     v_caches: Sequence[Tensor],
     lengths: Tensor,
 ) -> str | None:
+    if why := _refuses_counts(blocks, k_caches, v_caches):
+        return why
     if why := _refuses_blocks(x, blocks, cos, sin, (*k_caches, *v_caches), lengths):
         return why
     first = blocks[0]
@@ -107,6 +120,8 @@ def _refuses_paged(
     lengths: Tensor,
 ) -> str | None:
     k, v, *scales = _unwrapped(k_caches, v_caches)
+    if why := _refuses_counts(blocks, k, v, *scales):
+        return why
     if why := _refuses_blocks(x, blocks, cos, sin, () if scales else (*k, *v), lengths):
         return why
     if scales:

@@ -1,5 +1,5 @@
 // Whole self-attention blocks for one new token a row: what a step would spend between the products, in the interpreter
-// and in small ops, is more than half of a small model's time.
+// and in small ops, is a third of a small model's time and more.
 //
 // Shapes: L decoder blocks · B rows · E hidden size · H query heads · Hkv key heads · D head dim · F feed-forward size
 // C slots of a row · N cache blocks · S slots of a cache block · M cache blocks of a row, at most
@@ -189,7 +189,7 @@ extern "C" {
 // and its norms; numbers: [L, 4, 5], of each product inputs, outputs, group, if int4, if with activations in 8 bits.
 // x, out: [B, E]; cos, sin: [B, D/2]; k, v: one of the caches a block, in x's dtype, all with the same strides, to which
 // the new token's key and value are added at lengths[b] - 1. Returns 0, -1 without memory, or 1 + the first row whose
-// length (or block) is out of range; nothing is written then.
+// length (or block) is out of range; before anything is written.
 int llama_mm_cpu_decode_blocks(const void* const* pointers, const int64_t* numbers, int count, float eps, int dtype,
                                int64_t heads, int64_t kv_heads, int64_t dim, const void* x, int rows,
                                const float* cos, const float* sin, void* const* k, const int64_t* k_strides,

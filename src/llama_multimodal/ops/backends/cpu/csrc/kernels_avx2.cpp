@@ -97,7 +97,7 @@ INLINE void add_bytes(const uint8_t* values, const int8_t* digits, __m256i (*acc
         acc[half][t][0] = _mm256_add_epi32(acc[half][t][0], _mm256_madd_epi16(pairs[half][t], ones));
 }
 
-// A tile's outputs, or from `half` on its last 8, against SOME of the ROWS rows of x, from `first` on.
+// A tile's outputs, or with HALVES 1 the first or the last 8 of them, against SOME of the ROWS rows of x, from `first` on.
 template <bool INT4, bool ZEROS, Rounding ROUNDING, int ROWS, int SOME, int HALVES>
 void dot_part(const PackedWeight& weight, int64_t tile, int half, const RoundedX& x, int first, float* sums) {
   constexpr int64_t bytes = kBlock * 16 / (INT4 ? 2 : 1);

@@ -24,7 +24,8 @@ constexpr int64_t kFewValues = int64_t{3} << 19;  // of x in fp32, which each gr
 constexpr int64_t kInputs = 192;                   // at a time, whose weights of a group fit the first cache: 48 KB
 constexpr int64_t kMostValues = int64_t{1} << 19;  // of a weight that are in order at a time: 2 MB
 constexpr int64_t kRowsOfTask = 96;                // a multiple of kRowsTogether
-constexpr int64_t kMostParts = 7;                  // of kInputs, that a task's rows are widened by
+constexpr int64_t kMostWidened = 7 * kInputs;      // of a task's rows: 0.5 MB
+constexpr int64_t kMostSums = int64_t{1} << 22;    // that wait for the next part of the inputs: 16 MB
 constexpr int64_t kRowsAtOnce = 64 * kRowsOfTask;  // whose sums wait for the next part of the inputs
 
 // Inputs of a task's rows that half of the second cache holds.
@@ -35,7 +36,7 @@ int64_t widened_inputs() {
   cache = bytes;
 #endif
   if (cache <= 0) cache = 1 << 19;  // unknown
-  return kInputs * most(int64_t{1}, least(kMostParts, cache / 2 / (kRowsOfTask * kInputs * 4)));
+  return least(kMostWidened, kInputs * most(int64_t{1}, cache / 2 / (kRowsOfTask * kInputs * 4)));
 }
 
 struct Problem {
@@ -110,8 +111,9 @@ int many_rows(const Problem& p, int64_t from, int64_t to) {
   const int64_t tasks = (to - from + kRowsOfTask - 1) / kRowsOfTask, widened = widened_inputs();
   const int64_t parts = (p.inputs + widened - 1) / widened;
   const int64_t of_part = rounded_up((p.inputs + parts - 1) / parts, 16), of_group = p.use.outputs * of_part;
-  const int64_t together = least(p.groups(), most(int64_t{1}, kMostValues / of_group));  // in order at a time
-  const int64_t of_sums = kRowsOfTask * p.use.outputs;
+  const int64_t of_sums = kRowsOfTask * p.use.outputs, sums_wait = parts > 1 ? tasks * of_sums : 1;
+  const int64_t fit = least(kMostValues / of_group, kMostSums / sums_wait);
+  const int64_t together = least(p.groups(), most(int64_t{1}, fit));  // in order at a time
   const Scratch ordered_memory(together * of_group * 4), wide_memory(p.threads * kRowsOfTask * of_part * 4);
   const Scratch sums_memory((parts > 1 ? tasks * together : p.threads) * of_sums * 4);
   if (!ordered_memory.memory || !wide_memory.memory || !sums_memory.memory) return 1;
@@ -165,8 +167,8 @@ int llama_mm_cpu_wide_linear(const uint16_t* x, int64_t rows, int64_t inputs, co
   for (int64_t n = 0; n < padded; n++)
     added[n] = bias && n < outputs ? get(bias, static_cast<DType>(bias_dtype), n) : 0.0f;
   const Problem p = {use, x, rows, inputs, weight, added, outputs, out, threads};
-  // Many rows are shared out by tasks, of which every thread wants one.
-  if (rows < kRowsOfTask * threads || (rows <= kFewRows && rows * inputs <= kFewValues)) return few_rows(p);
+  // Tasks are of so many rows that every thread gets one only where there are enough of them.
+  if (rows <= kFewRows && (rows < kRowsOfTask * threads || rows * inputs <= kFewValues)) return few_rows(p);
   for (int64_t from = 0; from < rows; from += kRowsAtOnce)
     if (many_rows(p, from, least(rows, from + kRowsAtOnce))) return 1;
   return 0;
