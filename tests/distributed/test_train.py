@@ -83,7 +83,8 @@ def test_a_run_goes_on_whichever_way_its_processes_share_the_model(make: Make, o
         run = make("legs", steps=end, evaluate={"every": 2 if end <= 6 else 0}, parallel=WAYS[way])
         two(run_here, run)
         for key in ("loss", "gradient_norm", "learning_rate", "learnt_tokens"):
-            assert metrics(run, key) == pytest.approx(metrics(one, key)[:end], abs=1e-5), (way, end, key)
+            rel = 3e-5 if key == "gradient_norm" else None  # a sum over all weights, in another order
+            assert metrics(run, key) == pytest.approx(metrics(one, key)[:end], abs=1e-5, rel=rel), (way, end, key)
     for key in ("eval_loss", "eval_exact_match", "eval_anls"):
         assert metrics(run, key) == pytest.approx(metrics(one, key)[:3], abs=1e-5), key
     assert len(metrics(run, "eval_loss")) == 3
@@ -97,17 +98,18 @@ def test_a_run_goes_on_whichever_way_its_processes_share_the_model(make: Make, o
     loop.train(run, lambda progress: None)
     loop.export(run)
     assert metrics(run) == pytest.approx(metrics(one), abs=1e-5)
-    assert_same_adapter(run, one)
+    # Adam divides a gradient by its own size: what a neuron that hardly fires learns in ten steps is rounding too.
+    assert_same_adapter(run, one, atol=1e-4)
 
 
 def adapter(run: ChatRecipe) -> dict[str, torch.Tensor]:
     return load_file(Path(run.output) / "adapter" / "adapter_model.safetensors")
 
 
-def assert_same_adapter(run: ChatRecipe, wanted: ChatRecipe) -> None:
+def assert_same_adapter(run: ChatRecipe, wanted: ChatRecipe, atol: float = 1e-5) -> None:
     assert adapter(run).keys() == adapter(wanted).keys()
     for name, value in adapter(wanted).items():
-        torch.testing.assert_close(adapter(run)[name], value, rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(adapter(run)[name], value, rtol=0, atol=atol, msg=name)
     ours, theirs = (json.loads((Path(r.output) / "adapter/adapter_config.json").read_text()) for r in (run, wanted))
     assert ours == theirs
 
