@@ -56,10 +56,6 @@ class SelfAttentionCache:
         slots = positions[:, None, :, None].expand_as(k)
         self.keys[layer].scatter_(2, slots, k)
         self.values[layer].scatter_(2, slots, v)
-        return self.layer(layer)
-
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """A layer's whole keys and values, [B, Hkv, C, D] each."""
         return self.keys[layer], self.values[layer]
 
     def check_room(self, end: int) -> None:

@@ -98,8 +98,11 @@ def test_a_run_goes_on_whichever_way_its_processes_share_the_model(make: Make, o
     loop.train(run, lambda progress: None)
     loop.export(run)
     assert metrics(run) == pytest.approx(metrics(one), abs=1e-5)
-    # Adam divides a gradient by its own size: what a neuron that hardly fires learns in ten steps is rounding too.
+    # Adam divides a gradient by its own size: what a neuron that hardly fires learns in ten steps is rounding too. So a
+    # few values may be further off than all others.
     assert_same_adapter(run, one, atol=1e-4)
+    ours, theirs = (torch.cat([value.flatten() for _, value in sorted(adapter(r).items())]) for r in (run, one))
+    assert ((ours - theirs).abs() > 1e-5).float().mean() < 0.005
 
 
 def adapter(run: ChatRecipe) -> dict[str, torch.Tensor]:
