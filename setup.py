@@ -85,10 +85,10 @@ def compile_and_link(
 
     def compile_one(item: tuple[Path, list[str]]) -> None:
         source, flags = item
-        out = objects[source]
-        if not out.exists():
+        out, log = objects[source], objects[source].with_suffix(".log")
+        if not (out.exists() and log.exists()):
             fresh = out.with_suffix(f".{os.getpid()}.o")
-            run([*compiler, *flags, "-c", str(source), "-o", str(fresh)], source.name)
+            log.write_text(run([*compiler, *flags, "-c", str(source), "-o", str(fresh)], source.name), encoding="utf-8")
             fresh.replace(out)
 
     OBJECTS.mkdir(parents=True, exist_ok=True)
@@ -97,12 +97,15 @@ def compile_and_link(
     for old in OBJECTS.glob(f"{library.stem}-*.o"):
         if old not in objects.values():
             old.unlink()
+            old.with_suffix(".log").unlink(missing_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
     fresh = library.with_suffix(".new")
     run([*link, "-o", str(fresh), *map(str, objects.values())], library.name)
     fresh.replace(library)  # a process that has the old one open keeps it
     seconds = round(time.monotonic() - started, 1)
-    return {"built": True, **facts, "seconds": seconds, "fingerprint": fingerprint}
+    said = "\n".join(out.with_suffix(".log").read_text(encoding="utf-8") for out in objects.values())
+    warnings = [line for line in said.splitlines() if "warning" in line.lower()]
+    return {"built": True, **facts, "seconds": seconds, "warnings": warnings, "fingerprint": fingerprint}
 
 
 def run(command: list[str], what: str) -> str:
@@ -115,7 +118,7 @@ def run(command: list[str], what: str) -> str:
         lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         first = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no message")
         raise NotBuilt(f"{Path(command[0]).name} failed on {what}: {first[:300]}")
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def read_report(library: Path) -> dict[str, Any]:

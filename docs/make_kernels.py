@@ -13,9 +13,7 @@ import importlib.util
 import json
 import re
 import shutil
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,15 +91,15 @@ def sources() -> list[Path]:
 
 def registers() -> str:
     """A line a kernel, its variants for dtypes and sizes together."""
-    lines = ["| file | kernel | variants | registers | shared memory | spilled |", "|---" * 6 + "|"]
+    lines = ["| file | kernel | variants | registers | shared memory | stack |", "|---" * 6 + "|"]
     for file in sources():
         kinds: dict[str, list] = {}
-        for usage in ptxas.compile_file(file, ARCH):
+        for usage in (usage for usage in ptxas.usages(file) if usage.arch == ARCH):
             kinds.setdefault(usage.kernel.split("<")[0], []).append(usage)
         for kind, usages in kinds.items():
             used = sorted(u.registers for u in usages)
-            shared, spilled = max(u.shared for u in usages), sum(u.spilled for u in usages)
-            lines.append(f"| {file.stem} | `{kind}` | {len(usages)} | {_span(used)} | {shared} B | {spilled} B |")
+            shared, stack = max(u.shared for u in usages), max(u.stack for u in usages)
+            lines.append(f"| {file.stem} | `{kind}` | {len(usages)} | {_span(used)} | {shared} B | {stack} B |")
     return "\n".join(lines)
 
 
@@ -145,26 +143,12 @@ def _widths(code: list[str], what: str) -> str:
 
 def disassemble(file: Path) -> dict[str, list[str]]:
     """Each kernel's instructions for ARCH, without what predicates them."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = f"{folder}/out.cubin"
-        subprocess.run(["nvcc", "-O3", "-std=c++17", "-cubin", f"-arch=sm_{ARCH}", str(file), "-o", cubin], check=True)
-        text = subprocess.run([cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
     found: dict[str, list[str]] = {}
-    for part in text.split("Function : ")[1:]:
-        symbol = part.split("\n")[0].strip()
-        demangled = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
-        name = ptxas._short(demangled.strip())
+    for part in ptxas.cuobjdump("-sass", "-arch", f"sm_{ARCH}", ptxas.compiled(file)).split("Function : ")[1:]:
+        (name,) = ptxas.demangled([part.split("\n")[0].strip()])
         code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*);", part)
         found[name] = [line for line in code if not line.startswith("NOP")]
     return found
-
-
-def cuobjdump() -> str:
-    if tool := shutil.which("cuobjdump"):
-        return tool
-    triton = importlib.util.find_spec("triton")
-    assert triton is not None and triton.origin is not None, "there is no cuobjdump: neither CUDA's nor Triton's"
-    return str(Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump")
 
 
 def generation(result: dict[str, Any]) -> str:

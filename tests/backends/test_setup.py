@@ -124,7 +124,8 @@ def test_only_what_changed_is_built_again(build: ModuleType, fake_cuda: Path) ->
         change()
         build.build_all(build.ROOT / "src")
         assert calls() == compiled
-    assert len(list(build.OBJECTS.glob("*cuda*"))) == 1  # objects that no longer count are gone
+    left = sorted(file.suffix for file in build.OBJECTS.glob("*cuda*"))
+    assert left == [".log", ".o"]  # objects that no longer count are gone
 
 
 def test_a_compile_error_is_a_reason_and_leaves_no_old_library(build: ModuleType, fake_cuda: Path, capsys) -> None:
@@ -164,6 +165,16 @@ def test_where_nothing_can_be_written(build: ModuleType, monkeypatch, capsys) ->
     (build.ROOT / "file").touch()
     build.build_all(build.ROOT / "file")
     assert "no build report" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_what_a_compiler_warns_of_is_reported(build: ModuleType) -> None:
+    (sources(build, "cpu") / "kernel.cpp").write_text(f"#warning as ever\n{KERNEL}")
+    for _ in range(2):  # from the compiler, and from what was kept of it
+        build.build_all(build.ROOT / "src")
+        first, *_ = report(build, "cpu")["warnings"]
+        assert "as ever" in first
+        library(build, "cpu").unlink()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")

@@ -1,4 +1,4 @@
-"""What nvcc says of each kernel: registers, shared memory, spills.
+"""What nvcc made of each kernel: registers, shared memory, spills.
 
 `python tests/backends/cuda/ptxas.py` prints a table of every kernel for every architecture, and fails where one spills;
 `… ptxas.py rms_norm 90` of some files and some architectures.
@@ -6,91 +6,121 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-CSRC = Path(__file__).parents[3] / "src/llama_multimodal/ops/backends/cuda/csrc"
+ROOT = Path(__file__).parents[3]
+CSRC = ROOT / "src/llama_multimodal/ops/backends/cuda/csrc"
+LIBRARY = "libllama_mm_cuda.so"
 ARCHS = ("75", "80", "86", "89", "90", "100")
 
 
 @dataclass(frozen=True)
 class Usage:
-    """One kernel on one architecture; spilled: bytes of registers that went to memory."""
+    """One kernel on one architecture; stack: bytes of memory for what found no register."""
 
     kernel: str
     arch: str
     registers: int
     shared: int
     stack: int
-    spilled: int
 
 
-def compile_file(source: Path, arch: str) -> list[Usage]:
-    """Compile a .cu file for one architecture.
+@functools.cache
+def build() -> dict[str, Any]:
+    """Compile every .cu file for every architecture as an installation does, whose objects are taken where they are of
+    the same sources; the build's report.
 
     Raises:
-        RuntimeError: nvcc refused it, or warned.
+        NotBuilt: nvcc refused one.
     """
+    spec = importlib.util.spec_from_file_location("project_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    env = {name: value for name, value in os.environ.items() if name not in ("NO_CUDA", "TORCH_CUDA_ARCH_LIST")}
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-O3", "-std=c++17", "-cubin", "-Xptxas", "-v", f"-arch=sm_{arch}", str(source)]
-        done = subprocess.run([*command, "-o", f"{folder}/out.cubin"], capture_output=True, text=True)
-    if done.returncode or "warning" in done.stderr:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    return parse(done.stderr, arch)
+        return setup.build_cuda(CSRC, Path(folder) / LIBRARY, env)
 
 
-def parse(text: str, arch: str) -> list[Usage]:
-    """ptxas' report, demangled."""
-    found = []
-    for part in text.split("Compiling entry function '")[1:]:
-        stack, stores, loads = (
-            int(n) for n in re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", part)[0]
-        )
-        shared = re.search(r"(\d+) bytes smem", part)
-        registers = int(re.findall(r"Used (\d+) registers", part)[0])
-        name = part.split("'")[0]
-        found.append(Usage(name, arch, registers, int(shared.group(1)) if shared else 0, stack, stores + loads))
-    names = subprocess.run(["c++filt", *(u.kernel for u in found)], capture_output=True, text=True).stdout.splitlines()
+def compiled(source: Path) -> Path:
+    """What became of a .cu file: an object with the code for every architecture."""
+    build()
+    (found,) = (ROOT / "build/native").glob(f"{Path(LIBRARY).stem}-{source.stem}-*.o")
+    return found
+
+
+def usages(source: Path) -> list[Usage]:
+    """Of each of a file's kernels on each architecture."""
+    return parse(cuobjdump("-res-usage", compiled(source)))
+
+
+def parse(text: str) -> list[Usage]:
+    """cuobjdump's report."""
+    found: list[tuple[str, ...]] = []
+    for part in text.split("\narch = sm_")[1:]:
+        arch = part.split("\n", 1)[0]
+        kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", part)
+        found += [(arch, *kernel) for kernel in kernels]
+    names = demangled([name for _, name, *_ in found])
     return [
-        Usage(_short(name), u.arch, u.registers, u.shared, u.stack, u.spilled)
-        for name, u in zip(names, found, strict=True)
+        Usage(name, arch, int(registers), int(shared), int(stack) + int(local))
+        for name, (arch, _, registers, stack, shared, local) in zip(names, found, strict=True)
     ]
 
 
-def _short(name: str) -> str:
+def demangled(symbols: Sequence[str]) -> list[str]:
     """`void (anonymous namespace)::forward<__half, 8, 2>(__half const*, …)` → `forward<half, 8, 2>`"""
-    name = re.sub(r"\(anonymous namespace\)::|^void |__nv_|__(?=half)", "", name)
-    return name.split("(")[0].replace("bfloat16", "bf16")
+    text = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
+    shorter = re.sub(r"\(anonymous namespace\)::|^void |__nv_|__(?=half)", "", text, flags=re.MULTILINE)
+    return [line.split("(")[0].replace("bfloat16", "bf16") for line in shorter.splitlines()]
+
+
+def cuobjdump(*arguments: str | Path) -> str:
+    """What CUDA's tool says, or the one in Triton's package."""
+    tool = shutil.which("cuobjdump") or _from_triton()
+    assert tool is not None, "there is no cuobjdump: neither CUDA's nor Triton's"
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _from_triton() -> str | None:
+    triton = importlib.util.find_spec("triton")
+    if triton is None or triton.origin is None:
+        return None
+    tool = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+    return str(tool) if tool.exists() else None
 
 
 def why_not() -> str | None:
-    return None if shutil.which("nvcc") else "there is no nvcc"
+    if shutil.which("nvcc") is None:
+        return "there is no nvcc"
+    return None if shutil.which("cuobjdump") or _from_triton() else "there is no cuobjdump: neither CUDA's nor Triton's"
 
 
 def main(arguments: Sequence[str]) -> int:
     archs = [a for a in arguments if a.isdigit()] or list(ARCHS)
     names = [a for a in arguments if not a.isdigit()]
     files = [file for file in sorted(CSRC.glob("*.cu")) if not names or file.stem in names]
-    jobs = [(file, arch) for file in files for arch in archs]
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda job: compile_file(*job), jobs))
     table: dict[tuple[str, str], dict[str, Usage]] = {}
-    for (file, arch), usages in zip(jobs, results):
-        for usage in usages:
-            table.setdefault((file.stem, usage.kernel), {})[arch] = usage
+    for file in files:
+        for usage in usages(file):
+            table.setdefault((file.stem, usage.kernel), {})[usage.arch] = usage
     print("| file | kernel | " + " | ".join(f"sm_{arch}" for arch in archs) + " | shared |")
     print("|---" * (len(archs) + 3) + "|")
     for (file_name, kernel), row in table.items():
-        cells = [f"{u.registers}" + (f" + {u.spilled} B spilled" if u.spilled else "") for u in row.values()]
-        print(f"| {file_name} | `{kernel}` | {' | '.join(cells)} | {max(u.shared for u in row.values())} B |")
-    return any(u.spilled for row in table.values() for u in row.values())
+        cells = [f"{row[a].registers}" + (f" + {row[a].stack} B of stack" if row[a].stack else "") for a in archs]
+        print(f"| {file_name} | `{kernel}` | {' | '.join(cells)} | {max(row[a].shared for a in archs)} B |")
+    return any(row[a].stack for row in table.values() for a in archs)
 
 
 if __name__ == "__main__":
