@@ -26,6 +26,7 @@ class OptimConfig:
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     learning_rate: float = 1e-4
     learning_rates: Mapping[str, float] = field(default_factory=dict)  # of parts that have a rate of their own
+    lora_plus_ratio: float = 1.0  # how many times A's rate an adapter's B has (LoRA+); 1: one rate for both
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -40,10 +41,14 @@ class OptimConfig:
         if any(isinstance(rate, bool) or not isinstance(rate, int | float) for rate in self.learning_rates.values()):
             raise ConfigError("optim.learning_rates: every part's rate must be a number")
         rates = (self.learning_rate, *self.learning_rates.values())
-        if min(rates) < 0 or self.clip_norm <= 0:
-            raise ConfigError("optim: learning rates must not be negative, and clip_norm must be above 0")
-        if self.learning_rates and self.optimizer == "muon":
-            raise ConfigError("optim: muon has one rate for all parts; leave learning_rates out, or take adamw")
+        if min(rates) < 0 or min(self.clip_norm, self.lora_plus_ratio) <= 0:
+            raise ConfigError(
+                "optim: learning rates must not be negative, and clip_norm and lora_plus_ratio must be above 0"
+            )
+        if self.optimizer == "muon" and (self.learning_rates or self.lora_plus_ratio != 1):
+            raise ConfigError(
+                "optim: muon has one rate for all; leave learning_rates and lora_plus_ratio out, or take adamw"
+            )
         if self.learning_rates and self.learning_rate == 0:
             raise ConfigError(
                 "optim: learning_rate is 0, and the parts' own rates are scheduled by it; freeze parts instead"
@@ -137,6 +142,13 @@ class Recipe:
         for name in ("steps", "save_every", "keep_last", "processes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1")
+        if self.optim.lora_plus_ratio != 1 and not self.adapts:
+            raise ConfigError("optim.lora_plus_ratio is for the methods lora and qlora, which train A and B")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether an adapter is trained, and not the weights."""
+        return False
 
     def notes(self) -> list[str]:
         """What people want to know before a run begins."""

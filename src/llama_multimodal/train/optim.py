@@ -48,9 +48,11 @@ def build_optimizers(
     groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)  # by rate, and whether they decay
     for name, parameter in parameters.items():
         rate = optim.learning_rates.get(part_of(name), optim.learning_rate) if part_of else optim.learning_rate
+        if name.endswith(".B"):
+            rate *= optim.lora_plus_ratio
         groups[rate, parameter.ndim == 2].append(parameter)
     tables: list[dict[str, Any]] = [
-        {"params": some, "share": rate / optim.learning_rate if optim.learning_rates else 1.0,
+        {"params": some, "share": rate / optim.learning_rate if optim.learning_rate else 1.0,
          "weight_decay": optim.weight_decay if decays else 0.0}
         for (rate, decays), members in groups.items() for some in alike(members)
     ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,19 @@ def test_parts_have_rates_of_their_own(rows: Path, tmp_path: Path) -> None:
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
 
 
+def test_b_has_a_rate_of_its_own(rows: Path, tmp_path: Path) -> None:
+    optim = {"learning_rate": 1e-3, "learning_rates": {"vision": 1e-4}, "lora_plus_ratio": 4.0}
+    task = ChatTask(finetune(rows, tmp_path, method="lora", optim=optim, lora={"targets": ["self", "vision"]}), Group())
+    (optimizer,) = task.optimizers()
+    names = {parameter: name for name, parameter in task.model.named_parameters()}
+    shares: dict[tuple[str, str], set[float]] = defaultdict(set)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            part = part_of(names[parameter], task.model.config.text)
+            shares[part, names[parameter][-1]].add(round(group["share"], 6))
+    assert shares == {("self", "A"): {1.0}, ("self", "B"): {4.0}, ("vision", "A"): {0.1}, ("vision", "B"): {0.4}}
+
+
 @pytest.mark.parametrize(
     ("dtype", "method", "freeze"),
     [
@@ -264,7 +278,10 @@ def test_the_last_answer_is_asked_for(rows: Path, tmp_path: Path) -> None:
         ({"batch": {"packing": "yes"}}, "packing must be true or false"),
         ({"result": "best"}, "result: best needs evaluate.every"),
         ({"evaluate": {"every": 5}}, "evaluate.every needs rows to evaluate on"),
-        ({"optim": {"optimizer": "muon", "learning_rates": {"vision": 1e-5}}}, "muon has one rate for all parts"),
+        ({"optim": {"optimizer": "muon", "learning_rates": {"vision": 1e-5}}}, "muon has one rate for all"),
+        ({"method": "lora", "optim": {"optimizer": "muon", "lora_plus_ratio": 4}}, "muon has one rate for all"),
+        ({"optim": {"lora_plus_ratio": 0}}, "lora_plus_ratio must be above 0"),
+        ({"optim": {"lora_plus_ratio": 4}}, "lora_plus_ratio is for the methods lora and qlora"),
         ({"method": "lora", "dtype": "float16", "lora": {"dtype": "model"}}, "need lora.dtype float32"),
     ],
 )

@@ -97,6 +97,10 @@ class ChatRecipe(Recipe):
             raise ConfigError("parallel: tensor_parallel does not cut what dora learns; leave one of them out")
 
     @property
+    def adapts(self) -> bool:
+        return self.method != "full"
+
+    @property
     def sharing(self) -> ParallelOptions:
         return self.parallel
 
