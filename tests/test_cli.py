@@ -69,7 +69,8 @@ def photo(tmp_path) -> str:
 @pytest.fixture
 def llama_mm(monkeypatch, capsys, tmp_path):
     """Run a command; gives exit code, stdout, stderr. `lines` is what is typed."""
-    monkeypatch.setattr(common, "bind_threads", lambda: False)  # it would outlive the test
+    for name in ("bind_threads", "free_threads"):  # what they do would outlive the test
+        monkeypatch.setattr(common, name, lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("COLUMNS", "200")
@@ -194,6 +195,20 @@ def test_threads_are_bound_where_each_has_a_core(monkeypatch):
         assert os.environ.get("OMP_PROC_BIND") == ("true" if bound else None)
     monkeypatch.setenv("OMP_PROC_BIND", "close")
     assert common.bind_threads() is None and os.environ["OMP_PROC_BIND"] == "close"
+
+
+@pytest.mark.parametrize(
+    ("bind", "places", "bound"),
+    [(None, None, False), ("false", "cores", False), ("true", None, True), ("close", None, True), (None, "cores", True)],
+)
+def test_threads_of_a_run_are_not_bound(monkeypatch, bind, places, bound):
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    for name, value in (("OMP_PROC_BIND", bind), ("OMP_PLACES", places)):
+        monkeypatch.setenv(name, value or "")  # so that it is put back
+        if not value:
+            monkeypatch.delenv(name)
+    assert common.free_threads() is bound
+    assert os.environ["OMP_PROC_BIND"] == "false"
 
 
 # --- describe --------------------------------------------------------------------------------------------------------

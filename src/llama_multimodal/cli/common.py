@@ -169,8 +169,8 @@ def bind_threads() -> bool | None:
 
     Threads that wander between cores find cold caches after each move, and a decoding step has hundreds of short
     parallel regions: all threads wait for the one that moved. But with more threads than cores, binding would stack
-    two threads on one core for good; so it is done only where every thread can have a core of its own. It is not for
-    commands that start worker processes: they would inherit the one core of the thread that started them.
+    two threads on one core for good; so it is done only where every thread can have a core of its own. Commands that
+    start other processes call `free_threads` instead.
 
     Returns whether threads are bound; None where the user's own `OMP_PROC_BIND` decides.
     """
@@ -185,6 +185,20 @@ def bind_threads() -> bool | None:
         os.environ.setdefault("OMP_PROC_BIND", "true")
         return True
     return False
+
+
+def free_threads() -> bool:
+    """Let threads move between cores, whatever the environment says. Call it before torch is imported.
+
+    Where threads are bound, every process that this one starts inherits the one core of the thread that starts it.
+
+    Returns whether the environment said otherwise.
+    """
+    if "torch" in sys.modules:
+        return False
+    asked = os.environ.get("OMP_PROC_BIND", str("OMP_PLACES" in os.environ)).lower()  # places alone bind too
+    os.environ["OMP_PROC_BIND"] = "false"
+    return asked != "false"
 
 
 def num_cores() -> int:

@@ -40,8 +40,8 @@ def train(
     The run's folder then holds model/ (for --model) or adapter/, loss.png and metrics.jsonl. On several GPUs:
     torchrun --nproc-per-node 8 -m llama_multimodal train RECIPE; the recipe's section parallel says what they share.
     """
-    # No common.bind_threads(): the workers that prepare batches would inherit the one core of the thread that starts
-    # them, and all share it.
+    if common.free_threads() and _is_first():  # a run's processes, and the workers that prepare its batches
+        common.say("threads of a run are not bound to cores as OMP_PROC_BIND asks: its processes would share one")
     from ..train.recipes import read_recipe
 
     with _said_once():
