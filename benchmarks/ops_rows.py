@@ -201,6 +201,22 @@ def kv_write(t: int, kv: int, d: int, slots: int = 16) -> Row:
     return Row("kv_write", f"{t} tokens, {kv} heads of {d} bf16", Cost(8 * t * kv * d + 8 * t, 0), make)
 
 
+def quantized_kv_write(t: int, kv: int, d: int, format: str, slots: int = 16) -> Row:
+    def make(device: str) -> list[Any]:
+        *new, k_cache, v_cache, where = kv_write(t, kv, d, slots).make(device)
+        (k, k_scales), (v, v_scales) = (quantize(cache, CACHE_DTYPES[format]) for cache in (k_cache, v_cache))
+        return [*new, k, v, k_scales, v_scales, where]
+
+    cost = Cost(4 * t * kv * d + 2 * t * kv * (d + SCALE_BYTES) + 8 * t, 0)
+    return Row("quantized_kv_write", f"{t} tokens, {kv} heads of {d}, {format} bf16", cost, make)
+
+
+def _write_8_bits(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_scales: Tensor, v_scales: Tensor, slots: Tensor
+) -> None:
+    ops.kv_write(k, v, QuantizedBlocks(k_cache, k_scales), QuantizedBlocks(v_cache, v_scales), slots)
+
+
 def cross_attention(t: int, h: int, kv: int, s: int, d: int) -> Row:
     def make(device: str) -> list[Any]:
         q = _random(1, t, h, d, dtype=BF16, device=device).transpose(1, 2)
@@ -301,6 +317,7 @@ ROWS: Sequence[Row] = (
     quantized_paged_decode_attention(16, 32, 8, 8192, 128, "int8"),
     kv_write(2048, 8, 128),
     kv_write(32768, 8, 128),
+    quantized_kv_write(32768, 8, 128, "int8"),
     cross_attention(1, 32, 8, 6404, 128),
     cross_attention(512, 32, 8, 6404, 128),
     linear_gelu(6404, 1280, 5120),
@@ -323,6 +340,7 @@ TINY: Sequence[Row] = (
     paged_decode_attention(2, 4, 2, 32, 64),
     quantized_paged_decode_attention(2, 4, 2, 32, 64, "int8"),
     kv_write(32, 2, 16),
+    quantized_kv_write(32, 2, 16, "int8"),
     cross_attention(1, 4, 2, 11, 16),
     cross_attention(7, 4, 2, 11, 16),
     packed_linear(1, 16, 64, "int4"),
@@ -343,7 +361,7 @@ def run(row: Row, function: Callable[..., Any], args: Sequence[Any]) -> Any:
     if not row.wanted:
         with torch.no_grad():
             given = function(*args, **dict(row.keywords))
-        return args[2:4] if row.op == "kv_write" else given
+        return args[2:-1] if row.op.endswith("kv_write") else given
     with torch.enable_grad():
         given = function(*args, **dict(row.keywords))
         outputs = given if isinstance(given, tuple) else (given,)
@@ -358,9 +376,12 @@ def reference(row: Row, compiled: Callable[..., Any] = lambda function: function
     return on_backend(row, "torch", compiled)
 
 
+_BY_PLAIN_NAMES = {"quantized_paged_decode_attention": _over_8_bits, "quantized_kv_write": _write_8_bits}
+"""Ops that are called by the plain one's name."""
+
+
 def on_backend(row: Row, backend: str, compiled: Callable[..., Any] = lambda function: function) -> Callable[..., Any]:
-    quantized = row.op == "quantized_paged_decode_attention"  # which is called by the plain one's name
-    function = compiled(_over_8_bits if quantized else getattr(ops, row.op))
+    function = compiled(_BY_PLAIN_NAMES.get(row.op) or getattr(ops, row.op))
 
     def forced(*args: Any, **keywords: Any) -> Any:
         with ops.use_backend(backend):

@@ -199,7 +199,13 @@ def test_threads_are_bound_where_each_has_a_core(monkeypatch):
 
 @pytest.mark.parametrize(
     ("bind", "places", "bound"),
-    [(None, None, False), ("false", "cores", False), ("true", None, True), ("close", None, True), (None, "cores", True)],
+    [
+        (None, None, False),
+        ("false", "cores", False),
+        ("true", None, True),
+        ("close", None, True),
+        (None, "cores", True),
+    ],
 )
 def test_threads_of_a_run_are_not_bound(monkeypatch, bind, places, bound):
     monkeypatch.delitem(sys.modules, "torch", raising=False)

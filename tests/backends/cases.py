@@ -49,10 +49,14 @@ class Case:
 
 
 def run(op: str, args: Sequence[Any], keywords: dict[str, Any]) -> list[Tensor]:
-    """What an op gives; for `kv_write` the caches that it wrote to."""
+    """What an op gives; for one that writes, the caches that it wrote to, 8 bits as whole numbers."""
     if op == "quantized_paged_decode_attention":
         q, k, v, k_scales, v_scales, *reads = args
         return [ops.paged_decode_attention(q, QuantizedBlocks(k, k_scales), QuantizedBlocks(v, v_scales), *reads)]
+    if op == "quantized_kv_write":
+        k, v, k_cache, v_cache, k_scales, v_scales, slots = args
+        ops.kv_write(k, v, QuantizedBlocks(k_cache, k_scales), QuantizedBlocks(v_cache, v_scales), slots)
+        return [k_cache.view(torch.int8), v_cache.view(torch.int8), k_scales, v_scales]
     given = getattr(ops, op)(*args, **keywords)
     return list(args[2:4]) if op == "kv_write" else list(given) if isinstance(given, tuple) else [given]
 
@@ -234,6 +238,18 @@ def _write(t: int, kv: int, slots: int, d: int) -> Callable[[torch.dtype, str], 
     return make
 
 
+def _write_in_8_bits(t: int, kv: int, slots: int, d: int, format: str) -> Callable[[torch.dtype, str], Any]:
+    """`_write` into caches in 8 bits, of tokens of many sizes."""
+
+    def make(dtype: torch.dtype, device: str) -> Sequence[Any]:
+        k, v, *caches, where = _write(t, kv, slots, d)(dtype, device)
+        sizes = 10 ** torch.linspace(-3, 3, t)[:, None, None]
+        values, scales = ([x, x.clone()] for x in quantize(caches[0], CACHE_DTYPES[format]))
+        return (k * sizes).to(dtype), v, *values, *scales, where
+
+    return make
+
+
 def _cross(b: int, h: int, kv: int, t: int, s: int, d: int) -> Callable[[torch.dtype, str], Any]:
     def make(dtype: torch.dtype, device: str) -> Sequence[Any]:
         q = randn(b, t, h, d, dtype=dtype).transpose(1, 2)
@@ -291,6 +307,10 @@ CASES = [
     Case("quantized_paged_decode_attention", "128, fp8", _quantized(32, 8, 16, 128, "fp8")),
     Case("kv_write", "80", _write(33, 2, 4, 80)),
     Case("kv_write", "128", _write(200, 8, 16, 128)),
+    Case("quantized_kv_write", "80, int8", _write_in_8_bits(33, 2, 4, 80, "int8")),
+    Case("quantized_kv_write", "80, fp8", _write_in_8_bits(33, 2, 4, 80, "fp8")),
+    Case("quantized_kv_write", "128, int8", _write_in_8_bits(200, 8, 16, 128, "int8")),
+    Case("quantized_kv_write", "128, fp8", _write_in_8_bits(200, 8, 16, 128, "fp8")),
     Case("cross_attention", "64", _cross(2, 4, 1, 33, 130, 64), wanted=(0, 1, 2)),
     Case("cross_attention", "80", _cross(2, 6, 2, 19, 40, 80), wanted=(0, 1, 2)),
     Case("cross_attention", "128", _cross(2, 32, 8, 60, 700, 128), wanted=(0, 1, 2)),

@@ -30,7 +30,6 @@ def test_every_op_is_measured_beside_its_peers(tmp_path: Path) -> None:
     assert result["torch"] == torch.__version__ and result["copy_gb_per_s"] > 0 and result["not_begun"] == []
     rows = result["rows"].values()
     without = {"linear", "prepare_weight", "decode_blocks", "paged_decode_blocks"}  # no GPU kernels
-    without |= {"quantized_kv_write"}
     assert {row["op"] for row in rows} == set(OPS) - without
     for name, row in result["rows"].items():
         assert name in text and row["left_out"].keys() <= {"liger"}, row["left_out"]

@@ -18,7 +18,8 @@ CACHE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 SCALE_BYTES = 4
 
-_LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""The largest magnitude of each format."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def refused_as_8_bits(
     k_cache: Tensor, v_cache: Tensor, k_scales: Tensor, v_scales: Tensor, device: torch.device
 ) -> str | None:
     """Why these are no caches that a kernel on `device` reads: another dtype, gaps, or scales of another shape."""
-    if k_cache.dtype not in _LIMITS or v_cache.dtype != k_cache.dtype:
+    if k_cache.dtype not in LIMITS or v_cache.dtype != k_cache.dtype:
         return f"k_cache is {k_cache.dtype}, v_cache {v_cache.dtype}; takes int8 or float8_e4m3fn, the same for both"
     for cache, scales in ((k_cache, k_scales), (v_cache, v_scales)):
         if scales.dtype != torch.float32 or scales.shape != cache.shape[:-1]:
@@ -58,8 +59,10 @@ def refused_as_8_bits(
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x [..., D] to the nearest values of `dtype`, and their scales, fp32 [...]. What is not finite becomes NaN."""
-    wide, limit = x.float(), _LIMITS[dtype]
-    scales = wide.abs().amax(-1) / limit
+    wide, limit = x.float(), LIMITS[dtype]
+    scales = wide.abs().amax(-1) / wide.new_full(
+        (), limit
+    )  # a plain number would be multiplied by its inverse on a GPU
     values = (wide / torch.where(scales > 0, scales, 1.0)[..., None]).nan_to_num(0.0).clamp(-limit, limit)
     return (values.round() if dtype == torch.int8 else values).to(dtype), scales
 

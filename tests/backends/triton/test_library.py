@@ -24,7 +24,8 @@ from llama_multimodal.ops.quantized_blocks import QuantizedBlocks, quantize
 
 KERNELS = {
     "rms_norm", "add_rms_norm", "apply_rope", "swiglu", "linear_gelu", "decode_attention", "paged_decode_attention",
-    "quantized_paged_decode_attention", "kv_write", "cross_attention", "packed_linear", "linear_cross_entropy",
+    "quantized_paged_decode_attention", "kv_write", "quantized_kv_write", "cross_attention", "packed_linear",
+    "linear_cross_entropy",
 }  # fmt: skip
 
 
@@ -93,6 +94,9 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
             plain(2, 4, 8), values, values, scales, scales, whole((0, 2), (1, 1)), whole(7, 2)
         ),
         "triton_kv_write": (plain(2, 2, 8), plain(2, 2, 8), cache.clone(), cache.clone(), whole(5, -1)),
+        "triton_quantized_kv_write": (
+            plain(2, 2, 8), plain(2, 2, 8), values.clone(), values.clone(), scales.clone(), scales.clone(), whole(5, -1)
+        ),
         "triton_cross_attention": (heads, leaf(1, 4, 8), leaf(1, 4, 8), table),
         "triton_packed_linear": (plain(2, 32), packed.values, packed.scales, packed.zeros, plain(6), 32),
         "triton_linear_cross_entropy": (leaf(3, 8), leaf(7, 8), whole(1, -100, 6), -100, True, True),
@@ -103,7 +107,7 @@ def samples(device: str) -> dict[str, tuple[Any, ...]]:
     "triton_rms_norm", "triton_add_rms_norm", "triton_rms_norm_backward", "triton_apply_rope", "triton_swiglu",
     "triton_swiglu_backward", "triton_linear_gelu", "triton_decode_attention", "triton_range_attention",
     "triton_paged_decode_attention", "triton_quantized_paged_decode_attention", "triton_kv_write",
-    "triton_cross_attention", "triton_packed_linear", "triton_linear_cross_entropy",
+    "triton_quantized_kv_write", "triton_cross_attention", "triton_packed_linear", "triton_linear_cross_entropy",
 ])  # fmt: skip
 def test_opcheck(name: str, device: str) -> None:
     torch.library.opcheck(getattr(torch.ops.llama_mm, name).default, samples(device)[name])

@@ -12,6 +12,7 @@ _MODULES = (
     "swiglu",
     "linear_gelu",
     "decode_attention",
+    "kv_write",
     "cross_attention",
     "packed_linear",
     "linear_cross_entropy",

@@ -1,4 +1,4 @@
-"""Attention of one query a head over cached keys: dense, in blocks, or over a range; and storing into blocks.
+"""Attention of one query a head over cached keys: dense, in blocks, or over a range.
 
 Blocks may be in 8 bits, which are read as they are: each value is a number that fp16 and bf16 hold, so that products
 take the values, and scores and weights the scales of their keys.
@@ -8,7 +8,7 @@ keys are divided among several programs ("splits", as in Flash-Decoding, Dao et 
 softmax of its own part; a second kernel joins the parts.
 
 Shapes: B rows · H query heads · Hkv key heads · G heads of a group · D head dim · C slots of a row · N blocks
-S slots of a block · M blocks of a row, at most · P splits · T tokens to store
+S slots of a block · M blocks of a row, at most · P splits
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..operators import define, multiprocessors
 from .library import LOG2_E, WIDE, launch, power, refused, refused_indices, unit_last, upcasts, widen
 
 _MOST_DIM = 256
-_FORMATS = {torch.int8: 1, torch.float8_e4m3fn: 2}  # what FORMAT is; 0 where keys are in the queries' dtype
+FORMATS = {torch.int8: 1, torch.float8_e4m3fn: 2}  # what FORMAT is; 0 where keys are in the queries' dtype
 
 
 @triton.jit
@@ -221,8 +221,8 @@ def _run(
         _attend,
         rows * kv_heads * splits,
         q,
-        _as_bytes(k),
-        _as_bytes(v),
+        as_bytes(k),
+        as_bytes(v),
         bounds,
         bounds if blocks is None else blocks,
         bounds if bias is None else bias,
@@ -245,7 +245,7 @@ def _run(
         UPCAST=upcasts(q),
         RANGES=bounds.ndim == 2,
         PAGE=page,
-        FORMAT=_FORMATS.get(k.dtype, 0),
+        FORMAT=FORMATS.get(k.dtype, 0),
         BIAS=bias is not None,
         DIRECT=splits == 1,
         GROUP=heads // kv_heads,
@@ -332,7 +332,7 @@ def _run_paged(
     return _run(q, k, v, lengths, blocks, None, kv_heads, capacity, slots, *strides, scales=scales)
 
 
-def _as_bytes(cache: Tensor) -> Tensor:
+def as_bytes(cache: Tensor) -> Tensor:
     """fp8 as whole numbers, which every architecture reads."""
     return cache.view(torch.int8) if cache.dtype == torch.float8_e4m3fn else cache
 
@@ -345,62 +345,6 @@ def _check_blocks(cache: Tensor, block_table: Tensor, lengths: Tensor) -> None:
     wrong = block_table[used & ((block_table < 0) | (block_table >= cache.shape[0]))]
     if wrong.numel():
         raise IndexError(f"paged_decode_attention: block_table names block {int(wrong[0])} of {cache.shape[0]}")
-
-
-@triton.jit(do_not_specialize=["num_slots"])
-def _store(
-    k_ptr,
-    v_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    slots_ptr,
-    num_slots,  # N·S
-    columns,  # Hkv·D
-    dim,  # D
-    k_stride_t,
-    k_stride_h,
-    v_stride_t,
-    v_stride_h,
-    slots_stride,
-    BLOCK: tl.constexpr,
-):
-    t = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + t * slots_stride).to(tl.int64)
-    kept = (slot >= 0) & (slot < num_slots)
-    for first in range(0, columns, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        mask = (column < columns) & kept
-        head, place = (column // dim).to(tl.int64), column % dim
-        at = slot * columns + column
-        k = tl.load(k_ptr + t * k_stride_t + head * k_stride_h + place, mask=mask)
-        v = tl.load(v_ptr + t * v_stride_t + head * v_stride_h + place, mask=mask)
-        tl.store(k_cache_ptr + at, k.to(k_cache_ptr.dtype.element_ty), mask=mask)
-        tl.store(v_cache_ptr + at, v.to(v_cache_ptr.dtype.element_ty), mask=mask)
-
-
-@define(lambda k, v, k_cache, v_cache, slots: None, mutates=("k_cache", "v_cache"))
-def triton_kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    num_slots, (heads, dim) = k_cache.shape[0] * k_cache.shape[1], k_cache.shape[2:]
-    if not k.is_cuda and slots.numel() and int(slots.max()) >= num_slots:
-        raise IndexError(f"kv_write: slots go up to {int(slots.max())}; takes less than N · S = {num_slots}")
-    k, v = unit_last(k), unit_last(v)
-    launch(
-        _store,
-        k.shape[0],
-        k,
-        v,
-        k_cache,
-        v_cache,
-        slots,
-        num_slots,
-        heads * dim,
-        dim,
-        *k.stride()[:2],
-        *v.stride()[:2],
-        slots.stride(0),
-        BLOCK=min(1024, power(heads * dim)),
-        warps=4,
-    )
 
 
 def refuses_heads(q: Tensor, kv_heads: int, dim: int, k: str) -> str | None:
@@ -460,16 +404,6 @@ def _refuses_blocks(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Te
     )
 
 
-def _refuses_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> str | None:
-    if k.ndim != 3 or v.shape != k.shape or k_cache.ndim != 4 or k_cache.shape[2:] != k.shape[1:]:
-        return f"k has shape {tuple(k.shape)}, v {tuple(v.shape)}; takes [T, Hkv, D] for k_cache {tuple(k_cache.shape)}"
-    if v_cache.shape != k_cache.shape or not (k_cache.is_contiguous() and v_cache.is_contiguous()):
-        return f"v_cache has shape {tuple(v_cache.shape)}; takes caches of one shape, both contiguous"
-    if slots.shape != k.shape[:1]:
-        return f"slots has shape {tuple(slots.shape)}; takes [T] = [{k.shape[0]}]"
-    return refused(k=k, v=v) or refused(k_cache=k_cache, v_cache=v_cache) or refused_indices(k_cache, slots=slots)
-
-
 @register("decode_attention", "triton", refuses=_refuses_decode)
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, key_bias: Tensor | None = None) -> Tensor:
     return triton_decode_attention(q, k, v, lengths, key_bias)
@@ -479,4 +413,3 @@ register("paged_decode_attention", "triton", refuses=_refuses_paged)(triton_page
 register("quantized_paged_decode_attention", "triton", refuses=_refuses_quantized)(
     triton_quantized_paged_decode_attention
 )
-register("kv_write", "triton", refuses=_refuses_write)(triton_kv_write)
