@@ -68,6 +68,7 @@ def _run(recipe: Recipe, group: Group, report: Report) -> None:
         torch.set_num_threads(recipe.threads)
     with _deterministic(recipe.deterministic):
         task = recipe.task(group)
+        task.open_data()
         group.begin(task.modules)
         state = RunState.of(recipe, task)
         first = state.resume()

@@ -32,6 +32,13 @@ class Task(ABC, Generic[Micro]):
     averaged: nn.Module
     device: torch.device
 
+    def open_data(self) -> None:
+        """Open what is learnt from and asked, before a run's first step; what only exports needs none of it.
+
+        Raises:
+            UserError: it cannot be read, or there is nothing in it.
+        """
+
     @abstractmethod
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Made once; a parameter group's `share` is its part of the learning rate, 1 where it says none."""

@@ -26,7 +26,7 @@ def test_packed_linear(dtype: torch.dtype, format: str, symmetric: bool, shape: 
     for rows in [(), (1,), (2,), (5,), (2, 4)]:
         x = randn(*rows, inputs, dtype=dtype, device=device)
         expected, scale = x.double() @ values.T, inputs**0.5
-        for shift in (None, bias):
+        for shift in (None, bias) if rows == (1,) else (bias,):
             ours = ops.packed_linear(x, packed, shift)
             wanted = expected if shift is None else expected + bias.double()
             close(ours / scale, wanted / scale, dtype)

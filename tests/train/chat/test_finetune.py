@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from finetune_rows import finetune, write_rows
+from safetensors.torch import load_file
 
 from llama_multimodal import loading
 from llama_multimodal.adapters.peft_format import load_adapter
-from llama_multimodal.errors import ConfigError, TrainingError
+from llama_multimodal.errors import ConfigError, TrainingError, UserError
 from llama_multimodal.loading import load
 from llama_multimodal.models import LanguageModel, VisionLanguageModel
 from llama_multimodal.models.mllama_vision import TiledVisionEncoder
@@ -170,6 +171,19 @@ def test_frozen_parts_do_not_learn(rows: Path, tmp_path: Path, part: str) -> Non
     assert loss is not None
     loss.backward()
     assert all((p.grad is not None) == p.requires_grad for p in task.model.parameters())
+
+
+def test_what_was_learnt_is_exported_without_the_data(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows", 8)
+    data = {"sources": [str(rows)], "evaluation": [str(rows)]}
+    recipe = finetune(rows, tmp_path / "run", method="lora", data=data, evaluate={"every": 3}, result="best")
+    loop.train(recipe, lambda progress: None)
+    kept = load_file(loop.export(recipe) / "adapter_model.safetensors")
+    rows.unlink()
+    again = load_file(loop.export(recipe) / "adapter_model.safetensors")
+    assert again.keys() == kept.keys() and all(torch.equal(again[name], kept[name]) for name in kept)
+    with pytest.raises(UserError, match=r"rows\.jsonl"):
+        loop.train(recipe, lambda progress: None)
 
 
 def test_parts_have_rates_of_their_own(rows: Path, tmp_path: Path) -> None:

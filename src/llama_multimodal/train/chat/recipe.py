@@ -124,7 +124,7 @@ class ChatRecipe(Recipe):
     def to_export(self) -> ChatRecipe:
         """Without the base where nothing of it is written: of an adapter its own weights alone, of a model all of whose
         weights learn those. Otherwise in the machine's memory, whatever the GPUs hold."""
-        alone = replace(self, parallel=ParallelOptions(), evaluate=EvaluateConfig(), result="last", recompute=False)
+        alone = replace(self, parallel=ParallelOptions(), result="last", recompute=False)
         if self.method == "full":
             return replace(alone, device="cpu" if self.freeze else "meta")
         return replace(alone, device="meta", method="lora")

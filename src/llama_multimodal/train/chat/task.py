@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -52,11 +53,21 @@ class ChatTask(Task[MicroBatch]):
         self.modules = self.model
         if group.sharded:
             add_method(self.model, _LOSS, self._loss_of)
+        self.work_of = Work.of(self.model.config, parameter_shapes(self.model.config), trained(self.model))
+
+    @cached_property
+    def dataset(self) -> ChatBatches:
+        recipe, group = self.recipe, self.group
         steps = ChatSteps(recipe.data, self.processor, recipe.batch.rows, group.rank, group.size)
         steps.require_usable()
-        self.dataset = ChatBatches(steps, recipe.batch, self.model.config)
-        self.work_of = Work.of(self.model.config, parameter_shapes(self.model.config), trained(self.model))
-        self.evaluation = Evaluation.of(recipe, self.processor, group)
+        return ChatBatches(steps, recipe.batch, self.model.config)
+
+    @cached_property
+    def evaluation(self) -> Evaluation | None:
+        return Evaluation.of(self.recipe, self.processor, self.group)
+
+    def open_data(self) -> None:
+        _ = self.dataset, self.evaluation
 
     def _built(self) -> tuple[LanguageModel, Processor, torch.dtype]:
         """What is trained, or this process's part of it; and the dtype of the checkpoint."""
