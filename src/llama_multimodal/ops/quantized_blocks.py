@@ -60,9 +60,8 @@ def refused_as_8_bits(
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x [..., D] to the nearest values of `dtype`, and their scales, fp32 [...]. What is not finite becomes NaN."""
     wide, limit = x.float(), LIMITS[dtype]
-    scales = wide.abs().amax(-1) / wide.new_full(
-        (), limit
-    )  # a plain number would be multiplied by its inverse on a GPU
+    # By a tensor: a GPU multiplies by the inverse of a plain number, which is rounded once more.
+    scales = wide.abs().amax(-1) / wide.new_full((), limit)
     values = (wide / torch.where(scales > 0, scales, 1.0)[..., None]).nan_to_num(0.0).clamp(-limit, limit)
     return (values.round() if dtype == torch.int8 else values).to(dtype), scales
 
