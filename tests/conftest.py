@@ -1,8 +1,7 @@
-"""How the tests are spread: the whole suite over three processes a file at a time, a part of it in this one alone.
+"""How the tests are spread: the whole suite over two processes a file at a time, a part of it in this one alone.
 
-Most tests use one core, and tests of one file share what they build. Those of several processes wait for each other,
-so on two cores three files go on at a time. Files marked `first` take minutes, so they begin before the others: at the
-end no process waits long for another.
+Most tests use one core, and tests of one file share what they build. Files marked `first` take minutes, so they begin
+before the others: at the end neither process waits long for the other.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ import os
 import pytest
 import torch
 
-PROCESSES = 3
+PROCESSES = 2
 
 
 @pytest.hookimpl(optionalhook=True)  # `make gpu` does without the plugin
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     whole = config.args == config.getini("testpaths") and not (config.option.keyword or config.option.lf)
-    return min(PROCESSES, 2 * (os.cpu_count() or 1)) if whole else 0
+    return min(PROCESSES, os.cpu_count() or 1) if whole else 0
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -41,10 +41,10 @@ class OptimConfig:
         if any(isinstance(rate, bool) or not isinstance(rate, int | float) for rate in self.learning_rates.values()):
             raise ConfigError("optim.learning_rates: every part's rate must be a number")
         rates = (self.learning_rate, *self.learning_rates.values())
-        if min(rates) < 0 or min(self.clip_norm, self.lora_plus_ratio) <= 0:
-            raise ConfigError(
-                "optim: learning rates must not be negative, and clip_norm and lora_plus_ratio must be above 0"
-            )
+        if min(rates) < 0 or self.clip_norm <= 0:
+            raise ConfigError("optim: learning rates must not be negative, and clip_norm must be above 0")
+        if self.lora_plus_ratio <= 0:
+            raise ConfigError(f"optim.lora_plus_ratio must be above 0, not {self.lora_plus_ratio}")
         if self.optimizer == "muon" and (self.learning_rates or self.lora_plus_ratio != 1):
             raise ConfigError(
                 "optim: muon has one rate for all; leave learning_rates and lora_plus_ratio out, or take adamw"
