@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import json
 import os
 import shutil
@@ -15,6 +14,8 @@ import pytest
 
 from llama_multimodal.ops.backends import native
 
+from .cuda.ptxas import project_setup
+
 ROOT = Path(__file__).parents[2]
 KERNEL = 'extern "C" int llama_mm_answer() { return 42; }\n'
 
@@ -22,10 +23,7 @@ KERNEL = 'extern "C" int llama_mm_answer() { return 42; }\n'
 @pytest.fixture
 def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """setup.py as a module, over a project of its own."""
-    spec = importlib.util.spec_from_file_location("project_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = project_setup()
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "OBJECTS", tmp_path / "objects")
     for variable in ("NO_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "CXX"):

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parents[3]
@@ -44,13 +45,24 @@ def build() -> dict[str, Any]:
     Raises:
         NotBuilt: nvcc refused one.
     """
-    spec = importlib.util.spec_from_file_location("project_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
     env = {name: value for name, value in os.environ.items() if name not in ("NO_CUDA", "TORCH_CUDA_ARCH_LIST")}
     with tempfile.TemporaryDirectory() as folder:
-        return setup.build_cuda(CSRC, Path(folder) / LIBRARY, env)
+        return project_setup().build_cuda(CSRC, Path(folder) / LIBRARY, env)
+
+
+def project_setup() -> ModuleType:
+    """setup.py as a module."""
+    spec = importlib.util.spec_from_file_location("project_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def known_archs() -> list[str]:
+    """Those of ARCHS that this nvcc compiles for: an old one does not know the newest."""
+    listed = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    return [arch for arch in ARCHS if f"compute_{arch}" in listed]
 
 
 def compiled(source: Path) -> Path:
@@ -88,27 +100,28 @@ def demangled(symbols: Sequence[str]) -> list[str]:
 
 def cuobjdump(*arguments: str | Path) -> str:
     """What CUDA's tool says, or the one in Triton's package."""
-    tool = shutil.which("cuobjdump") or _from_triton()
-    assert tool is not None, "there is no cuobjdump: neither CUDA's nor Triton's"
+    tool = _tool()
+    assert tool is not None, why_not()
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _from_triton() -> str | None:
+def _tool() -> str | None:
+    if tool := shutil.which("cuobjdump"):
+        return tool
     triton = importlib.util.find_spec("triton")
     if triton is None or triton.origin is None:
         return None
-    tool = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
-    return str(tool) if tool.exists() else None
+    return shutil.which(Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump")
 
 
 def why_not() -> str | None:
     if shutil.which("nvcc") is None:
         return "there is no nvcc"
-    return None if shutil.which("cuobjdump") or _from_triton() else "there is no cuobjdump: neither CUDA's nor Triton's"
+    return "there is no cuobjdump: neither CUDA's nor Triton's" if _tool() is None else None
 
 
 def main(arguments: Sequence[str]) -> int:
-    archs = [a for a in arguments if a.isdigit()] or list(ARCHS)
+    archs = [a for a in arguments if a.isdigit()] or known_archs()
     names = [a for a in arguments if not a.isdigit()]
     files = [file for file in sorted(CSRC.glob("*.cu")) if not names or file.stem in names]
     table: dict[tuple[str, str], dict[str, Usage]] = {}
