@@ -55,6 +55,7 @@ X86 = {
     ),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
 }  # fmt: skip
+X86["amx"] = X86["avx512"]  # and assembly
 ARM = {"neon": ()}  # every 64-bit ARM has it
 
 

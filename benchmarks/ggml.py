@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from own_thread import in_own_thread
 from torch import Tensor
 
 TYPES = {"bf16": 30, "int8": 8, "int4": 2}
@@ -57,15 +58,18 @@ class Ggml:
         size = tensors * self._call("ggml_tensor_overhead") + (self._call("ggml_graph_overhead") if graph else 0)
         return self._call("ggml_init", _Memory(size, None, True))
 
-    def _repacked(self) -> int | None:
-        """The buffer type whose tensors are laid out anew when they are set."""
+    def _repacked(self, format: str) -> int | None:
+        """The first buffer type that lays out tensors of a format anew when they are set."""
+        if format == "bf16":
+            return None
+        named = (b"AMX", b"CPU_REPACK") if format == "int4" else (b"AMX",)  # ggml repacks only Q4_0 without AMX
         device = self._call("ggml_backend_dev_by_type", 0)
         registry = self._call("ggml_backend_dev_backend_reg", device)
         address = self._call("ggml_backend_reg_get_proc_address", registry, b"ggml_backend_dev_get_extra_bufts")
         types = ctypes.cast(ctypes.CFUNCTYPE(_POINTER, _POINTER)(address)(device), ctypes.POINTER(_POINTER))
         index = 0
         while types[index]:
-            if ctypes.string_at(self._call("ggml_backend_buft_name", types[index])) == b"CPU_REPACK":
+            if ctypes.string_at(self._call("ggml_backend_buft_name", types[index])) in named:
                 return types[index]
             index += 1
         return None
@@ -80,14 +84,14 @@ class Ggml:
         self._call("ggml_quantize_chunk", kind, source.data_ptr(), stored.data_ptr(), 0, outputs, inputs, None)
         return stored
 
+    @in_own_thread
     def product(self, x: Tensor, weight: Tensor, format: str) -> Callable[[], Any]:
         """x: [T, K], weight: [N, K], both fp32 → a function that runs ggml's mul_mat of the rounded weight."""
         rows, (outputs, inputs), kind = x.shape[0], weight.shape, TYPES[format]
         holder = self._context(1)
         packed = self._call("ggml_new_tensor_2d", holder, kind, inputs, outputs)
         nbytes = self._call("ggml_nbytes", packed)
-        # ggml repacks Q4_0 on x86; the other formats have no such layout there.
-        if format == "int4" and (repacked := self._repacked()):
+        if repacked := self._repacked(format):
             self._call("ggml_backend_alloc_ctx_tensors_from_buft", holder, repacked)
         else:
             self._call("ggml_backend_alloc_ctx_tensors", holder, self._backend)
@@ -104,6 +108,7 @@ class Ggml:
         self._call("ggml_backend_tensor_set", given, x.data_ptr(), 0, x.nbytes)
         out = torch.empty(rows, outputs)
 
+        @in_own_thread
         def run() -> Tensor:
             self._call("ggml_backend_graph_compute", self._backend, graph)
             self._call("ggml_backend_tensor_get", result, out.data_ptr(), 0, out.nbytes)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from own_thread import in_own_thread
 from torch import Tensor
 
 
@@ -34,6 +35,7 @@ def silent_library() -> Any:
 class LlamaCpp:
     """A model and its cache; torch is loaded before it, and lends it its OpenMP."""
 
+    @in_own_thread
     def __init__(self, file: Path, threads: int, context: int) -> None:
         self.library = llama_cpp = silent_library()
         self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
@@ -47,6 +49,7 @@ class LlamaCpp:
             raise RuntimeError("llama.cpp has no memory for its context")
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
+    @in_own_thread
     def logits(self, tokens: list[int]) -> Tensor:
         """Of what follows `tokens`, which follow what the cache holds: [vocab] fp32, valid until the next call."""
         array = (ctypes.c_int32 * len(tokens))(*tokens)

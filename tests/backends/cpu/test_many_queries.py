@@ -27,7 +27,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-@pytest.fixture(params=["avx512, bf16 pairs", "avx512, fp32", "avx2, fp32"])
+@pytest.fixture(params=["amx, bf16 tiles", "avx512, bf16 pairs", "avx512, fp32", "avx2, fp32"])
 def kernel(request: pytest.FixtureRequest, cpu: None) -> Iterator[None]:
     """The test runs on each kernel that this machine has, the one that it would choose or not."""
     before, (name, products) = library.instruction_set(), request.param.split(", ")
@@ -56,7 +56,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, bias: Tenso
     return scores.softmax(-1) @ v
 
 
-# A task is 96 queries, in sixes; a block 256 keys, in sixteens and 64s; the dim is padded to 16.
+# A task is 96 queries, in sixes or 32s; a block 256 keys, in sixteens, 32s and 64s; the dim is padded to 16 or 32.
 SHAPES = [
     (2, 4, 2, 1, 70, 64),
     (1, 1, 1, 16, 1, 1),

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ... import _dispatch
-from ...linear import has_matrix_unit
 from ..operators import define
 from .decode_attention import check_heads, cpu_decode_attention, keys_of, raise_for
 from .library import DTYPES, dense_last, functions, has_attention, pointer, strides
@@ -20,10 +19,7 @@ _LEAST_QUERIES = 16  # putting the keys in order is not worth it for fewer; one 
 def _leaves(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None, key_bias: Tensor | None = None
 ) -> bool:
-    """Whether torch's own is used: for other dtypes, masks and few queries, and on other machines.
-
-    Where there is AMX torch's own takes it for bf16; with a key bias it would widen to fp32.
-    """
+    """Whether torch's own is used: for other dtypes, masks and few queries, and on other machines."""
     tensors = (q, k, v) if key_bias is None else (q, k, v, key_bias)
     return (
         any(x.device.type != "cpu" for x in tensors)
@@ -31,7 +27,6 @@ def _leaves(
         or mask is not None
         or 1 < q.shape[2] < _LEAST_QUERIES
         or not q.numel() * k.numel()
-        or (q.dtype == torch.bfloat16 and key_bias is None and has_matrix_unit())
         or not has_attention(q.dtype)
     )
 

@@ -13,7 +13,7 @@ from ....errors import DeviceError
 from ... import _dispatch
 from ..native import library_path, why_not_built
 
-INSTRUCTION_SETS = ("avx512", "avx2", "plain")
+INSTRUCTION_SETS = ("amx", "avx512", "avx2", "plain")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes that kernels take, and their numbers in C."""
 

@@ -3,7 +3,7 @@
 // The keys and values of a few key heads are put in the order that the products read, then all queries of their heads
 // go over them. A task is some queries of one head: they meet each block of keys while it lies in the second cache.
 //
-// Shapes: B rows · H query heads · Hkv key heads · T queries · S keys · D head dim, Dp rounded up to 16
+// Shapes: B rows · H query heads · Hkv key heads · T queries · S keys · D head dim, Dp rounded up to the kernel's padding
 #include "attention.h"
 
 #include <omp.h>
@@ -17,8 +17,6 @@
 namespace {
 
 using namespace llama_mm;
-
-constexpr int64_t kTaskQueries = 16 * kQueries;
 
 // Of a [B, heads, tokens, D] tensor, in elements; the last dimension has none.
 struct Strides {
@@ -39,43 +37,51 @@ struct Problem {
   }
 };
 
-// Memory of one thread's task.
+// Queries of one head that meet each block of keys together.
 struct Task {
-  alignas(64) float max[kTaskQueries];
-  alignas(64) float sum[kTaskQueries];
-};
+  const Problem& p;
+  const Attention& use;
+  int64_t padded;
+  char* q;            // [groups, Q, Dp]
+  float *acc, *max, *sum;
 
-void attend_some(const Problem& p, const Attention& use, int64_t row, int64_t head, int64_t first, int64_t end,
-                 const char* keys, const char* values, const float* bias, char* q, float* acc) {
-  const int64_t padded = padded_dim(p.dim), groups = (end - first + kQueries - 1) / kQueries;
-  Task task;
-  memset(q, 0, static_cast<size_t>(groups * kQueries * padded * use.bytes));
-  for (int64_t t = first; t < end; t++)
-    use.order_query(p.from(p.q, p.q_at.at(row, head, t)), p.dim, q + (t - first) * padded * use.bytes);
-  for (int64_t i = 0; i < groups * kQueries * padded; i++) acc[i] = 0.0f;
-  for (int64_t t = 0; t < groups * kQueries; t++) {
-    task.max[t] = 2 * kHidden;
-    task.sum[t] = 0.0f;
+  QueryGroup group(int64_t g) const {
+    const int64_t t = g * use.queries, element = t * padded;
+    return {q + element * use.bytes, acc + element, max + t, sum + t, p.dim,
+            kLog2E / std::sqrt(static_cast<float>(p.dim))};
   }
-  const float scale = kLog2E / std::sqrt(static_cast<float>(p.dim));
-  for (int64_t key = 0; key < p.keys && !(p.causal && key >= end); key += kKeys) {
-    const int64_t count = least(p.keys - key, int64_t{kKeys});
+
+  // Queries [first, end) of a head; bias, ordered keys and values: of the first key.
+  void run(int64_t row, int64_t head, int64_t first, int64_t end, const char* keys, const char* values,
+           const float* bias) const {
+    const int64_t count = end - first, groups = (count + use.queries - 1) / use.queries;
     for (int64_t g = 0; g < groups; g++) {
-      const int64_t t = g * kQueries, seen = first + t - key;
-      if (p.causal && seen + kQueries <= 0) continue;
-      const QueryGroup group = {q + t * padded * use.bytes, acc + t * padded, task.max + t, task.sum + t, p.dim, scale};
+      const int64_t t = g * use.queries;
+      use.order_queries(p.from(p.q, p.q_at.at(row, head, first + t)), p.q_at.of[2],
+                        least(count - t, int64_t{use.queries}), p.dim, q + t * padded * use.bytes);
+    }
+    for (int64_t i = 0; i < groups * use.queries * padded; i++) acc[i] = 0.0f;
+    for (int64_t t = 0; t < groups * use.queries; t++) {
+      max[t] = 2 * kHidden;
+      sum[t] = 0.0f;
+    }
+    for (int64_t key = 0; key < p.keys && !(p.causal && key >= end); key += kKeys) {
       const int64_t offset = key * padded * use.bytes;
-      use.attend(group, {keys + offset, values + offset, bias + key, static_cast<int>(count),
-                         p.causal && seen < kKeys ? static_cast<int>(seen) : kKeys});
+      for (int64_t g = 0; g < groups; g++) {
+        const int64_t seen = first + g * use.queries - key;
+        if (p.causal && seen + use.queries <= 0) continue;
+        use.attend(group(g), {keys + offset, values + offset, bias + key,
+                              static_cast<int>(least(p.keys - key, int64_t{kKeys})),
+                              p.causal && seen < kKeys ? static_cast<int>(seen) : kKeys});
+      }
+    }
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t t = g * use.queries;
+      use.put(group(g), least(count - t, int64_t{use.queries}),
+              const_cast<void*>(p.from(p.out, p.out_at.at(row, head, first + t))), p.out_at.of[2]);
     }
   }
-  for (int64_t t = first; t < end; t++) {
-    float* row_acc = acc + (t - first) * padded;
-    const float sum = task.sum[t - first];
-    for (int64_t d = 0; d < p.dim; d++) row_acc[d] = sum == 0.0f ? 0.0f : row_acc[d] / sum;
-    put_row(p.out, p.dtype, p.out_at.at(row, head, t), row_acc, p.dim);
-  }
-}
+};
 
 }  // namespace
 
@@ -93,11 +99,12 @@ int llama_mm_cpu_attention(int dtype, const void* q, const int64_t* q_strides, c
   const Problem p = {q, k, v, out, static_cast<DType>(dtype),
                      {q_strides}, {k_strides}, {v_strides}, {out_strides},
                      heads, kv_heads, queries, keys, dim, causal != 0};
-  const int64_t padded = padded_dim(dim), padded_keys = rounded_up(keys, kTile), group = heads / kv_heads;
+  const int64_t padded = padded_dim(dim, use.padding), of_task = use.queries * use.groups;
+  const int64_t padded_keys = rounded_up(keys, kTile), group = heads / kv_heads;
   const int64_t pairs = rows * kv_heads, together = least(pairs, int64_t{threads});  // key heads in order at a time
-  const int64_t of_pair = padded_keys * padded, pieces = (queries + kTaskQueries - 1) / kTaskQueries;
+  const int64_t of_pair = padded_keys * padded, pieces = (queries + of_task - 1) / of_task;
   const Scratch ordered(2 * together * of_pair * use.bytes), biases(padded_keys * 4);
-  const Scratch q_memory(threads * kTaskQueries * padded * use.bytes), acc_memory(threads * kTaskQueries * padded * 4);
+  const Scratch q_memory(threads * of_task * padded * use.bytes), acc_memory(threads * of_task * (padded + 2) * 4);
   if (!ordered.memory || !biases.memory || !q_memory.memory || !acc_memory.memory) return -1;
   char* const ordered_keys = ordered.memory;
   char* const ordered_values = ordered_keys + together * of_pair * use.bytes;
@@ -110,8 +117,10 @@ int llama_mm_cpu_attention(int dtype, const void* q, const int64_t* q_strides, c
 #pragma omp parallel num_threads(threads)
   {
     const int me = omp_get_thread_num();
-    char* my_q = q_memory.memory + me * kTaskQueries * padded * use.bytes;
-    float* my_acc = reinterpret_cast<float*>(acc_memory.memory) + me * kTaskQueries * padded;
+    if (use.begin) use.begin();
+    float* const acc = reinterpret_cast<float*>(acc_memory.memory) + me * of_task * (padded + 2);
+    const Task mine = {p, use, padded, q_memory.memory + me * of_task * padded * use.bytes,
+                       acc, acc + of_task * padded, acc + of_task * (padded + 1)};
     for (int64_t pair = 0; pair < pairs; pair += together) {
       const int64_t here = least(pairs - pair, together);
 #pragma omp for schedule(static)
@@ -125,15 +134,16 @@ int llama_mm_cpu_attention(int dtype, const void* q, const int64_t* q_strides, c
       }
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < here * group * pieces; task++) {
-        const int64_t slot = task % here, member = task / here % group;
-        const int64_t piece = pieces - 1 - task / (here * group);  // causal: the longest first
+        // One head after the other: their keys and values may fit the second cache. Causal: the longest first.
+        const int64_t slot = task / (group * pieces), member = task % group;
+        const int64_t piece = pieces - 1 - task / group % pieces;
         const int64_t row = (pair + slot) / kv_heads, head = (pair + slot) % kv_heads * group + member;
-        const int64_t first = piece * kTaskQueries, left = queries - first;
-        const int64_t end = first + least(left, kTaskQueries);
+        const int64_t first = piece * of_task, end = least(queries, first + of_task);
         const int64_t offset = slot * of_pair * use.bytes;
-        attend_some(p, use, row, head, first, end, ordered_keys + offset, ordered_values + offset, bias, my_q, my_acc);
+        mine.run(row, head, first, end, ordered_keys + offset, ordered_values + offset, bias);
       }
     }
+    if (use.end) use.end();
   }
   return 0;
 }

@@ -1,21 +1,15 @@
-// Attention of many queries in bf16, with AVX-512's products of bf16 pairs: sums, scores and softmax are in fp32, and
-// only a weight is rounded to bf16 before it meets the values, as torch does.
+// Attention of many queries in bf16, with AVX-512's products of bf16 pairs.
 //
 // Shapes: T queries · S keys · D head dim, Dp rounded up to 16 · kKeys keys that are looked at together
 #define LANES 16
-#include <immintrin.h>
-
-#include <cmath>
-
-#include "attention.h"
-#include "interleave.h"
-#include "vec.h"
+#include "attention_pairs.h"
 
 namespace {
 
 using llama_mm::kKeys;
-using llama_mm::kQueries;
-using llama_mm::kTile;
+
+constexpr int kQueries = 6;  // whose sums lie in registers together
+constexpr int kPadding = 16;
 
 INLINE __m512 multiply(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
@@ -25,44 +19,26 @@ INLINE __m512i pair_of(const uint16_t* from) {  // two neighbours in every lane
   return _mm512_set1_epi32(both);
 }
 
-// 32 values of a row from d on, zeros past its end.
-INLINE __m512i load_32(const uint16_t* row, int64_t d, int64_t dim) {
-  const int64_t left = dim - d;
-  const __mmask32 there = left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
-  return _mm512_maskz_loadu_epi16(there, row + d);
+// Queries → [Q, Dp].
+void order_queries(const void* q, int64_t stride, int64_t count, int64_t dim, void* out) {
+  const size_t row = static_cast<size_t>(llama_mm::padded_dim(dim, kPadding)) * 2;
+  memset(out, 0, kQueries * row);
+  for (int64_t t = 0; t < count; t++)
+    memcpy(static_cast<char*>(out) + t * row, static_cast<const uint16_t*>(q) + t * stride,
+           static_cast<size_t>(dim) * 2);
 }
 
-void order_query(const void* q, int64_t dim, void* out) { memcpy(out, q, static_cast<size_t>(dim) * 2); }
-
-// kTile keys (fewer at the end) → [kTile/16, Dp/2, 16, 2].
-void order_keys(const void* from, int64_t stride, int64_t count, int64_t dim, void* to) {
-  const int64_t padded = llama_mm::padded_dim(dim);
-  const uint16_t* k = static_cast<const uint16_t*>(from);
-  uint16_t* out = static_cast<uint16_t*>(to);
-  for (int64_t first = 0; first < kTile; first += 16, out += 16 * padded)
-    for (int64_t d = 0; d < padded; d += 32) {
-      __m512i x[16];
-      for (int64_t key = first; key < first + 16; key++)
-        x[key - first] = key < count ? load_32(k + key * stride, d, dim) : _mm512_setzero_si512();
-      transpose(x);
-      for (int64_t i = 0; i < 16 && d + 2 * i < padded; i++) _mm512_storeu_si512(out + (d / 2 + i) * 32, x[i]);
-    }
+void order_keys(const void* k, int64_t stride, int64_t count, int64_t dim, void* out) {
+  order_pairs_of_inputs(k, stride, count, dim, kPadding, out);
 }
 
 // kTile keys' values → [kTile/2, Dp, 2].
-void order_values(const void* from, int64_t stride, int64_t count, int64_t dim, void* to) {
-  const int64_t padded = llama_mm::padded_dim(dim);
-  const uint16_t* v = static_cast<const uint16_t*>(from);
-  uint16_t* out = static_cast<uint16_t*>(to);
-  auto widened = [=](int64_t key, int64_t d) {
-    return key < count ? _mm512_cvtepu16_epi32(_mm512_castsi512_si256(load_32(v + key * stride, d, dim)))
-                       : _mm512_setzero_si512();
-  };
-  for (int64_t key = 0; key < kTile; key += 2, out += 2 * padded)
-    for (int64_t d = 0; d < padded; d += 16) {
-      const __m512i both = _mm512_or_si512(widened(key, d), _mm512_slli_epi32(widened(key + 1, d), 16));
-      _mm512_storeu_si512(out + 2 * d, both);
-    }
+void order_values(const void* v, int64_t stride, int64_t count, int64_t dim, void* out) {
+  const int64_t padded = llama_mm::padded_dim(dim, kPadding);
+  uint16_t* to = static_cast<uint16_t*>(out);
+  for (int64_t key = 0; key < kTile; key += 2)
+    for (int64_t d = 0; d < padded; d += 16, to += 32)
+      _mm512_storeu_si512(to, pair_of_values(v, stride, key, count, d, dim));
 }
 
 // scores[query][0 .. 64) of kQueries queries [kQueries, Dp] against 4 × 16 ordered keys, in powers of two and with
@@ -111,18 +87,6 @@ INLINE void add_values(const uint16_t (*weights)[kKeys], const uint16_t* values,
     for (int p = 0; p < PARTS; p++) _mm512_storeu_ps(acc + t * padded + 16 * p, sum[t][p]);
 }
 
-// 2^x for x <= 0, within 4e-6: a weight is rounded to 8 bits behind it.
-INLINE __m512 exp2_below(__m512 x) {
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(x, whole);
-  __m512 p = _mm512_set1_ps(9.57010221e-03f);  // least relative error over -0.5 to 0.5, fitted
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.59178591e-02f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.40247443e-01f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.93121791e-01f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.99999285e-01f));
-  return _mm512_scalef_ps(p, whole);
-}
-
 // Scores → weights of one query: the running maximum and sum go on, the result is what to multiply older sums by.
 INLINE float soften(const float* scores, int keys, float top, float* max, float* sum, uint16_t* weights) {
   const float before = *max, shift = top <= llama_mm::kHidden ? 0.0f : top;
@@ -143,8 +107,8 @@ INLINE float soften(const float* scores, int keys, float top, float* max, float*
 void attend(const llama_mm::QueryGroup& group, const llama_mm::KeyBlock& block) {
   alignas(64) float scores[kQueries][kKeys];
   alignas(64) uint16_t weights[kQueries][kKeys];
-  const int64_t padded = llama_mm::padded_dim(group.dim);
-  const int keys = (llama_mm::seen_keys(block) + kTile - 1) / kTile * kTile;
+  const int64_t padded = llama_mm::padded_dim(group.dim, kPadding);
+  const int keys = (llama_mm::seen_keys(block, kQueries) + kTile - 1) / kTile * kTile;
   const uint16_t* ordered = static_cast<const uint16_t*>(block.keys);
   __m512 top[kQueries];
   for (int t = 0; t < kQueries; t++) top[t] = _mm512_set1_ps(2 * llama_mm::kHidden);
@@ -175,5 +139,6 @@ void attend(const llama_mm::QueryGroup& group, const llama_mm::KeyBlock& block) 
 }  // namespace
 
 namespace llama_mm {
-extern const Attention kPairsAvx512 = {2, order_query, order_keys, order_values, attend};
+extern const Attention kPairsAvx512 = {2, kQueries, 16, kPadding, order_queries, order_keys, order_values, attend,
+                                         put_rows<kBFloat16>};
 }

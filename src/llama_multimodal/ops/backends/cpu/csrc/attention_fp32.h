@@ -11,14 +11,18 @@
 namespace {
 
 using llama_mm::kKeys;
-using llama_mm::kQueries;
 using llama_mm::kTile;
 
-// One query → fp32 [Dp].
+constexpr int kQueries = 6;  // whose sums lie in registers together
+
+// Queries → fp32 [Q, Dp].
 template <typename T>
-void order_query(const void* q, int64_t dim, void* out) {
+void order_queries(const void* q, int64_t stride, int64_t count, int64_t dim, void* out) {
+  const int64_t padded = llama_mm::padded_dim(dim);
   float* to = static_cast<float*>(out);
-  for (int64_t d = 0; d < dim; d++) to[d] = widen(static_cast<const T*>(q)[d]);
+  for (int64_t t = 0; t < kQueries; t++)
+    for (int64_t d = 0; d < padded; d++)
+      to[t * padded + d] = t < count && d < dim ? widen(static_cast<const T*>(q)[t * stride + d]) : 0.0f;
 }
 
 // kTile keys (fewer at the end) → fp32 [kTile/kTogether, Dp, kTogether].
@@ -93,7 +97,7 @@ INLINE float soften(float* scores, int keys, float top, float* max, float* total
 void attend_in_fp32(const llama_mm::QueryGroup& group, const llama_mm::KeyBlock& block) {
   alignas(64) float scores[kQueries][kKeys];
   const int64_t padded = llama_mm::padded_dim(group.dim);
-  const int seen = llama_mm::seen_keys(block), keys = (seen + kTile - 1) / kTile * kTile;
+  const int seen = llama_mm::seen_keys(block, kQueries), keys = (seen + kTile - 1) / kTile * kTile;
   const float* ordered = static_cast<const float*>(block.keys);
   Floats top[kQueries];
   for (int t = 0; t < kQueries; t++) top[t] = splat(2 * llama_mm::kHidden);
@@ -122,7 +126,9 @@ void attend_in_fp32(const llama_mm::QueryGroup& group, const llama_mm::KeyBlock&
 
 template <typename T>
 constexpr llama_mm::Attention in_fp32() {
-  return {4, order_query<T>, order_keys<T>, order_values<T>, attend_in_fp32};
+  constexpr llama_mm::DType type = sizeof(T) == 4 ? llama_mm::kFloat32 : llama_mm::kBFloat16;
+  return {4, kQueries, 16, 16, order_queries<T>, order_keys<T>, order_values<T>, attend_in_fp32,
+          llama_mm::put_rows<type>};
 }
 
 }  // namespace
