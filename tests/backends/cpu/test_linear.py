@@ -56,6 +56,22 @@ def test_equals_fp64(
     close(ops.linear(x, weight, bias) / scale, expected / scale, BF16)
 
 
+# On a matrix unit 32 rows and outputs go at a time, half of them less; x stays in the cache 1 MB at a time.
+UNIT_SHAPES = [(5, 32, 1), (16, 64, 16), (17, 96, 33), (32, 32, 64), (49, 160, 47), (100, 1056, 70), (1030, 1056, 200)]
+UNIT_SHAPES += [(6200, 32, 40), (70, 16416, 40)]
+
+
+@pytest.mark.parametrize("shape", UNIT_SHAPES, ids=str)
+@pytest.mark.parametrize("bias_dtype", [None, BF16, torch.float32], ids=str)
+def test_on_a_matrix_unit(
+    shape: tuple[int, ...], bias_dtype: torch.dtype | None, cpu: None, guards: Guards, threads: None
+) -> None:
+    """It is used wherever it is there, and for as many rows as `linear` takes for it."""
+    if not library.has_tile_linear(32):
+        pytest.skip("this machine has none")
+    test_equals_fp64(shape, bias_dtype, None, guards, threads)
+
+
 def test_rows_of_several_axes_and_gaps(kernel: None) -> None:
     x, weight = randn(3, 7, 80, dtype=BF16)[..., ::2], randn(30, 80, dtype=BF16, seed=1)[:, ::2]
     ours = ops.linear(x, weight)
@@ -75,7 +91,7 @@ def test_opcheck(kernel: None) -> None:
 
 
 def test_what_is_left_to_torch(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other dtypes, no rows, and CPUs that gain by bf16; not few rows."""
+    """Other dtypes, no rows, and CPUs that gain by bf16, unless by a matrix unit; not few rows."""
     taken: list[Tensor] = []
     monkeypatch.setattr(module, "cpu_linear", lambda x, *_: taken.append(x) or x)
     x, weight = randn(20, 32, dtype=BF16), randn(5, 32, dtype=BF16)
@@ -86,7 +102,7 @@ def test_what_is_left_to_torch(kernel: None, monkeypatch: pytest.MonkeyPatch) ->
     ops.linear(x[:0], weight)
     monkeypatch.setattr(module, "cpu_gains_by", lambda dtype: True)
     ops.linear(x, weight)
-    assert len(taken) == 2
+    assert len(taken) == 2 + library.has_tile_linear(32)
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,11 @@ def has_wide_linear() -> bool:
     return bool(functions().has_wide_linear())
 
 
+def has_tile_linear(inputs: int) -> bool:
+    """Whether there is a kernel for products of bf16 on a matrix unit."""
+    return _instruction_set == "amx" and inputs % 32 == 0
+
+
 def use_instruction_set(name: str) -> bool:
     """Run another instruction set's kernels from now on, for tests; False where this machine has no such thing."""
     global _instruction_set

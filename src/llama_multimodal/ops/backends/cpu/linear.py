@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import _dispatch
 from ...linear import cpu_gains_by
 from ..operators import define
-from .library import DTYPES, functions, has_wide_linear, pointer
+from .library import DTYPES, functions, has_tile_linear, has_wide_linear, pointer
 from .packed_linear import few_rows
 
 
@@ -25,8 +25,7 @@ def _leaves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         or x.ndim == 0
         or not x.numel()
         or not weight.numel()
-        or cpu_gains_by(torch.bfloat16)
-        or not has_wide_linear()
+        or not (has_tile_linear(x.shape[-1]) or (has_wide_linear() and not cpu_gains_by(torch.bfloat16)))
     )
 
 

@@ -25,7 +25,7 @@ from ... import _dispatch
 from ...linear import cpu_gains_by, linear, linear_in_blocks
 from ...packed_linear import INTEGERS, RESTORED, PackedWeight, join_nibbles, split_nibbles, unpack_weight
 from ..operators import define
-from .library import DTYPES, functions, instruction_set, pointer
+from .library import DTYPES, functions, has_tile_linear, instruction_set, pointer
 
 LAYOUT = "cpu tiles"
 _ROUNDED_AT_ONCE = 1024  # rows of x, whose rounded values take 2 bytes each
@@ -150,7 +150,8 @@ def cpu_packed_linear(
     inputs = x.shape[-1]
     rows = math.prod(x.shape[:-1])
     no_kernel = x.dtype == torch.float64 or (format != "bf16" and layout == "plain")
-    if no_kernel or (rows > few_rows(format) and not int8_activations):
+    any_rows = int8_activations or (x.dtype == torch.bfloat16 and has_tile_linear(inputs))
+    if no_kernel or (rows > few_rows(format) and not any_rows):
         packed = PackedWeight(format, (outputs, inputs), values, scales, zeros, group, layout)  # type: ignore[arg-type]
         return _many_rows(x, packed, bias)
     weight = (values, scales, zeros, bias, format, layout, outputs, group, int8_activations)

@@ -151,13 +151,6 @@ void scale_scores(float* scores, int keys, float scale, const float* bias, int f
     }
 }
 
-// [low, high] → their bf16 values side by side, a pair in every lane.
-INLINE __m512i pair_up(__m512 low, __m512 high) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
-
 // Scores, times `scale` → weights; the running maxima and sums go on, and older sums are brought down to them.
 INLINE void soften(float* scores, int keys, float scale, float* max, float* sum, float* acc, int64_t dim, Work& work) {
   const __m512 times = _mm512_set1_ps(scale), hidden = _mm512_set1_ps(2 * kHidden);

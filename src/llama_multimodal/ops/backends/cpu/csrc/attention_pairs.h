@@ -10,18 +10,12 @@
 
 #include "attention.h"
 #include "interleave.h"
+#include "pairs.h"
 #include "vec.h"
 
 namespace {
 
 using llama_mm::kTile;
-
-// 32 values of a row from d on, zeros past its end.
-INLINE __m512i load_32(const uint16_t* row, int64_t d, int64_t dim) {
-  const int64_t left = dim - d;
-  const __mmask32 there = left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
-  return _mm512_maskz_loadu_epi16(there, row + d);
-}
 
 // kTile rows (fewer at the end) → [kTile/16, Dp/2, 16, 2].
 INLINE void order_pairs_of_inputs(const void* from, int64_t stride, int64_t count, int64_t dim, int64_t padding,

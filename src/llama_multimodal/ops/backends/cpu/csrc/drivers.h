@@ -9,6 +9,8 @@ int llama_mm_cpu_packed_linear(const void* x, int dtype, int to_8_bits, int rows
                                const uint8_t* values, const uint16_t* scales, const uint8_t* zeros, int int4,
                                int64_t group, const void* bias, int bias_dtype, int64_t outputs, void* out,
                                int threads);
+int llama_mm_cpu_wide_linear(const uint16_t* x, int64_t rows, int64_t inputs, const uint16_t* weight, const void* bias,
+                             int bias_dtype, int64_t outputs, uint16_t* out, int threads);
 int llama_mm_cpu_bf16_linear(const void* x, int dtype, int rows, int64_t inputs,
                              const uint16_t* weight, const void* bias, int bias_dtype, int64_t outputs, void* out,
                              int threads);

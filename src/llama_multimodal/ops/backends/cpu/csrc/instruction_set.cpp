@@ -23,6 +23,7 @@ extern const Attention kAttentionAmx;
 extern const Attention kPairsAvx512;
 extern const Attention kFp32AttentionAvx512[2];  // by dtype
 extern const Attention kFp32AttentionAvx2[2];
+extern const TileLinear kTileLinearAmx;
 extern const WideProduct kWideProductAvx512;
 extern const WideProduct kWideProductAvx2;
 #endif
@@ -106,6 +107,13 @@ const WideProduct* wide_product() {
 #if defined(__x86_64__)
   if (chosen() == &kAmx || chosen() == &kAvx512) return &kWideProductAvx512;
   if (chosen() == &kAvx2) return &kWideProductAvx2;
+#endif
+  return nullptr;
+}
+
+const TileLinear* tile_linear(DType x, int64_t inputs) {
+#if defined(__x86_64__)
+  if (chosen() == &kAmx && x == kBFloat16 && inputs % 32 == 0) return &kTileLinearAmx;
 #endif
   return nullptr;
 }

@@ -11,6 +11,8 @@
 #include <omp.h>
 #include <unistd.h>
 
+#include "bias.h"
+#include "drivers.h"
 #include "kernels.h"
 #include "scalar.h"
 #include "scratch.h"
@@ -159,14 +161,14 @@ int llama_mm_cpu_has_wide_linear() { return wide_product() != nullptr; }
 // x: bf16 [T, K], K >= 1; weight: bf16 [N, K]; bias: [N] or null; out: bf16 [T, N]. 0, or 1 where there is no memory.
 int llama_mm_cpu_wide_linear(const uint16_t* x, int64_t rows, int64_t inputs, const uint16_t* weight, const void* bias,
                              int bias_dtype, int64_t outputs, uint16_t* out, int threads) {
+  if (const TileLinear* tiles = tile_linear(kBFloat16, inputs)) {
+    const Bias added(bias, bias_dtype, outputs, rounded_up(outputs, 32));
+    return !added.values || tiles->plain(x, rows, inputs, weight, added.values, outputs, out, threads);
+  }
   const WideProduct& use = *wide_product();
-  const int64_t padded = rounded_up(outputs, use.outputs);
-  const Scratch bias_memory(padded * 4);
-  if (!bias_memory.memory) return 1;
-  float* const added = reinterpret_cast<float*>(bias_memory.memory);
-  for (int64_t n = 0; n < padded; n++)
-    added[n] = bias && n < outputs ? get(bias, static_cast<DType>(bias_dtype), n) : 0.0f;
-  const Problem p = {use, x, rows, inputs, weight, added, outputs, out, threads};
+  const Bias added(bias, bias_dtype, outputs, rounded_up(outputs, use.outputs));
+  if (!added.values) return 1;
+  const Problem p = {use, x, rows, inputs, weight, added.values, outputs, out, threads};
   // Tasks are of so many rows that every thread gets one only where there are enough of them.
   if (rows <= kFewRows && (rows < kRowsOfTask * threads || rows * inputs <= kFewValues)) return few_rows(p);
   for (int64_t from = 0; from < rows; from += kRowsAtOnce)

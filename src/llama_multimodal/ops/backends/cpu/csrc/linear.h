@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace llama_mm {
 
 constexpr int kRowsTogether = 6;  // of x
@@ -22,5 +24,19 @@ struct WideProduct {
 
 // What the instruction set in use has, or null.
 const WideProduct* wide_product();
+
+// Linear layers on a matrix unit: x: bf16 [T, K], K a multiple of 32; bias: fp32 [N], N rounded up to 32; out: bf16
+// [T, N]. 0, or 1 where there is no memory.
+struct TileLinear {
+  int least_plain;  // rows from which on it is the faster one
+  int (*plain)(const uint16_t* x, int64_t rows, int64_t inputs, const uint16_t* weight, const float* bias,
+               int64_t outputs, uint16_t* out, int threads);  // weight: bf16 [N, K]
+  int least_packed;
+  int (*packed)(const uint16_t* x, int64_t rows, int64_t inputs, const PackedWeight& weight, const float* bias,
+                int64_t outputs, uint16_t* out, int threads);
+};
+
+// What the instruction set in use has for such an x, or null.
+const TileLinear* tile_linear(DType x, int64_t inputs);
 
 }  // namespace llama_mm

@@ -2,8 +2,10 @@
 // an output's weights are read from memory once, however many rows x has.
 //
 // Shapes: N outputs · K inputs · T rows of x
+#include "bias.h"
 #include "drivers.h"
 #include "kernels.h"
+#include "linear.h"
 #include "scalar.h"
 #include "scratch.h"
 
@@ -72,6 +74,12 @@ int llama_mm_cpu_packed_linear(const void* x, int dtype, int to_8_bits, int rows
   const DType type = static_cast<DType>(dtype);
   const int64_t blocks = inputs / kBlock, tiles = (outputs + kTileRows - 1) / kTileRows;
   const PackedWeight weight = {values, scales, zeros, blocks, group / kBlock, int4 != 0};
+  const TileLinear* const unit = tile_linear(type, inputs);
+  if (unit && rows >= unit->least_packed && !to_8_bits) {
+    const Bias added(bias, bias_dtype, outputs, rounded_up(outputs, 32));
+    return !added.values || unit->packed(static_cast<const uint16_t*>(x), rows, inputs, weight, added.values, outputs,
+                                         static_cast<uint16_t*>(out), threads);
+  }
   const Output output = {out, type, bias, static_cast<DType>(bias_dtype), outputs};
   const Rounding rounding = to_8_bits ? kTo8Bits : static_cast<Rounding>(type);
   const int middle = zeros ? 0 : int4 ? 8 : 128;
@@ -118,6 +126,10 @@ int llama_mm_cpu_bf16_linear(const void* x, int dtype, int rows, int64_t inputs,
                              int threads) {
   const Kernels& use = *kernels();
   const DType type = static_cast<DType>(dtype);
+  const TileLinear* const unit = tile_linear(type, inputs);
+  if (unit && rows >= unit->least_plain)
+    return llama_mm_cpu_wide_linear(static_cast<const uint16_t*>(x), rows, inputs, weight, bias, bias_dtype, outputs,
+                                    static_cast<uint16_t*>(out), threads);
   const Output output = {out, type, bias, static_cast<DType>(bias_dtype), outputs};
   // 64 bytes more: rows a power of two apart would share few places of the first cache.
   const int64_t stride = rounded_up(inputs, 16) + 16;
