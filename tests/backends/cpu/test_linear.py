@@ -58,7 +58,7 @@ def test_equals_fp64(
 
 # On a matrix unit 32 rows and outputs go at a time, half of them less; x stays in the cache 1 MB at a time.
 UNIT_SHAPES = [(5, 32, 1), (16, 64, 16), (17, 96, 33), (32, 32, 64), (49, 160, 47), (100, 1056, 70), (1030, 1056, 200)]
-UNIT_SHAPES += [(6200, 32, 40), (70, 16416, 40)]
+UNIT_SHAPES += [(6200, 32, 40), (70, 16416, 40), (40, 16416, 70), (300, 2080, 310), (1100, 96, 1200)]
 
 
 @pytest.mark.parametrize("shape", UNIT_SHAPES, ids=str)

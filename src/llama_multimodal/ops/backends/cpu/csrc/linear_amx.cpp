@@ -1,8 +1,8 @@
 // Linear layers of many rows on the matrix unit.
 //
 // A product of 32 by 32 values sums up in four registers. One factor lies as rows of 32 inputs, as tensors do; the other
-// as pairs of inputs, whose rows lie side by side. A bf16 weight is read as it lies, and the rows of x are put into
-// pairs; the values of a packed weight lie in fours already, so they become pairs, and x is read as it lies.
+// as pairs of inputs, whose rows lie side by side. Of x and a bf16 weight the smaller one is put into pairs, and the
+// other is read as it lies. The values of a packed weight lie in fours already, so they become pairs.
 //
 // Shapes: T rows of x · K inputs · N outputs
 #define LANES 16
@@ -24,17 +24,27 @@ constexpr int kBoth = 32;  // rows of either factor at a time
 constexpr int kStep = 32;  // inputs of one product
 constexpr int64_t kTileValues = kSide * kStep;
 constexpr int64_t kResident = int64_t{1} << 19;  // values that stay in the second cache: 1 MB
-constexpr int64_t kRowsAtOnce = 6144;            // of x that are in pairs at a time
+constexpr int64_t kBlocksTogether = 8;           // of 32 rows of x that should
+constexpr int64_t kRowsAtOnce = 1024;            // of x that are in pairs at a time
+constexpr int64_t kRowsOfPart = 256;             // of x at least, for which a weight is put into pairs
 
-// sums [32, 32] = rows [16·ROWS, K] at a stride times pairs [K/32, 2, 16, 16, 2], of which PAIRS of the two are used.
-// ahead: what is read next, or null; as much as the rows.
+// sums [32, 32] = rows [16·ROWS, K] at a stride times pairs [K/32, 2, 16, 16, 2], of which PAIRS of the two are used;
+// or are added to. ahead: what is read next, or null; as much as the rows.
 template <int ROWS, int PAIRS>
 INLINE void multiply(const uint16_t* rows, int64_t stride, const uint16_t* pairs, int64_t inputs, const char* ahead,
-                     float* sums) {
-  AMX_ZERO(0);
-  AMX_ZERO(1);
-  AMX_ZERO(2);
-  AMX_ZERO(3);
+                     bool add, float* sums) {
+  constexpr int64_t row = kBoth * sizeof(float);
+  if (add) {
+    AMX_LOAD(0, sums, row);
+    if (PAIRS == 2) AMX_LOAD(1, sums + kSide, row);
+    if (ROWS == 2) AMX_LOAD(2, sums + kSide * kBoth, row);
+    if (ROWS == 2 && PAIRS == 2) AMX_LOAD(3, sums + kSide * kBoth + kSide, row);
+  } else {
+    AMX_ZERO(0);
+    AMX_ZERO(1);
+    AMX_ZERO(2);
+    AMX_ZERO(3);
+  }
   const uint16_t* const below = rows + kSide * stride;
   for (int64_t k = 0; k < inputs; k += kStep, pairs += 2 * kTileValues) {
     if (ahead) {
@@ -54,7 +64,6 @@ INLINE void multiply(const uint16_t* rows, int64_t stride, const uint16_t* pairs
       if (PAIRS == 2) AMX_DOT_BF16(3, 5, 7);
     }
   }
-  constexpr int64_t row = kBoth * sizeof(float);
   AMX_STORE(0, sums, row);
   if (PAIRS == 2) AMX_STORE(1, sums + kSide, row);
   if (ROWS == 2) AMX_STORE(2, sums + kSide * kBoth, row);
@@ -63,11 +72,11 @@ INLINE void multiply(const uint16_t* rows, int64_t stride, const uint16_t* pairs
 
 // Up to 32 of either.
 void multiply_some(const uint16_t* rows, int64_t stride, int64_t row_count, const uint16_t* pairs, int64_t pair_count,
-                   int64_t inputs, const char* ahead, float* sums) {
-  if (row_count > kSide && pair_count > kSide) return multiply<2, 2>(rows, stride, pairs, inputs, ahead, sums);
-  if (row_count > kSide) return multiply<2, 1>(rows, stride, pairs, inputs, ahead, sums);
-  if (pair_count > kSide) return multiply<1, 2>(rows, stride, pairs, inputs, ahead, sums);
-  multiply<1, 1>(rows, stride, pairs, inputs, ahead, sums);
+                   int64_t inputs, const char* ahead, bool add, float* sums) {
+  if (row_count > kSide && pair_count > kSide) return multiply<2, 2>(rows, stride, pairs, inputs, ahead, add, sums);
+  if (row_count > kSide) return multiply<2, 1>(rows, stride, pairs, inputs, ahead, add, sums);
+  if (pair_count > kSide) return multiply<1, 2>(rows, stride, pairs, inputs, ahead, add, sums);
+  multiply<1, 1>(rows, stride, pairs, inputs, ahead, add, sums);
 }
 
 INLINE __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1; }
@@ -90,7 +99,7 @@ void pad_rows(const uint16_t* rows, int64_t count, int64_t inputs, uint16_t* out
   memset(out + values, 0, static_cast<size_t>(kBoth * inputs - values) * 2);
 }
 
-// --- a weight as it lies: its outputs are the rows --------------------------------------------------------------------
+// --- the weight as it lies, x in pairs --------------------------------------------------------------------------------
 
 // sums [outputs, T] + bias [outputs] → out [T, …], up to 32 of either.
 void put_transposed(const float* sums, const float* bias, int64_t rows, int64_t outputs, uint16_t* out,
@@ -109,39 +118,51 @@ void put_transposed(const float* sums, const float* bias, int64_t rows, int64_t 
   }
 }
 
-int multiply_plain(const uint16_t* x, int64_t rows, int64_t inputs, const uint16_t* weight, const float* bias,
-                   int64_t outputs, uint16_t* out, int threads) {
+// Long rows go in parts of the inputs, so that many of them stay in the cache: else all weights would be read again for
+// each few rows. Sums wait for the next part then.
+int multiply_by_x(const uint16_t* x, int64_t rows, int64_t inputs, const uint16_t* weight, const float* bias,
+                  int64_t outputs, uint16_t* out, int threads) {
   const int64_t blocks = (rows + kBoth - 1) / kBoth, panels = (outputs + kBoth - 1) / kBoth;
-  const int64_t chunk = least(blocks, most(int64_t{1}, kResident / (kBoth * inputs)));  // blocks that stay in the cache
+  const int64_t fit = most(kResident / (kBoth * least(blocks, kBlocksTogether)), int64_t{kStep});
+  const int64_t parts = (inputs + fit - 1) / fit, of_part = rounded_up((inputs + parts - 1) / parts, kStep);
+  const int64_t chunk = most(int64_t{1}, least(blocks, kResident / (kBoth * of_part)));  // blocks that stay in the cache
   const int64_t chunks = (blocks + chunk - 1) / chunk;
   const int64_t share = panels / (8 * threads) + 1;  // panels that a thread takes at once
-  const int64_t shares = (panels + share - 1) / share, last = outputs % kBoth;
+  const int64_t shares = (panels + share - 1) / share, last = outputs % kBoth, of_sums = kBoth * kBoth;
   const Scratch pairs_memory(blocks * kBoth * inputs * 2), last_memory(last ? kBoth * inputs * 2 : 1);
-  if (!pairs_memory.memory || !last_memory.memory) return 1;
+  const Scratch sums_memory((parts > 1 ? panels * blocks : threads) * of_sums * 4);
+  if (!pairs_memory.memory || !last_memory.memory || !sums_memory.memory) return 1;
   uint16_t* const pairs = reinterpret_cast<uint16_t*>(pairs_memory.memory);
   uint16_t* const last_panel = reinterpret_cast<uint16_t*>(last_memory.memory);
+  float* const all_sums = reinterpret_cast<float*>(sums_memory.memory);
   if (last) pad_rows(weight + (outputs - last) * inputs, last, inputs, last_panel);
 #pragma omp parallel num_threads(threads)
   {
-    alignas(64) float sums[kBoth * kBoth];
     amx_begin();
+    for (int64_t k = 0; k < inputs; k += of_part) {
+      const int64_t some = least(inputs - k, of_part);
+      uint16_t* const here = pairs + k * blocks * kBoth;  // [blocks, some/32, 2, 16, 16, 2]
 #pragma omp for schedule(static)
-    for (int64_t tile = 0; tile < 2 * blocks; tile++)
-      if (tile * kSide < rows)
-        order_rows(x + tile * kSide * inputs, inputs, least(rows - tile * kSide, int64_t{kSide}), inputs,
-                   pairs + tile / 2 * kBoth * inputs + tile % 2 * kTileValues);
+      for (int64_t tile = 0; tile < 2 * blocks; tile++)
+        if (tile * kSide < rows)
+          order_rows(x + tile * kSide * inputs + k, inputs, least(rows - tile * kSide, int64_t{kSide}), some,
+                     here + tile / 2 * kBoth * some + tile % 2 * kTileValues);
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < chunks * shares; task++) {
-      const int64_t first = task / shares * chunk, end = least(blocks, first + chunk);
-      const int64_t panel_end = least(panels, task % shares * share + share);
-      for (int64_t panel = task % shares * share; panel < panel_end; panel++) {
-        const int64_t output = panel * kBoth, there = least(outputs - output, int64_t{kBoth});
-        const uint16_t* const from = there < kBoth ? last_panel : weight + output * inputs;
-        for (int64_t block = first; block < end; block++) {
-          const int64_t row = block * kBoth, count = least(rows - row, int64_t{kBoth});
-          const char* const next = block + 1 == end ? reinterpret_cast<const char*>(from + kBoth * inputs) : nullptr;
-          multiply_some(from, inputs, there, pairs + row * inputs, count, inputs, next, sums);
-          put_transposed(sums, bias + output, count, there, out + row * outputs + output, outputs);
+      for (int64_t task = 0; task < chunks * shares; task++) {
+        const int64_t first = task / shares * chunk, end = least(blocks, first + chunk);
+        const int64_t panel_end = least(panels, task % shares * share + share);
+        for (int64_t panel = task % shares * share; panel < panel_end; panel++) {
+          const int64_t output = panel * kBoth, there = least(outputs - output, int64_t{kBoth});
+          const uint16_t* const from = (there < kBoth ? last_panel : weight + output * inputs) + k;
+          for (int64_t block = first; block < end; block++) {
+            const int64_t row = block * kBoth, count = least(rows - row, int64_t{kBoth});
+            const bool turns = block + 1 == end && parts == 1;  // to the next panel, which lies behind this one
+            const char* const next = turns ? reinterpret_cast<const char*>(from + kBoth * inputs) : nullptr;
+            float* const sums = all_sums + (parts > 1 ? panel * blocks + block : omp_get_thread_num()) * of_sums;
+            multiply_some(from, inputs, there, here + row * some, count, some, next, k > 0, sums);
+            if (k + some == inputs)
+              put_transposed(sums, bias + output, count, there, out + row * outputs + output, outputs);
+          }
         }
       }
     }
@@ -150,16 +171,7 @@ int multiply_plain(const uint16_t* x, int64_t rows, int64_t inputs, const uint16
   return 0;
 }
 
-int plain(const uint16_t* x, int64_t rows, int64_t inputs, const uint16_t* weight, const float* bias, int64_t outputs,
-          uint16_t* out, int threads) {
-  for (int64_t row = 0; row < rows; row += kRowsAtOnce)
-    if (multiply_plain(x + row * inputs, least(rows - row, kRowsAtOnce), inputs, weight, bias, outputs,
-                       out + row * outputs, threads))
-      return 1;
-  return 0;
-}
-
-// --- a packed weight: its outputs are the pairs -----------------------------------------------------------------------
+// --- x as it lies, the weight in pairs --------------------------------------------------------------------------------
 
 // Stored values of one group and 16 outputs → what they stand for. Their bits become those of a number's fraction: of
 // 128 + value for four bits and 256 + value for eight, which saves a conversion; nothing is rounded before bf16.
@@ -222,12 +234,17 @@ void put_rows(const float* sums, const float* bias, int64_t rows, int64_t output
                                                           _mm512_add_ps(_mm512_loadu_ps(sums), low)));
 }
 
-int packed(const uint16_t* x, int64_t rows, int64_t inputs, const PackedWeight& weight, const float* bias,
-           int64_t outputs, uint16_t* out, int threads) {
+// fill(tile, to) puts 16 outputs' weights into one of the two tiles of each step.
+template <typename Fill>
+int multiply_by_weight(const uint16_t* x, int64_t rows, int64_t inputs, const float* bias, int64_t outputs,
+                       uint16_t* out, int threads, Fill fill) {
   const int64_t panels = (outputs + kBoth - 1) / kBoth, tiles = (outputs + kSide - 1) / kSide;
   const int64_t fit = most(int64_t{1}, kResident / (kBoth * inputs));  // panels that stay in the cache
   const int64_t share = least(fit, panels / (4 * threads) + 1);  // that a thread takes at once
-  const int64_t last = rows % kBoth;
+  const int64_t shares = (panels + share - 1) / share, last = rows % kBoth;
+  // Rows are split too where there are few outputs, but filling is to be worth it.
+  const int64_t parts = least((4 * threads + shares - 1) / shares, (rows + kRowsOfPart - 1) / kRowsOfPart);
+  const int64_t part = rounded_up((rows + parts - 1) / parts, kBoth);
   const Scratch pairs_memory(threads * share * kBoth * inputs * 2), last_memory(last ? kBoth * inputs * 2 : 1);
   if (!pairs_memory.memory || !last_memory.memory) return 1;
   uint16_t* const last_rows = reinterpret_cast<uint16_t*>(last_memory.memory);
@@ -239,18 +256,17 @@ int packed(const uint16_t* x, int64_t rows, int64_t inputs, const PackedWeight& 
                             omp_get_thread_num() * share * kBoth * inputs;
     amx_begin();
 #pragma omp for schedule(dynamic)
-    for (int64_t first = 0; first < panels; first += share) {
-      const int64_t end = least(panels, first + share);
-      for (int64_t tile = 2 * first; tile < least(tiles, 2 * end); tile++) {
-        uint16_t* const to = pairs + (tile / 2 - first) * kBoth * inputs + tile % 2 * kTileValues;
-        weight.int4 ? unpack_pairs<true>(weight, tile, to) : unpack_pairs<false>(weight, tile, to);
-      }
-      for (int64_t row = 0; row < rows; row += kBoth) {
+    for (int64_t task = 0; task < shares * parts; task++) {
+      const int64_t first = task / parts * share, end = least(panels, first + share);
+      const int64_t row_end = least(rows, (task % parts + 1) * part);
+      for (int64_t tile = 2 * first; tile < least(tiles, 2 * end); tile++)
+        fill(tile, pairs + (tile / 2 - first) * kBoth * inputs + tile % 2 * kTileValues);
+      for (int64_t row = task % parts * part; row < row_end; row += kBoth) {
         const int64_t count = least(rows - row, int64_t{kBoth});
         const uint16_t* const from = count < kBoth ? last_rows : x + row * inputs;
         for (int64_t panel = first; panel < end; panel++) {
           const int64_t output = panel * kBoth, there = least(outputs - output, int64_t{kBoth});
-          multiply_some(from, inputs, count, pairs + (panel - first) * kBoth * inputs, there, inputs, nullptr, sums);
+          multiply_some(from, inputs, count, pairs + (panel - first) * kBoth * inputs, there, inputs, nullptr, false, sums);
           put_rows(sums, bias + output, count, there, out + row * outputs + output, outputs);
         }
       }
@@ -258,6 +274,29 @@ int packed(const uint16_t* x, int64_t rows, int64_t inputs, const PackedWeight& 
     amx_end();
   }
   return 0;
+}
+
+// --- what the drivers call --------------------------------------------------------------------------------------------
+
+int plain(const uint16_t* x, int64_t rows, int64_t inputs, const uint16_t* weight, const float* bias, int64_t outputs,
+          uint16_t* out, int threads) {
+  if (rows <= outputs) {
+    for (int64_t row = 0; row < rows; row += kRowsAtOnce)
+      if (multiply_by_x(x + row * inputs, least(rows - row, kRowsAtOnce), inputs, weight, bias, outputs,
+                        out + row * outputs, threads))
+        return 1;
+    return 0;
+  }
+  return multiply_by_weight(x, rows, inputs, bias, outputs, out, threads, [=](int64_t tile, uint16_t* to) {
+    order_rows(weight + tile * kSide * inputs, inputs, least(outputs - tile * kSide, int64_t{kSide}), inputs, to);
+  });
+}
+
+int packed(const uint16_t* x, int64_t rows, int64_t inputs, const PackedWeight& weight, const float* bias,
+           int64_t outputs, uint16_t* out, int threads) {
+  return multiply_by_weight(x, rows, inputs, bias, outputs, out, threads, [&](int64_t tile, uint16_t* to) {
+    weight.int4 ? unpack_pairs<true>(weight, tile, to) : unpack_pairs<false>(weight, tile, to);
+  });
 }
 
 }  // namespace
