@@ -189,18 +189,28 @@ def build_cpu(sources: Path, library: Path, env: Mapping[str, str] = os.environ)
     compiler = next((found for name in names if (found := shutil.which(name, path=env.get("PATH")))), None)
     if compiler is None:
         raise NotBuilt(f"there is no C++ compiler ({', '.join(names)})")
-    files = [
-        (file, flags) for file in sorted(sources.glob("*.cpp")) if (flags := cpu_flags(file.stem, platform.machine()))
-    ]
+    machine = platform.machine()
+    files = [(file, flags) for file in sorted(sources.glob("*.cpp")) if (flags := cpu_flags(file.stem, machine))]
+    if not assembles(compiler, "tilerelease"):  # of binutils before 2.36: the rest of the library does without
+        files = [(file, [*flags, "-DLLAMA_MM_NO_AMX"]) for file, flags in files if not file.stem.endswith("_amx")]
     if not files:
         raise NotBuilt("there are no sources")
     version = run([compiler, "--version"], "--version").splitlines()[0]
     facts = {
         "compiler": version,
-        "archs": sorted({file.stem.rpartition("_")[2] for file, flags in files if len(flags) > 1}),
+        "archs": sorted(
+            {file.stem.rpartition("_")[2] for file, flags in files if any(f.startswith("-m") for f in flags)}
+        ),
     }
     # libgomp.so.1 is not named by a path: the process has torch's loaded by then, and there must be one only.
     return compile_and_link(files, [compiler, *CXX_FLAGS], [compiler, "-shared", "-fopenmp"], library, facts)
+
+
+def assembles(compiler: str, instruction: str) -> bool:
+    """Whether the compiler's assembler knows an instruction, of this machine's kind."""
+    command = [compiler, "-x", "c++", "-c", "-", "-o", os.devnull]
+    source = f'void f() {{ asm volatile("{instruction}"); }}'
+    return subprocess.run(command, input=source, capture_output=True, text=True, check=False).returncode == 0
 
 
 def cpu_flags(stem: str, machine: str) -> list[str] | None:

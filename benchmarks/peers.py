@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from llama_multimodal.ops.linear import has_matrix_unit
+
 Measured = dict[str, dict[str, float]]
 
 
@@ -197,7 +199,7 @@ def write(name: str, results: dict[str, Any], folder: Path | None) -> None:
     about = {
         "device": cpu,
         "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        "capability": torch.backends.cpu.get_cpu_capability() + (" with AMX" if has_matrix_unit() else ""),
         "omp_proc_bind": os.environ.get("OMP_PROC_BIND"),
         "python": platform.python_version(),
         "versions": versions,

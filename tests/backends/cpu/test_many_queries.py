@@ -56,7 +56,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, bias: Tenso
     return scores.softmax(-1) @ v
 
 
-# A task is 96 queries, in sixes or 32s; a block 256 keys, in sixteens, 32s and 64s; the dim is padded to 16 or 32.
+# A task is up to 96 queries in sixes, or up to 256 in 64s; a block 256 keys, in sixteens, 32s and 64s; the dim is padded
+# to 16 or 32.
 SHAPES = [
     (2, 4, 2, 1, 70, 64),
     (1, 1, 1, 16, 1, 1),
@@ -69,6 +70,8 @@ SHAPES = [
     (2, 2, 1, 200, 530, 112),
     (1, 8, 2, 33, 700, 128),
     (1, 5, 5, 20, 300, 200),
+    (1, 1, 1, 20, 70, 300),
+    (1, 13, 13, 700, 300, 48),
 ]
 
 

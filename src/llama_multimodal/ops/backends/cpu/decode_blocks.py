@@ -18,7 +18,7 @@ from ...quantized_blocks import CacheBlocks, QuantizedBlocks, refused_as_8_bits
 from ..operators import define
 from .decode_attention import raise_for, refuses_dtype, refuses_tensors
 from .library import DTYPES, QUANTIZED, functions, strides
-from .packed_linear import LAYOUT, few_rows
+from .packed_linear import LAYOUT, most_rows
 
 _MOST_ROWS = 32  # what lies between the products is one thread's work
 
@@ -40,7 +40,8 @@ def _refuses_blocks(
             return "blocks differ in their heads or in eps"
         if why := _refuses_block(block, x):
             return why
-        most = min(most, *(few_rows(product.weight.format) for product in block.products))
+        sizes = [(product.weight.format, x.dtype, product.weight.shape[1]) for product in block.products]
+        most = min(most, *(most_rows(*size) for size in sizes))
     if not 1 <= len(x) <= most:
         return f"x has {len(x)} rows; takes from 1 to {most}"
     if lengths.shape != x.shape[:1]:

@@ -39,6 +39,7 @@ _SIGNATURES = {  # without the llama_mm_cpu_ that every name begins with
     "bf16_linear": ([_POINTER, _INT, _INT, _SIZE, _POINTER, _POINTER, _INT, _SIZE, _POINTER, _INT], _INT),
     "use_pairs": ([_INT], _INT),
     "has_wide_linear": ([], _INT),
+    "has_tile_linear": ([_INT, _SIZE], _INT),
     "wide_linear": ([_POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _INT, _SIZE, _POINTER, _INT], _INT),
     "has_attention": ([_INT], _INT),
     "attention": (
@@ -126,9 +127,10 @@ def has_wide_linear() -> bool:
     return bool(functions().has_wide_linear())
 
 
+@_dispatch.constant
 def has_tile_linear(inputs: int) -> bool:
-    """Whether there is a kernel for products of bf16 on a matrix unit."""
-    return _instruction_set == "amx" and inputs % 32 == 0
+    """Whether there is a kernel for products of so many bf16 inputs on a matrix unit."""
+    return bool(functions().has_tile_linear(DTYPES[torch.bfloat16], inputs))
 
 
 def use_instruction_set(name: str) -> bool:

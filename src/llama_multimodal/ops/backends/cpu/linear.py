@@ -1,5 +1,5 @@
-"""`linear` on CPUs that multiply bf16 slower than fp32, or not at all: weights are widened in the cache and meet all
-rows there. torch would write an fp32 copy to memory first.
+"""`linear` of bf16 on CPUs with a matrix unit, and on those that multiply bf16 slower than fp32, or not at all: there
+weights are widened in the cache and meet all rows; torch would write an fp32 copy to memory first.
 """
 
 from __future__ import annotations
@@ -53,5 +53,5 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     else:
         failed = functions().wide_linear(x.data_ptr(), *rest)
     if failed:
-        raise MemoryError("linear: no memory for the widened rows of x")
+        raise MemoryError("linear: no memory for the rows of x in order")
     return out

@@ -1,4 +1,5 @@
-"""`packed_linear` on CPUs: few rows read the weight once; many rows take it block by block through torch's product.
+"""`packed_linear` on CPUs: few rows read the weight once; many rows take it block by block through torch's product, or,
+in bf16 where there is AMX, through a kernel for its matrix unit.
 
 Shapes: N outputs · K inputs · G values of a group · T rows of x
 
@@ -10,12 +11,16 @@ to |x| and the weight's root mean square, the sums are off by at most 3e-5 (bf16
 1.6e-3 on average) and 2e-6 (fp32, where torch's own products are off by as much). Every instruction set sums the same
 whole numbers. A row that holds inf or NaN gives NaN. Where 8-bit activations are asked for, x is rounded to those
 instead, and the kernel takes any number of rows.
+
+On a matrix unit, from 8 rows of bf16 on (24 with 8-bit activations), the weight is rounded to bf16 and x stays as it is,
+but for denormals, which count as zeros: as torch does with many rows on any CPU that multiplies bf16.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import sys
 from dataclasses import replace
 
 import torch
@@ -42,6 +47,11 @@ def few_rows(format: str) -> int:
     if format != "bf16":
         return _FEW_INTEGER[instruction_set()]
     return (_FEW_BF16 if cpu_gains_by(torch.bfloat16) else _FEW_WIDENED)[instruction_set()]
+
+
+def most_rows(format: str, dtype: torch.dtype, inputs: int) -> int:
+    """Rows of x in a dtype up to which the kernels are used: few, or any number on a matrix unit."""
+    return sys.maxsize if dtype == torch.bfloat16 and has_tile_linear(inputs) else few_rows(format)
 
 
 @_dispatch.register("prepare_weight", "cpu")
@@ -150,15 +160,15 @@ def cpu_packed_linear(
     inputs = x.shape[-1]
     rows = math.prod(x.shape[:-1])
     no_kernel = x.dtype == torch.float64 or (format != "bf16" and layout == "plain")
-    any_rows = int8_activations or (x.dtype == torch.bfloat16 and has_tile_linear(inputs))
-    if no_kernel or (rows > few_rows(format) and not any_rows):
+    most = most_rows(format, x.dtype, inputs)
+    if no_kernel or (rows > most and not int8_activations):
         packed = PackedWeight(format, (outputs, inputs), values, scales, zeros, group, layout)  # type: ignore[arg-type]
         return _many_rows(x, packed, bias)
     weight = (values, scales, zeros, bias, format, layout, outputs, group, int8_activations)
     if x.dtype not in DTYPES:  # fp16
         return cpu_packed_linear(x.float(), *weight).to(x.dtype)
     x = x.contiguous()
-    if int8_activations and rows > _ROUNDED_AT_ONCE:
+    if int8_activations and rows > most and rows > _ROUNDED_AT_ONCE:
         parts = [cpu_packed_linear(some, *weight) for some in x.view(rows, inputs).split(_ROUNDED_AT_ONCE)]
         return torch.cat(parts).view(*x.shape[:-1], outputs)
     if bias is not None:
@@ -172,7 +182,7 @@ def cpu_packed_linear(
         where = (values.data_ptr(), pointer(scales), pointer(zeros), format == "int4", group)
         failed = functions().packed_linear(*x_in_c, int8_activations, *size, *where, *rest)
     if failed:
-        raise MemoryError("packed_linear: no memory for the rounded rows of x")
+        raise MemoryError("packed_linear: no memory for the rows of x in order")
     return out
 
 

@@ -1,14 +1,15 @@
 // The matrix unit of Intel's processors (AMX): eight registers, each a tile of up to 16 rows of 64 bytes.
 //
-// Written as assembly, which takes no flag of the compiler's: GCC has one since version 11.
+// Written as assembly, which takes no flag of the compiler's: GCC has one since version 11. The assembler is to know it,
+// binutils since 2.36; setup.py asks.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 // c [16, 16] fp32 += a [16, 32] bf16 times b [16 pairs, 16, 2] bf16. Registers are numbers, 0 to 7.
-#define AMX_DOT_BF16(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::: "memory")
-#define AMX_ZERO(c) asm volatile("tilezero %%tmm" #c ::: "memory")
+#define AMX_DOT_BF16(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
+#define AMX_ZERO(c) asm volatile("tilezero %%tmm" #c ::)
 // 16 rows of 64 bytes, `stride` bytes apart.
 #define AMX_LOAD(c, from, stride) \
   asm volatile("tileloadd (%0,%1,1), %%tmm" #c ::"r"(static_cast<const void*>(from)), "r"(int64_t{stride}) : "memory")
@@ -17,7 +18,8 @@
 
 namespace {
 
-// Every register holds a whole tile from now on; before a thread's first tile, and after others may have used them.
+// Every register holds a whole tile from now on; before a thread's first tile, and after others may have used them. What
+// shape they had is lost: torch sets its own anew each time.
 inline void amx_begin() {
   struct alignas(64) {
     uint8_t palette, start_row, reserved[14];

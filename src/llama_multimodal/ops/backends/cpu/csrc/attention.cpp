@@ -99,7 +99,10 @@ int llama_mm_cpu_attention(int dtype, const void* q, const int64_t* q_strides, c
   const Problem p = {q, k, v, out, static_cast<DType>(dtype),
                      {q_strides}, {k_strides}, {v_strides}, {out_strides},
                      heads, kv_heads, queries, keys, dim, causal != 0};
-  const int64_t padded = padded_dim(dim, use.padding), of_task = use.queries * use.groups;
+  const int64_t padded = padded_dim(dim, use.padding);
+  // A few tasks for every thread, if there are so many queries.
+  const int64_t fair = rows * heads * queries / (4 * threads * use.queries);
+  const int64_t of_task = use.queries * most(int64_t{1}, least(fair, int64_t{use.groups}));
   const int64_t padded_keys = rounded_up(keys, kTile), group = heads / kv_heads;
   const int64_t pairs = rows * kv_heads, together = least(pairs, int64_t{threads});  // key heads in order at a time
   const int64_t of_pair = padded_keys * padded, pieces = (queries + of_task - 1) / of_task;

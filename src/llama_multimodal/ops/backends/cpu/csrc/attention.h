@@ -70,11 +70,12 @@ void put_rows(const QueryGroup& group, int64_t count, void* out, int64_t stride)
 struct Attention {
   int bytes;
   int queries;  // Q, of a group
-  int groups;   // that meet each block of keys while it lies in the second cache
+  int groups;   // at most, that meet each block of keys while it lies in the second cache
   int padding;  // Dp is a multiple of it
   void (*order_queries)(const void* q, int64_t stride, int64_t count, int64_t dim, void* out);  // up to Q, and zeros
-  void (*order_keys)(const void* k, int64_t stride, int64_t count, int64_t dim, void* out);    // kTile, or
-  void (*order_values)(const void* v, int64_t stride, int64_t count, int64_t dim, void* out);  // `count` of them
+  // Up to kTile keys, and zeros.
+  void (*order_keys)(const void* k, int64_t stride, int64_t count, int64_t dim, void* out);
+  void (*order_values)(const void* v, int64_t stride, int64_t count, int64_t dim, void* out);
   void (*attend)(const QueryGroup& group, const KeyBlock& block);
   void (*put)(const QueryGroup& group, int64_t count, void* out, int64_t stride);  // what `count` of them got
   void (*begin)() = nullptr;  // what a thread does before and behind its work; or null

@@ -19,6 +19,7 @@ constexpr int kPadding = 32;  // a product sums 32 inputs
 constexpr int kSide = 16;     // of a tile
 constexpr int kHalf = 32;     // queries
 constexpr int kSome = 128;    // keys whose scores are softened together
+static_assert(kTile == 2 * kHalf && llama_mm::kKeys % kSome == 0 && kTile % 32 == 0, "what goes together");
 constexpr int64_t kRow = kHalf * sizeof(float);  // bytes of scores or sums of half the queries
 
 // Queries → [Q/16, Dp/2, 16, 2].
@@ -162,10 +163,13 @@ INLINE void soften(float* scores, int keys, float scale, float* max, float* sum,
         for (int odd = 0; odd < 2; odd++)
           tops[odd] = _mm512_max_ps(_mm512_loadu_ps(scores + (i + odd) * kHalf), tops[odd]);
     }
-    const __m512 before = _mm512_loadu_ps(max + t);
-    const __m512 top = _mm512_max_ps(_mm512_mul_ps(_mm512_max_ps(tops[0], tops[1]), times), before);
+    const __m512 before = _mm512_loadu_ps(max + t), here = _mm512_mul_ps(_mm512_max_ps(tops[0], tops[1]), times);
+    const __m512 top = _mm512_max_ps(_mm512_max_ps(here, hidden), before);
     const __mmask16 some = _mm512_cmp_ps_mask(top, _mm512_set1_ps(kHidden), _CMP_GT_OQ);
-    const __m512 down = _mm512_maskz_mov_ps(some, top), factor = exp2_below(_mm512_sub_ps(before, down));
+    const __m512 down = _mm512_maskz_mov_ps(some, top);
+    // Exactly 1 where the largest stays, or old sums would grow from part to part.
+    const __mmask16 stays = _mm512_cmp_ps_mask(before, down, _CMP_EQ_OQ);
+    const __m512 factor = _mm512_mask_mov_ps(exp2_below(_mm512_sub_ps(before, down)), stays, _mm512_set1_ps(1.0f));
     __m512 totals[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int key = 0; key < keys; key += 16) {
       work.step();

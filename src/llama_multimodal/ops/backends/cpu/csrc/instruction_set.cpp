@@ -31,11 +31,10 @@ extern const WideProduct kWideProductAvx2;
 namespace {
 
 #if defined(__x86_64__)
-// Whether there is a matrix unit for bf16 and int8, and the kernel lets this process use it: that is asked for once, and
-// holds for all of its threads.
+// Whether there is a matrix unit for bf16, and the kernel lets this process use it, for which it wants to be asked.
 bool may_use_amx() {
-#if defined(__linux__)
-  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTiles | kInt8;
+#if defined(__linux__) && !defined(LLAMA_MM_NO_AMX)
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24, kAll = kBf16 | kTiles;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAll) == kAll && __builtin_cpu_supports("avx512bf16") &&
@@ -46,11 +45,15 @@ bool may_use_amx() {
 }
 
 // AVX-512 with a matrix unit for products of many rows.
-const Kernels kAmx = [] {
-  Kernels table = kAvx512;
-  table.name = "amx";
-  return table;
-}();
+const Kernels* amx() {
+  static const Kernels table = [] {
+    Kernels named = kAvx512;
+    named.name = "amx";
+    named.matrix_unit = true;
+    return named;
+  }();
+  return &table;
+}
 #endif
 
 const Kernels* find(const char* name) {  // a null name: the best
@@ -61,7 +64,7 @@ const Kernels* find(const char* name) {  // a null name: the best
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
-  if (wanted("amx") && avx512 && may_use_amx()) return &kAmx;
+  if (wanted("amx") && avx512 && may_use_amx()) return amx();
   if (wanted("avx512") && avx512) return &kAvx512;
   if (wanted("avx2") && avx2) return &kAvx2;
 #endif
@@ -79,6 +82,8 @@ const Kernels*& chosen() {
 }
 
 #if defined(__x86_64__)
+bool uses_avx512() { return chosen() == &kAvx512 || chosen()->matrix_unit; }
+
 // Whether products of bf16 pairs are used. Intel's processors start one in two cycles, half the rate of fp32 (measured
 // on Emerald Rapids); AMD's start one or two a cycle.
 bool pairs_are_fast() { return __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_is("intel"); }
@@ -95,9 +100,11 @@ const Kernels* kernels() { return chosen(); }
 
 const Attention* attention(DType dtype) {
 #if defined(__x86_64__)
-  if (chosen() == &kAmx && dtype == kBFloat16) return &kAttentionAmx;
+#if !defined(LLAMA_MM_NO_AMX)
+  if (chosen()->matrix_unit && dtype == kBFloat16) return &kAttentionAmx;
+#endif
   if (chosen() == &kAvx512 && dtype == kBFloat16 && multiplies_pairs()) return &kPairsAvx512;
-  if (chosen() == &kAmx || chosen() == &kAvx512) return &kFp32AttentionAvx512[dtype];
+  if (uses_avx512()) return &kFp32AttentionAvx512[dtype];
   if (chosen() == &kAvx2) return &kFp32AttentionAvx2[dtype];
 #endif
   return nullptr;
@@ -105,15 +112,15 @@ const Attention* attention(DType dtype) {
 
 const WideProduct* wide_product() {
 #if defined(__x86_64__)
-  if (chosen() == &kAmx || chosen() == &kAvx512) return &kWideProductAvx512;
+  if (uses_avx512()) return &kWideProductAvx512;
   if (chosen() == &kAvx2) return &kWideProductAvx2;
 #endif
   return nullptr;
 }
 
 const TileLinear* tile_linear(DType x, int64_t inputs) {
-#if defined(__x86_64__)
-  if (chosen() == &kAmx && x == kBFloat16 && inputs % 32 == 0) return &kTileLinearAmx;
+#if defined(__x86_64__) && !defined(LLAMA_MM_NO_AMX)
+  if (chosen()->matrix_unit && x == kBFloat16 && inputs > 0 && inputs % 32 == 0) return &kTileLinearAmx;
 #endif
   return nullptr;
 }
@@ -126,6 +133,11 @@ extern "C" {
 const char* llama_mm_cpu_instruction_set() {
   const llama_mm::Kernels* table = llama_mm::kernels();
   return table ? table->name : nullptr;
+}
+
+// Whether linear layers of many rows have a matrix unit.
+int llama_mm_cpu_has_tile_linear(int dtype, int64_t inputs) {
+  return llama_mm::tile_linear(static_cast<llama_mm::DType>(dtype), inputs) != nullptr;
 }
 
 // Use another one from now on; 1 where this machine or this build does not have it. For tests: not while kernels run.

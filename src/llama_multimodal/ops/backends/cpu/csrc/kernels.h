@@ -101,6 +101,7 @@ struct Kernels {
                    float* sums);
   void (*attend[4])(const Run& run, const Softmax& state);  // by the dtype of the cache
   Elementwise elementwise[2];  // by dtype
+  bool matrix_unit = false;    // there is one besides, for products of many bf16 rows
 };
 
 // The table in use, or null where LLAMA_MM_CPU_ISA names what this machine does not have.

@@ -163,7 +163,9 @@ int llama_mm_cpu_wide_linear(const uint16_t* x, int64_t rows, int64_t inputs, co
                              int bias_dtype, int64_t outputs, uint16_t* out, int threads) {
   if (const TileLinear* tiles = tile_linear(kBFloat16, inputs)) {
     const Bias added(bias, bias_dtype, outputs, rounded_up(outputs, 32));
-    return !added.values || tiles->plain(x, rows, inputs, weight, added.values, outputs, out, threads);
+    const int64_t bytes = outputs * inputs * 2 * (1 + rows / 32);  // or as much work
+    return !added.values || tiles->plain(x, rows, inputs, weight, added.values, outputs, out,
+                                         useful_threads(threads, bytes));
   }
   const WideProduct& use = *wide_product();
   const Bias added(bias, bias_dtype, outputs, rounded_up(outputs, use.outputs));

@@ -1,4 +1,5 @@
-// Products of many rows with a bf16 weight in fp32: what an instruction set provides, and the driver (linear.cpp) uses.
+// Linear layers of many rows: in fp32 products with a bf16 weight, and on a matrix unit. What an instruction set provides,
+// and the drivers (linear.cpp, packed_linear.cpp) use.
 //
 // Shapes: K inputs · O outputs that are computed together
 #pragma once
@@ -25,13 +26,14 @@ struct WideProduct {
 // What the instruction set in use has, or null.
 const WideProduct* wide_product();
 
-// Linear layers on a matrix unit: x: bf16 [T, K], K a multiple of 32; bias: fp32 [N], N rounded up to 32; out: bf16
+// Linear layers on a matrix unit: x: bf16 [T, K], T, N and K at least 1, K a multiple of 32; bias: fp32 [N], N rounded up to 32; out: bf16
 // [T, N]. 0, or 1 where there is no memory.
 struct TileLinear {
   int least_plain;  // rows from which on it is the faster one
   int (*plain)(const uint16_t* x, int64_t rows, int64_t inputs, const uint16_t* weight, const float* bias,
                int64_t outputs, uint16_t* out, int threads);  // weight: bf16 [N, K]
   int least_packed;
+  int least_rounded;  // of a packed weight, where x would be rounded to 8 bits otherwise
   int (*packed)(const uint16_t* x, int64_t rows, int64_t inputs, const PackedWeight& weight, const float* bias,
                 int64_t outputs, uint16_t* out, int threads);
 };

@@ -23,10 +23,14 @@ constexpr int kSide = 16;  // of a tile
 constexpr int kBoth = 32;  // rows of either factor at a time
 constexpr int kStep = 32;  // inputs of one product
 constexpr int64_t kTileValues = kSide * kStep;
-constexpr int64_t kResident = int64_t{1} << 19;  // values that stay in the second cache: 1 MB
-constexpr int64_t kBlocksTogether = 8;           // of 32 rows of x that should
-constexpr int64_t kRowsAtOnce = 1024;            // of x that are in pairs at a time
-constexpr int64_t kRowsOfPart = 256;             // of x at least, for which a weight is put into pairs
+constexpr int64_t kResident = int64_t{1} << 19;  // values that stay in the second cache: 1 MB, half of it on such CPUs
+constexpr int64_t kBlocksTogether = 8;           // of 32 rows of x that should stay there together
+constexpr int64_t kInputsTogether = 512;         // of 16 rows that a thread puts into pairs
+constexpr int64_t kRowsAtOnce = 1024;            // of x that are in pairs at a time, if their sums are no more than
+constexpr int64_t kMostSums = int64_t{1} << 22;  // these: 16 MB; but kLeastAtOnce
+constexpr int64_t kLeastAtOnce = 256;
+constexpr int64_t kRowsOfPart = 256;             // of x, for which a weight is put into pairs again
+constexpr int64_t kFewRowsOfPart = 64;           // where threads had nothing to do otherwise
 
 // sums [32, 32] = rows [16·ROWS, K] at a stride times pairs [K/32, 2, 16, 16, 2], of which PAIRS of the two are used;
 // or are added to. ahead: what is read next, or null; as much as the rows.
@@ -125,10 +129,11 @@ int multiply_by_x(const uint16_t* x, int64_t rows, int64_t inputs, const uint16_
   const int64_t blocks = (rows + kBoth - 1) / kBoth, panels = (outputs + kBoth - 1) / kBoth;
   const int64_t fit = most(kResident / (kBoth * least(blocks, kBlocksTogether)), int64_t{kStep});
   const int64_t parts = (inputs + fit - 1) / fit, of_part = rounded_up((inputs + parts - 1) / parts, kStep);
-  const int64_t chunk = most(int64_t{1}, least(blocks, kResident / (kBoth * of_part)));  // blocks that stay in the cache
-  const int64_t chunks = (blocks + chunk - 1) / chunk;
   const int64_t share = panels / (8 * threads) + 1;  // panels that a thread takes at once
   const int64_t shares = (panels + share - 1) / share, last = outputs % kBoth, of_sums = kBoth * kBoth;
+  const int64_t resident = kResident / (kBoth * of_part), fair = blocks * shares / (2 * threads);
+  const int64_t chunk = most(int64_t{1}, least(blocks, least(resident, fair)));  // blocks that stay in the cache
+  const int64_t chunks = (blocks + chunk - 1) / chunk;
   const Scratch pairs_memory(blocks * kBoth * inputs * 2), last_memory(last ? kBoth * inputs * 2 : 1);
   const Scratch sums_memory((parts > 1 ? panels * blocks : threads) * of_sums * 4);
   if (!pairs_memory.memory || !last_memory.memory || !sums_memory.memory) return 1;
@@ -142,11 +147,12 @@ int multiply_by_x(const uint16_t* x, int64_t rows, int64_t inputs, const uint16_
     for (int64_t k = 0; k < inputs; k += of_part) {
       const int64_t some = least(inputs - k, of_part);
       uint16_t* const here = pairs + k * blocks * kBoth;  // [blocks, some/32, 2, 16, 16, 2]
-#pragma omp for schedule(static)
-      for (int64_t tile = 0; tile < 2 * blocks; tile++)
-        if (tile * kSide < rows)
-          order_rows(x + tile * kSide * inputs + k, inputs, least(rows - tile * kSide, int64_t{kSide}), some,
-                     here + tile / 2 * kBoth * some + tile % 2 * kTileValues);
+#pragma omp for schedule(static) collapse(2)
+      for (int64_t tile = 0; tile < (rows + kSide - 1) / kSide; tile++)
+        for (int64_t from = 0; from < some; from += kInputsTogether)
+          order_rows(x + tile * kSide * inputs + k + from, inputs, least(rows - tile * kSide, int64_t{kSide}),
+                     least(some - from, kInputsTogether),
+                     here + (tile / 2 * some + from) * kBoth + tile % 2 * kTileValues);
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < chunks * shares; task++) {
         const int64_t first = task / shares * chunk, end = least(blocks, first + chunk);
@@ -243,8 +249,10 @@ int multiply_by_weight(const uint16_t* x, int64_t rows, int64_t inputs, const fl
   const int64_t share = least(fit, panels / (4 * threads) + 1);  // that a thread takes at once
   const int64_t shares = (panels + share - 1) / share, last = rows % kBoth;
   // Rows are split too where there are few outputs, but filling is to be worth it.
-  const int64_t parts = least((4 * threads + shares - 1) / shares, (rows + kRowsOfPart - 1) / kRowsOfPart);
-  const int64_t part = rounded_up((rows + parts - 1) / parts, kBoth);
+  const bool few = shares * ((rows + kRowsOfPart - 1) / kRowsOfPart) < threads;
+  const int64_t wanted = (4 * threads + shares - 1) / shares, of_part = few ? kFewRowsOfPart : kRowsOfPart;
+  const int64_t part = rounded_up(most(of_part, (rows + wanted - 1) / wanted), kBoth);
+  const int64_t parts = (rows + part - 1) / part;
   const Scratch pairs_memory(threads * share * kBoth * inputs * 2), last_memory(last ? kBoth * inputs * 2 : 1);
   if (!pairs_memory.memory || !last_memory.memory) return 1;
   uint16_t* const last_rows = reinterpret_cast<uint16_t*>(last_memory.memory);
@@ -281,8 +289,10 @@ int multiply_by_weight(const uint16_t* x, int64_t rows, int64_t inputs, const fl
 int plain(const uint16_t* x, int64_t rows, int64_t inputs, const uint16_t* weight, const float* bias, int64_t outputs,
           uint16_t* out, int threads) {
   if (rows <= outputs) {
-    for (int64_t row = 0; row < rows; row += kRowsAtOnce)
-      if (multiply_by_x(x + row * inputs, least(rows - row, kRowsAtOnce), inputs, weight, bias, outputs,
+    const int64_t most_rows = least(kRowsAtOnce, most(kLeastAtOnce, kMostSums / outputs / kBoth * kBoth));
+    const int64_t times = (rows + most_rows - 1) / most_rows, at_once = rounded_up((rows + times - 1) / times, kBoth);
+    for (int64_t row = 0; row < rows; row += at_once)
+      if (multiply_by_x(x + row * inputs, least(rows - row, at_once), inputs, weight, bias, outputs,
                         out + row * outputs, threads))
         return 1;
     return 0;
@@ -302,5 +312,5 @@ int packed(const uint16_t* x, int64_t rows, int64_t inputs, const PackedWeight& 
 }  // namespace
 
 namespace llama_mm {
-extern const TileLinear kTileLinearAmx = {5, plain, 8, packed};
+extern const TileLinear kTileLinearAmx = {5, plain, 8, 24, packed};
 }

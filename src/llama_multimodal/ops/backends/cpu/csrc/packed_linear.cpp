@@ -1,4 +1,4 @@
-// packed_linear of few rows, and a packed weight's tiles back to values: the work is shared out over the outputs, and
+// packed_linear of few rows, or of any number on a matrix unit, and a packed weight's tiles back to values: the work is shared out over the outputs, and
 // an output's weights are read from memory once, however many rows x has.
 //
 // Shapes: N outputs · K inputs · T rows of x
@@ -14,7 +14,6 @@ namespace {
 using namespace llama_mm;
 
 constexpr int64_t kWidened = 1024;  // inputs of x that are widened to fp32 together; whole blocks
-constexpr int64_t kBytesPerThread = 1 << 15;  // less than this of a weight is not worth waking another thread
 
 struct Output {
   void* out;  // [T, N], contiguous, in x's dtype
@@ -33,10 +32,6 @@ struct Output {
     }
   }
 };
-
-int useful_threads(int threads, int64_t bytes) {
-  return static_cast<int>(least(bytes / kBytesPerThread + 1, int64_t{threads}));
-}
 
 // How many pieces of work a thread takes at once: a thread that is held up leaves the rest to the others.
 int64_t share(int64_t pieces, int threads) { return pieces / (16 * threads) + 1; }
@@ -64,8 +59,8 @@ struct Panels {
 
 extern "C" {
 
-// 0, or 1 where there is no memory. x: [T, K], rounded to 8 bits or as its dtype wants; out: [T, N]; see PackedWeight
-// for the weight.
+// 0, or 1 where there is no memory. x: [T, K], rounded to 8 bits (unless a matrix unit is faster without) or as its dtype
+// wants; out: [T, N]; see PackedWeight for the weight.
 int llama_mm_cpu_packed_linear(const void* x, int dtype, int to_8_bits, int rows, int64_t inputs,
                                const uint8_t* values, const uint16_t* scales, const uint8_t* zeros, int int4,
                                int64_t group, const void* bias, int bias_dtype, int64_t outputs, void* out,
@@ -74,11 +69,13 @@ int llama_mm_cpu_packed_linear(const void* x, int dtype, int to_8_bits, int rows
   const DType type = static_cast<DType>(dtype);
   const int64_t blocks = inputs / kBlock, tiles = (outputs + kTileRows - 1) / kTileRows;
   const PackedWeight weight = {values, scales, zeros, blocks, group / kBlock, int4 != 0};
+  if (rows == 0 || outputs == 0) return 0;
   const TileLinear* const unit = tile_linear(type, inputs);
-  if (unit && rows >= unit->least_packed && !to_8_bits) {
+  if (unit && rows >= (to_8_bits ? unit->least_rounded : unit->least_packed)) {
     const Bias added(bias, bias_dtype, outputs, rounded_up(outputs, 32));
+    const int64_t bytes = outputs * inputs * (1 + rows / 32);  // or as much work
     return !added.values || unit->packed(static_cast<const uint16_t*>(x), rows, inputs, weight, added.values, outputs,
-                                         static_cast<uint16_t*>(out), threads);
+                                         static_cast<uint16_t*>(out), useful_threads(threads, bytes));
   }
   const Output output = {out, type, bias, static_cast<DType>(bias_dtype), outputs};
   const Rounding rounding = to_8_bits ? kTo8Bits : static_cast<Rounding>(type);
@@ -127,6 +124,7 @@ int llama_mm_cpu_bf16_linear(const void* x, int dtype, int rows, int64_t inputs,
   const Kernels& use = *kernels();
   const DType type = static_cast<DType>(dtype);
   const TileLinear* const unit = tile_linear(type, inputs);
+  if (rows == 0 || outputs == 0) return 0;
   if (unit && rows >= unit->least_plain)
     return llama_mm_cpu_wide_linear(static_cast<const uint16_t*>(x), rows, inputs, weight, bias, bias_dtype, outputs,
                                     static_cast<uint16_t*>(out), threads);

@@ -1,4 +1,4 @@
-// What the drivers share: one value of a tensor, to and from fp32, and whole numbers.
+// What the drivers share: one value of a tensor, to and from fp32, whole numbers, and how many threads are worth it.
 #pragma once
 
 #include <cstring>
@@ -18,6 +18,11 @@ T most(T a, T b) {
   return a > b ? a : b;
 }
 inline int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+constexpr int64_t kBytesPerThread = 1 << 15;  // less than this of a weight is not worth waking another thread
+inline int useful_threads(int threads, int64_t bytes) {
+  return static_cast<int>(least(bytes / kBytesPerThread + 1, int64_t{threads}));
+}
 
 inline int bytes_of(llama_mm::DType dtype) {
   return dtype == llama_mm::kFloat32 ? 4 : dtype == llama_mm::kBFloat16 ? 2 : 1;
