@@ -198,9 +198,7 @@ def build_cpu(sources: Path, library: Path, env: Mapping[str, str] = os.environ)
     version = run([compiler, "--version"], "--version").splitlines()[0]
     facts = {
         "compiler": version,
-        "archs": sorted(
-            {file.stem.rpartition("_")[2] for file, flags in files if any(f.startswith("-m") for f in flags)}
-        ),
+        "archs": sorted({ending for file, _ in files if (ending := file.stem.rpartition("_")[2]) in X86}),
     }
     # libgomp.so.1 is not named by a path: the process has torch's loaded by then, and there must be one only.
     return compile_and_link(files, [compiler, *CXX_FLAGS], [compiler, "-shared", "-fopenmp"], library, facts)

@@ -82,8 +82,8 @@ def pack(model: LanguageModel, packing: Packing | Format) -> LanguageModel:
 
 def use_int8_activations(model: LanguageModel) -> LanguageModel:
     """Round what goes into the int8 and int4 layers to 8 bits too ("W8A8", "W4A8"), token by token and 32 inputs at a
-    time (`ops.round_activations`), which is faster on a CPU; with AMX, 24 rows of bf16 and more are not rounded, which is
-    faster there. A choice of this run: files do not hold it.
+    time (`ops.round_activations`), which is faster on a CPU; with AMX, 24 rows of bf16 and more are not rounded, which
+    is faster there. A choice of this run: files do not hold it.
 
     Raises:
         ConfigError: no layer has int8 or int4 weights, or their groups do not go with it.

@@ -56,8 +56,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, bias: Tenso
     return scores.softmax(-1) @ v
 
 
-# A task is up to 96 queries in sixes, or up to 256 in 64s; a block 256 keys, in sixteens, 32s and 64s; the dim is padded
-# to 16 or 32.
+# A task is up to 96 queries in sixes, or up to 256 in 64s; a block 256 keys, in sixteens, 32s and 64s; the dim is
+# padded to 16 or 32.
 SHAPES = [
     (2, 4, 2, 1, 70, 64),
     (1, 1, 1, 16, 1, 1),

@@ -1,4 +1,5 @@
-"""Kernels in C++ for CPUs: AVX-512 with VNNI, with AMX besides or not, AVX2, or neither, chosen when the library is loaded.
+"""Kernels in C++ for CPUs: AVX-512 with VNNI, with AMX besides or not, AVX2, or neither, chosen when the library is
+loaded.
 
 `LLAMA_MM_CPU_ISA` = amx, avx512, avx2 or plain asks for one of them.
 """

@@ -12,8 +12,8 @@ to |x| and the weight's root mean square, the sums are off by at most 3e-5 (bf16
 whole numbers. A row that holds inf or NaN gives NaN. Where 8-bit activations are asked for, x is rounded to those
 instead, and the kernel takes any number of rows.
 
-On a matrix unit, from 8 rows of bf16 on (24 with 8-bit activations), the weight is rounded to bf16 and x stays as it is,
-but for denormals, which count as zeros: as torch does with many rows on any CPU that multiplies bf16.
+On a matrix unit, from 8 rows of bf16 on (24 with 8-bit activations), the weight is rounded to bf16 and x stays as it
+is, but for denormals, which count as zeros: as torch does with many rows on any CPU that multiplies bf16.
 """
 
 from __future__ import annotations
