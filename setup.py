@@ -189,13 +189,13 @@ def build_cpu(sources: Path, library: Path, env: Mapping[str, str] = os.environ)
     compiler = next((found for name in names if (found := shutil.which(name, path=env.get("PATH")))), None)
     if compiler is None:
         raise NotBuilt(f"there is no C++ compiler ({', '.join(names)})")
+    version = run([compiler, "--version"], "--version").splitlines()[0]
     machine = platform.machine()
     files = [(file, flags) for file in sorted(sources.glob("*.cpp")) if (flags := cpu_flags(file.stem, machine))]
     if not assembles(compiler, "tilerelease"):  # of binutils before 2.36: the rest of the library does without
         files = [(file, [*flags, "-DLLAMA_MM_NO_AMX"]) for file, flags in files if not file.stem.endswith("_amx")]
     if not files:
         raise NotBuilt("there are no sources")
-    version = run([compiler, "--version"], "--version").splitlines()[0]
     facts = {
         "compiler": version,
         "archs": sorted({ending for file, _ in files if (ending := file.stem.rpartition("_")[2]) in X86}),

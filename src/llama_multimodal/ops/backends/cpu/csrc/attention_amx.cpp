@@ -61,26 +61,12 @@ struct Scores {
   // One step; false where none is left.
   INLINE bool step() {
     if (left <= 0) return false;
-    if (d == 0) {
-      AMX_ZERO(0);
-      AMX_ZERO(1);
-      AMX_ZERO(2);
-      AMX_ZERO(3);
-    }
-    AMX_LOAD(6, keys + d, padded * 2);
-    AMX_LOAD(4, q + d * kSide, 64);
-    AMX_DOT_BF16(0, 6, 4);
-    AMX_LOAD(5, q + (padded + d) * kSide, 64);
-    AMX_DOT_BF16(1, 6, 5);
-    AMX_LOAD(7, keys + padded * kSide + d, padded * 2);
-    AMX_DOT_BF16(2, 7, 4);
-    AMX_DOT_BF16(3, 7, 5);
+    if (d == 0) amx_zero_sums();
+    amx_add_products(keys + d, keys + padded * kSide + d, padded * 2, q + d * kSide, q + (padded + d) * kSide, 64, true,
+                     true);
     d += 32;
     if (d < padded) return true;
-    AMX_STORE(0, scores, kRow);
-    AMX_STORE(1, scores + kSide, kRow);
-    AMX_STORE(2, scores + kSide * kHalf, kRow);
-    AMX_STORE(3, scores + kSide * kHalf + kSide, kRow);
+    amx_store_sums(scores, kRow, true, true);
     d = 0, left -= 32, keys += 32 * padded, scores += 32 * kHalf;
     return true;
   }
@@ -100,35 +86,13 @@ struct Values {
   INLINE bool step() {
     if (left <= 0) return false;
     const bool both = left > kSide;
-    float* const below = acc + kSide * kHalf;
-    if (key == 0) {
-      AMX_LOAD(0, acc, kRow);
-      AMX_LOAD(1, acc + kSide, kRow);
-      if (both) {
-        AMX_LOAD(2, below, kRow);
-        AMX_LOAD(3, below + kSide, kRow);
-      }
-    }
+    if (key == 0) amx_load_sums(acc, kRow, true, both);
     const uint16_t* const from = values + key * padded;
     const float* const pairs = weights + key * kHalf;
-    AMX_LOAD(6, from, 64);
-    AMX_LOAD(4, pairs, 2 * kRow);
-    AMX_DOT_BF16(0, 6, 4);
-    AMX_LOAD(5, pairs + kSide, 2 * kRow);
-    AMX_DOT_BF16(1, 6, 5);
-    if (both) {
-      AMX_LOAD(7, from + kSide * 32, 64);
-      AMX_DOT_BF16(2, 7, 4);
-      AMX_DOT_BF16(3, 7, 5);
-    }
+    amx_add_products(from, from + kSide * 32, 64, pairs, pairs + kSide, 2 * kRow, true, both);
     key += 32;
     if (key < keys) return true;
-    AMX_STORE(0, acc, kRow);
-    AMX_STORE(1, acc + kSide, kRow);
-    if (both) {
-      AMX_STORE(2, below, kRow);
-      AMX_STORE(3, below + kSide, kRow);
-    }
+    amx_store_sums(acc, kRow, true, both);
     key = 0, left -= 2 * kSide, acc += 2 * kSide * kHalf, values += 2 * kSide * 32;
     return true;
   }

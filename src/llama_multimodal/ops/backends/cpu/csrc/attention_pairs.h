@@ -9,7 +9,6 @@
 #include <cmath>
 
 #include "attention.h"
-#include "interleave.h"
 #include "pairs.h"
 #include "vec.h"
 
@@ -24,13 +23,8 @@ INLINE void order_pairs_of_inputs(const void* from, int64_t stride, int64_t coun
   const uint16_t* rows = static_cast<const uint16_t*>(from);
   uint16_t* out = static_cast<uint16_t*>(to);
   for (int64_t first = 0; first < kTile; first += 16, out += 16 * padded)
-    for (int64_t d = 0; d < padded; d += 32) {
-      __m512i x[16];
-      for (int64_t row = first; row < first + 16; row++)
-        x[row - first] = row < count ? load_32(rows + row * stride, d, dim) : _mm512_setzero_si512();
-      transpose(x);
-      for (int64_t i = 0; i < 16 && d + 2 * i < padded; i++) _mm512_storeu_si512(out + (d / 2 + i) * 32, x[i]);
-    }
+    for (int64_t d = 0; d < padded; d += 32)
+      order_pairs(rows + first * stride, stride, count - first, d, dim, (padded - d) / 2, out + d * 16);
 }
 
 // The values of keys `key` and the one behind it, of 16 inputs from d on: [16, 2]; zeros where there is none.

@@ -26,8 +26,8 @@ struct WideProduct {
 // What the instruction set in use has, or null.
 const WideProduct* wide_product();
 
-// Linear layers on a matrix unit: x: bf16 [T, K], T, N and K at least 1, K a multiple of 32; bias: fp32 [N], N rounded up to 32; out: bf16
-// [T, N]. 0, or 1 where there is no memory.
+// Linear layers on a matrix unit: x: bf16 [T, K], T, N and K at least 1, K a multiple of 32; bias: fp32 [N], N rounded up
+// to 32; out: bf16 [T, N]. 0, or 1 where there is no memory.
 struct TileLinear {
   int least_plain;  // rows from which on it is the faster one
   int (*plain)(const uint16_t* x, int64_t rows, int64_t inputs, const uint16_t* weight, const float* bias,

@@ -9,7 +9,6 @@
 #include <omp.h>
 
 #include "amx.h"
-#include "interleave.h"
 #include "linear.h"
 #include "pairs.h"
 #include "scalar.h"
@@ -38,40 +37,19 @@ template <int ROWS, int PAIRS>
 INLINE void multiply(const uint16_t* rows, int64_t stride, const uint16_t* pairs, int64_t inputs, const char* ahead,
                      bool add, float* sums) {
   constexpr int64_t row = kBoth * sizeof(float);
-  if (add) {
-    AMX_LOAD(0, sums, row);
-    if (PAIRS == 2) AMX_LOAD(1, sums + kSide, row);
-    if (ROWS == 2) AMX_LOAD(2, sums + kSide * kBoth, row);
-    if (ROWS == 2 && PAIRS == 2) AMX_LOAD(3, sums + kSide * kBoth + kSide, row);
-  } else {
-    AMX_ZERO(0);
-    AMX_ZERO(1);
-    AMX_ZERO(2);
-    AMX_ZERO(3);
-  }
+  if (add)
+    amx_load_sums(sums, row, PAIRS == 2, ROWS == 2);
+  else
+    amx_zero_sums();
   const uint16_t* const below = rows + kSide * stride;
   for (int64_t k = 0; k < inputs; k += kStep, pairs += 2 * kTileValues) {
     if (ahead) {
       for (int line = 0; line < ROWS * kSide; line++) __builtin_prefetch(ahead + line * 64, 0, 2);
       ahead += ROWS * kSide * 64;
     }
-    AMX_LOAD(6, pairs, 64);
-    AMX_LOAD(4, rows + k, stride * 2);
-    AMX_DOT_BF16(0, 4, 6);
-    if (PAIRS == 2) {
-      AMX_LOAD(7, pairs + kTileValues, 64);
-      AMX_DOT_BF16(1, 4, 7);
-    }
-    if (ROWS == 2) {
-      AMX_LOAD(5, below + k, stride * 2);
-      AMX_DOT_BF16(2, 5, 6);
-      if (PAIRS == 2) AMX_DOT_BF16(3, 5, 7);
-    }
+    amx_add_products(rows + k, below + k, stride * 2, pairs, pairs + kTileValues, 64, PAIRS == 2, ROWS == 2);
   }
-  AMX_STORE(0, sums, row);
-  if (PAIRS == 2) AMX_STORE(1, sums + kSide, row);
-  if (ROWS == 2) AMX_STORE(2, sums + kSide * kBoth, row);
-  if (ROWS == 2 && PAIRS == 2) AMX_STORE(3, sums + kSide * kBoth + kSide, row);
+  amx_store_sums(sums, row, PAIRS == 2, ROWS == 2);
 }
 
 // Up to 32 of either.
@@ -87,13 +65,8 @@ INLINE __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~0u : (1u << 
 
 // Up to 16 rows, at a stride → one of the two tiles of each step of pairs.
 void order_rows(const uint16_t* x, int64_t stride, int64_t count, int64_t inputs, uint16_t* out) {
-  for (int64_t k = 0; k < inputs; k += kStep, out += 2 * kTileValues) {
-    __m512i rows[kSide];
-    for (int64_t t = 0; t < kSide; t++)
-      rows[t] = t < count ? _mm512_loadu_si512(x + t * stride + k) : _mm512_setzero_si512();
-    transpose(rows);
-    for (int64_t i = 0; i < kSide; i++) _mm512_storeu_si512(out + i * 2 * kSide, rows[i]);
-  }
+  for (int64_t k = 0; k < inputs; k += kStep, out += 2 * kTileValues)
+    order_pairs(x, stride, count, k, inputs, kSide, out);
 }
 
 // Rows that are there, then zeros up to 32: [32, K].
@@ -274,7 +247,8 @@ int multiply_by_weight(const uint16_t* x, int64_t rows, int64_t inputs, const fl
         const uint16_t* const from = count < kBoth ? last_rows : x + row * inputs;
         for (int64_t panel = first; panel < end; panel++) {
           const int64_t output = panel * kBoth, there = least(outputs - output, int64_t{kBoth});
-          multiply_some(from, inputs, count, pairs + (panel - first) * kBoth * inputs, there, inputs, nullptr, false, sums);
+          const uint16_t* const with = pairs + (panel - first) * kBoth * inputs;
+          multiply_some(from, inputs, count, with, there, inputs, nullptr, false, sums);
           put_rows(sums, bias + output, count, there, out + row * outputs + output, outputs);
         }
       }
