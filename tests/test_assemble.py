@@ -324,6 +324,7 @@ def test_pixel_shuffle_wants_squares(naflex: Path, text: Callable[..., Path]) ->
 # --- real weights ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fifty_steps_teach_a_real_text_model_to_see() -> None:
     """SmolLM2-135M and a random SigLIP: only what is new learns, the loss falls, and pictures are told apart."""
     pytest.importorskip("gguf")

@@ -23,6 +23,7 @@ def run(*arguments: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_op_is_measured_beside_its_peers(tmp_path: Path) -> None:
     text = run("--device", "cpu", "--quick", "--repeats", "2", "--seconds", "1000", "--output", tmp_path)

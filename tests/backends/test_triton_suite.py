@@ -28,12 +28,13 @@ def why_not() -> str | None:
 
 @pytest.mark.first
 @pytest.mark.timeout(1800)
-def test_the_triton_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_the_triton_kernels_in_the_interpreter(marked: str) -> None:
     if why := why_not():
         pytest.skip(why)
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "--timeout=900", str(FOLDER)]
-    run = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "--timeout=900", "-m", marked]
+    run = subprocess.run([*command, str(FOLDER)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output = run.stdout.decode(errors="replace")
     assert run.returncode == 0, output
     assert " passed" in output, output

@@ -92,6 +92,7 @@ def test_a_store_that_restarts_share_is_refused(monkeypatch: pytest.MonkeyPatch)
         make_mesh(ParallelConfig(), "cpu")
 
 
+@pytest.mark.slow
 def test_a_failed_run_starts_again_and_then_says_why_it_failed(tmp_path: Path) -> None:
     """Its first failure is made good: it goes on from its last saved step. Its second is reported, with the error of
     the process that failed and not of the one that waited for it."""

@@ -92,6 +92,7 @@ def test_adapters_of_all_kinds(packed: bool) -> None:
     assert {shape.adapters for shape in engine.runner.static._steps} == {False, True}
 
 
+@pytest.mark.slow
 def test_adapters_that_come_and_go_while_others_answer() -> None:
     made = copy.deepcopy(model("text", adapted=True))
     wanted = {name: by_itself(made, name) for name in ("first", "second", "")}
@@ -142,6 +143,7 @@ def test_a_merged_adapter_answers_in_recorded_steps() -> None:
     assert engine.generate([ask(None)])[0].token_ids == wanted and recording.replayed > before
 
 
+@pytest.mark.slow
 def test_warm_up_records_steps_with_adapters_and_without() -> None:
     engine, recording = recorded(model(KIND, adapted=True))
     engine.warm_up()

@@ -120,6 +120,7 @@ def test_proposed_tokens_are_rows_of_a_recorded_step(kind: str) -> None:
     assert engine.metrics.proposed_tokens and recording.replayed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", None])
 @pytest.mark.parametrize("format", ["int8", "fp8"])
 def test_over_a_cache_in_8_bits(format: str, backend: str | None) -> None:
@@ -167,6 +168,7 @@ def test_pictures_with_gaps_between_them_go_without() -> None:
     assert [answer.token_ids for answer in engine.generate(requests)] == wanted
 
 
+@pytest.mark.slow
 def test_warm_up_records_every_number_of_rows() -> None:
     engine, recording = static_engine("cross_attention")
     engine.warm_up()

@@ -141,12 +141,13 @@ def run(number: int) -> Engine:
     return engine
 
 
-@pytest.mark.parametrize("first", range(0, WORKLOADS, 6))
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(6, WORKLOADS, 6))])
 def test_every_request_is_answered_as_alone(first: int) -> None:
     for number in range(first, min(first + 6, WORKLOADS)):
         run(number)
 
 
+@pytest.mark.slow
 def test_the_workloads_are_hard() -> None:
     """Requests do give way, prefixes and pictures are found again, in those very workloads."""
     metrics = [run(number).metrics for number in range(0, 18)]

@@ -30,7 +30,7 @@ def run(*arguments: str, **variables: str) -> str:
 
 
 @pytest.mark.skipif(not CAN_MEASURE, reason="the kernel's peak counter cannot be reset here")
-@pytest.mark.parametrize("layout", ["hf", "meta"])
+@pytest.mark.parametrize("layout", ["hf", pytest.param("meta", marks=pytest.mark.slow)])
 def test_peak_memory(tmp_path: Path, layout: str) -> None:
     run("make", str(tmp_path), layout, str(MEGABYTES))
     assert open_checkpoint(tmp_path).config == config_of(MEGABYTES)

@@ -96,6 +96,7 @@ def test_a_key_block_that_many_tiles_read(device: str, monkeypatch: pytest.Monke
         close(got, want, torch.float32)
 
 
+@pytest.mark.slow
 def test_gradients(device: str) -> None:
     q, k, v = (x.requires_grad_() for x in some_inputs((2, 2, 1, 3, 5, 2), torch.float64, device))
     table = torch.tensor([[[0, 3], [0, 0], [2, 5]], [[4, 5], [0, 5], [1, 2]]], dtype=torch.int32, device=device)

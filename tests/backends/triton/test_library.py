@@ -120,6 +120,7 @@ def by_the_kernels(op: str, *args: Any, **kwargs: Any) -> Any:
     return kernel.function(*args, **kwargs)
 
 
+@pytest.mark.slow
 def test_compiled_without_a_graph_break(device: str) -> None:
     """All ops with a backward pass in one graph, values and gradients; and the others in another."""
     x, weight = randn(2, 5, 3, 8, device=device).requires_grad_(), randn(8, seed=1, device=device).requires_grad_()
@@ -159,6 +160,7 @@ def test_compiled_without_a_graph_break(device: str) -> None:
     torch.testing.assert_close(compiled(*arguments()), step(*arguments()))
 
 
+@pytest.mark.slow
 def test_prompts_of_other_lengths_need_no_other_graph(device: str) -> None:
     def layer(x: Tensor, weight: Tensor, wide: Tensor, cos: Tensor) -> Tensor:
         normed, summed = ops.add_rms_norm(ops.rms_norm(x, weight, 1e-5), x, weight, 1e-5)

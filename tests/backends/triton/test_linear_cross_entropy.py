@@ -91,6 +91,7 @@ def test_a_label_outside_the_vocabulary(device: str) -> None:
             assert ops.linear_cross_entropy(x, weight, labels).isnan()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", ["one block", "both"])
 def test_gradients(blocks: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     set_blocks(monkeypatch, blocks)

@@ -20,6 +20,7 @@ def test_linear_gelu(dtype: torch.dtype, approximate: str, bias: bool, shape: tu
     close(ops.linear_gelu(x, weight, shift, approximate), gelu(wide, approximate), dtype, scale=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_gradients(approximate: str, bias: bool, device: str) -> None:

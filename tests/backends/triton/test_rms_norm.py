@@ -70,6 +70,7 @@ def test_large_half_values_do_not_overflow(device: str) -> None:
     assert torch.equal(ops.rms_norm(x, weight, 1e-5), torch.ones_like(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3, 5)], ids=str)
 def test_gradients(shape: tuple[int, ...], device: str) -> None:
     x, residual, weight = (

@@ -66,6 +66,7 @@ def test_a_position_outside_the_table(device: str) -> None:
                 assert out[:, :, 1].isnan().all() and out[:, :, ::2].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interleaved, table", [(False, False), (True, True)], ids=["half", "interleaved table"])
 def test_gradients(interleaved: bool, table: bool, device: str) -> None:
     q, k = (randn(1, h, 2, 4, dtype=torch.float64, seed=h, device=device).requires_grad_() for h in (2, 1))

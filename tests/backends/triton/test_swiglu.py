@@ -36,6 +36,7 @@ def test_values_past_where_exp_overflows(device: str) -> None:
     assert grad.tolist() == [0, pytest.approx(0, abs=1e-30), 0.5, 1, 1]
 
 
+@pytest.mark.slow
 def test_gradients(device: str) -> None:
     gate, up = (randn(3, 5, dtype=torch.float64, seed=seed, device=device).requires_grad_() for seed in range(2))
     packed = randn(3, 8, dtype=torch.float64, device=device).requires_grad_()

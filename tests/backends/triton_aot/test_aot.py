@@ -38,7 +38,8 @@ def compiler() -> None:
         pytest.skip("triton is not installed")
 
 
-@pytest.mark.timeout(1800)  # a minute on two idle cores
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_no_kernel_spills() -> None:
     with ThreadPoolExecutor(2) as pool:
         done = dict(zip(ARCHS, pool.map(lambda arch: compile_for(arch, "bfloat16"), ARCHS)))
