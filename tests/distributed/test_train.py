@@ -130,6 +130,8 @@ OTHERS: dict[str, tuple[int, dict[str, Any]]] = {
     "the encoder's adapters": (2, {**FEW, "lora": {"targets": ["vision", "projector"]}, "recompute": True}),
     "copies of shards": (4, {**WIDE, "parallel": {"replicas": 2}}),
     "shards of parts": (4, {**WIDE, "parallel": {"tensor_parallel": 2}}),
+    "distilled rows": (2, {**WIDE, "distill": True, "steps": 4}),
+    "distilled rows, parts": (2, {**WIDE, "distill": True, "parallel": WAYS["tensor"]}),
     "parts": (2, {**FULL, "parallel": {"method": "ddp", "tensor_parallel": 2}, "recompute": True}),
 }  # fmt: skip
 

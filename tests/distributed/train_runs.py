@@ -69,6 +69,8 @@ def table(base: Path, rows: Path, output: Path, **changes: Any) -> dict[str, Any
     }  # fmt: skip
     for key, value in changes.items():
         raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value
+    if raw.pop("distill", False):
+        raw["data"]["sources"] = [{"file": str(rows), "weight": 1}, {"file": str(rows), "weight": 1, "distill": True}]
     return raw
 
 

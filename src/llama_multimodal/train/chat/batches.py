@@ -26,15 +26,16 @@ from .steps import ChatSteps, StepExamples
 class MicroBatch:
     """inputs, and labels [B, T]: the next token of each answer token, else -100.
 
-    rows: where each row's conversations come from. lengths: tokens of each conversation. Of sharded weights (`alike`),
-    blank: pictures among the inputs that nobody asked for, which come last; before_pictures: whether it has none, and
-    others of the step have.
+    rows: where each row's conversations come from. lengths: tokens of each conversation. distill: the labels only say
+    where the base's predictions are to stay. Of sharded weights (`alike`), blank: pictures among the inputs that nobody
+    asked for, which come last; before_pictures: whether it has none, and others of the step have.
     """
 
     inputs: ModelInputs
     labels: Tensor
     rows: tuple[str, ...]
     lengths: tuple[int, ...]
+    distill: bool = False
     blank: int = 0
     before_pictures: bool = False
 
@@ -68,10 +69,14 @@ class ChatBatches(Dataset[ChatStep]):
 
 
 def micro_batches(examples: Sequence[Example], batch: BatchConfig, config: AnyModelConfig) -> Iterator[MicroBatch]:
-    """Micro-batches of conversations of like length, or of packed ones; pictures of one size share a batch."""
+    """Micro-batches of conversations of like length, or of packed ones; pictures of one size share a batch, and what
+    is learnt and what is distilled do not."""
     ordered = sorted(examples, key=lambda e: (tuple(e.tiles.shape[2:]) if len(e.tiles) else (), len(e.tokens)))
-    for group in _packed(ordered, batch) if batch.packing else _padded(ordered, batch):
-        yield _packed_batch(group, config) if batch.packing else _padded_batch(group, config)
+    for distill in (False, True):
+        some = [one for one in ordered if one.distill == distill]
+        for group in _packed(some, batch) if batch.packing else _padded(some, batch):
+            made = _packed_batch(group, config) if batch.packing else _padded_batch(group, config)
+            yield replace(made, distill=distill)
 
 
 def _padded(ordered: Sequence[Example], batch: BatchConfig) -> Iterator[list[Example]]:
@@ -139,14 +144,17 @@ def alike(micro: Sequence[MicroBatch], config: AnyModelConfig, group: Group) -> 
     """
     if not group.sharded or group.mesh is None:
         return list(micro)
+    made = []
+    for distill in (False, True):  # a distilled one is read twice, so all read one of them together
+        some = sorted((one for one in micro if one.distill == distill), key=lambda one: len(one.inputs.images) > 0)
+        nothing = replace(_nothing(config), distill=distill)
+        for one in [*[nothing] * (group.most(len(some)) - len(some)), *some]:
+            inputs, labels = match_images(one.inputs, one.labels, config, group.mesh)
+            blank = len(inputs.images) - len(one.inputs.images)
+            made.append(replace(one, inputs=inputs, labels=labels, blank=blank))
     # Those with pictures last: beside each other's, and what is learnt from pictures alone has its gradients exchanged
     # with a step's last micro-batch too.
-    ordered = sorted(micro, key=lambda one: len(one.inputs.images) > 0)
-    made = []
-    for one in [*[_nothing(config)] * (group.most(len(micro)) - len(micro)), *ordered]:
-        inputs, labels = match_images(one.inputs, one.labels, config, group.mesh)
-        blank = len(inputs.images) - len(one.inputs.images)
-        made.append(replace(one, inputs=inputs, labels=labels, blank=blank))
+    made.sort(key=lambda one: len(one.inputs.images) > 0)
     seen = any(one.inputs.images for one in made)
     return [replace(one, before_pictures=seen and not one.inputs.images) for one in made]
 

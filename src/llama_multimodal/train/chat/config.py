@@ -20,6 +20,7 @@ class SourceConfig:
     weight: float | None = None  # its share of the rows; all sources have one, or none, and then each row comes once
     prompt: str | None = None  # what the user says beside a picture that has only a text
     system: str | None = None  # a system message for rows that have none of their own
+    distill: bool = False  # its answers are not learnt: where they stand, the base's own predictions are to stay
     # The name that a column goes by here: that in the file, such as question: query.
     columns: Mapping[str, str] = field(default_factory=dict)
 
@@ -107,6 +108,10 @@ class ChatData:
         require(not (self.holdout and self.evaluation), "take either holdout or evaluation", self)
         require(0 <= self.max_skipped <= 1, f"max_skipped must be a share from 0 to 1, not {self.max_skipped}", self)
         require(self.max_length is None or self.max_length > 1, "max_length must be at least 2", self)
+        asked = [source for source in self.evaluation if source.distill]
+        require(not asked, "evaluation asks for answers, so distill is for sources alone", self)
+        taught = [source for source in self.sources if not source.distill]
+        require(len(taught) > 0, "every source has distill, so there is nothing to learn; leave it out of one", self)
         known = ("skip", "truncate")
         require(self.too_long in known, f'too_long "{self.too_long}" is not one of {", ".join(known)}', self)
         streams = [source for source in self.sources if isinstance(source, DatasetSource) and source.streaming]

@@ -33,6 +33,7 @@ class Example:
     where: str  # the row's file and line
     shape: str  # that the row was recognised by
     cut: int = 0  # tokens that were cut off its end
+    distill: bool = False  # its labels only say where the base's predictions are to stay
 
     @property
     def num_learnt(self) -> int:
@@ -93,7 +94,7 @@ def encode_row(
     if all(label == IGNORED for label in labels):
         reason = f"no answer is left of the first {longest} tokens" if cut else "no token of it is learnt"
         raise BadRow("too long" if cut else "no answer", reason)
-    return Example(made.tokens, labels, made.tiles.to(dtype), made.images, where, found.shape, cut)
+    return Example(made.tokens, labels, made.tiles.to(dtype), made.images, where, found.shape, cut, source.distill)
 
 
 def _shortened(row: TrainingRow, longest: int, config: AnyModelConfig) -> TrainingRow:

@@ -33,7 +33,7 @@ class Evaluation:
         rows = ChatSteps(
             recipe.data, processor, max(recipe.evaluate.rows, group.size), group.rank, group.size, evaluation=True
         )
-        self.examples: list[Example] = rows[0].examples
+        self.examples: list[Example] = [dataclasses.replace(one, distill=False) for one in rows[0].examples]
         if not any(group.gather(len(self.examples))):
             raise DataError("data: none of the rows to evaluate on can be used")
 

@@ -42,8 +42,9 @@ class Work:
         below = 1 if not sees else 3 if any(name in shapes for name in sees) else 2
         return cls(config, **sizes, text_passes=3 if whole else 2, vision_passes=below)
 
-    def of_batch(self, inputs: ModelInputs, lengths: Sequence[int], learnt: int) -> float:
-        """lengths: of the conversations, packed or not; learnt: tokens whose loss is taken"""
+    def of_batch(self, inputs: ModelInputs, lengths: Sequence[int], learnt: int, distill: bool = False) -> float:
+        """lengths: of the conversations, packed or not; learnt: tokens whose loss is taken; distill: whether the base
+        reads them too"""
         text = self.config.text
         tokens = sum(lengths)
         attended = (
@@ -55,4 +56,4 @@ class Work:
             vision, size = self.config.vision, inputs.tiles.shape[2:]
             patches = vision.num_patches if isinstance(vision, TiledVisionConfig) else vision.num_tokens(*size)
             seen = 2 * len(inputs.tiles) * patches * self.vision
-        return float(self.text_passes * decoder + self.vision_passes * seen)
+        return float((self.text_passes + distill) * decoder + (self.vision_passes + distill) * seen)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ... import ops
+from ...adapters.layers import LoraLinear
 from ...adapters.lora import apply_lora
 from ...errors import ConfigError
 from ...loading import load, pick_device
@@ -20,6 +23,7 @@ from .parts import freeze
 from .recipe import ChatRecipe
 
 _AT_ONCE = 1024  # tokens whose logits a head of another kind gives at a time
+_COMPARED_AT_ONCE = 256  # tokens whose logits exist twice
 
 
 def device_of(recipe: ChatRecipe) -> torch.device:
@@ -81,6 +85,27 @@ def summed_loss(model: LanguageModel, hidden: Tensor, labels: Tensor, dtype: tor
     for some, wanted in zip(hidden.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True):  # packed, or with an adapter
         logits = head(some)[:, : model.config.text.vocab_size].float()
         total = total + torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+    return total
+
+
+def summed_drift(model: LanguageModel, hidden: Tensor, before: Tensor, temperature: float) -> Tensor:
+    """T² · KL(before ‖ now) of the predictions at temperature T, added up over tokens.
+
+    hidden, before: [T, E], what the head reads with the adapter, and without any. Logits are made again in the backward
+    pass, so that those of a few tokens exist at a time.
+    """
+    head, vocab = model.decoder.lm_head, model.config.text.vocab_size
+    plain = head.base if isinstance(head, LoraLinear) else head
+
+    def of(now: Tensor, was: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = (plain(was)[:, :vocab].float() / temperature).log_softmax(-1)
+        found = (head(now)[:, :vocab].float() / temperature).log_softmax(-1)
+        return F.kl_div(found, wanted, log_target=True, reduction="sum") * temperature**2
+
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for now, was in zip(hidden.split(_COMPARED_AT_ONCE), before.split(_COMPARED_AT_ONCE), strict=True):
+        total = total + checkpoint(of, now, was, use_reentrant=False)
     return total
 
 

@@ -46,6 +46,19 @@ class EvaluateConfig:
     max_new_tokens: int = 64
 
 
+@dataclass(frozen=True)
+class DistillationConfig:
+    """How strongly sources with `distill` are held to the base's predictions (Hinton et al. 2015; as a guard against
+    forgetting, Li and Hoiem 2016): `weight` times the mean over tokens of T² · KL(base ‖ adapted), at temperature T."""
+
+    weight: float = 0.5
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        if min(self.weight, self.temperature) <= 0:
+            raise ConfigError("distillation: weight and temperature must be above 0")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChatRecipe(Recipe):
     """A base model, conversations, and what is trained: an adapter (LoRA), one over 4-bit weights (QLoRA), or all."""
@@ -53,7 +66,7 @@ class ChatRecipe(Recipe):
     TASK = "chat"
     SECTIONS: ClassVar[Mapping[str, Any]] = {
         **Recipe.SECTIONS, "data": chat_data_from_dict, "batch": BatchConfig, "evaluate": EvaluateConfig,
-        "lora": LoraConfig, "parallel": ParallelOptions,
+        "lora": LoraConfig, "parallel": ParallelOptions, "distillation": DistillationConfig,
     }  # fmt: skip
 
     model: str  # "tiny", a folder or a repository of the Hugging Face hub
@@ -61,6 +74,7 @@ class ChatRecipe(Recipe):
     method: Literal["lora", "qlora", "full"] = "lora"
     lora: LoraConfig = field(default_factory=LoraConfig)
     freeze: tuple[str, ...] = ()  # parts that `full` leaves alone: vision, projector, self, cross, embedding, lm_head
+    distillation: DistillationConfig = DistillationConfig()
     batch: BatchConfig = BatchConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     device: str = "auto"  # a GPU where there is one
@@ -79,9 +93,19 @@ class ChatRecipe(Recipe):
             raise ConfigError("evaluate.every needs rows to evaluate on: set data.holdout, or list data.evaluation")
         if self.result == "best" and not self.evaluate.every:
             raise ConfigError("result: best needs evaluate.every, which says what is best")
-
+        self._check_distillation()
         if self.parallel.cuts:
             self._check_cuts()
+
+    def _check_distillation(self) -> None:
+        distills = any(source.distill for source in self.data.sources)
+        if distills and self.method == "full":
+            raise ConfigError(
+                "data: distill holds an adapter to what its base says, and the method full changes the base itself;"
+                " take lora, or learn those rows' answers"
+            )
+        if self.distillation != DistillationConfig() and not distills:
+            raise ConfigError("distillation is for sources with distill: true, and data has none")
 
     def _check_cuts(self) -> None:
         how = "fsdp" if self.parallel.method == "fsdp" else "tensor_parallel"

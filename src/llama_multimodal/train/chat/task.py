@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.layers import Lora, LowRank
+from ...adapters.lora import use_adapter
 from ...adapters.peft_format import save_adapter
 from ...errors import TrainingError
 from ...loading import save
@@ -28,7 +29,7 @@ from .batches import ChatBatches, MicroBatch, alike, micro_batches
 from .evaluation import Evaluation
 from .flops import Work
 from .in_parts import add_method, give_memory, load_parts, reshard, unread
-from .model import check_processor, device_of, load_base, make_trainable, product_dtype, summed_loss
+from .model import check_processor, device_of, load_base, make_trainable, product_dtype, summed_drift, summed_loss
 from .parts import part_of
 from .recipe import RELIEF, ChatRecipe
 from .skips import SkipLog
@@ -40,7 +41,7 @@ _LOSS = "summed_answer_loss"
 class ChatTask(Task[MicroBatch]):
     """A base model, an adapter or all of its weights, and the recipe's conversations."""
 
-    num_sums = 1
+    num_sums = 2  # the loss, and how far the predictions of what is distilled are from the base's
     relief = RELIEF
 
     def __init__(self, recipe: ChatRecipe, group: Group) -> None:
@@ -106,7 +107,9 @@ class ChatTask(Task[MicroBatch]):
             yield alike(found.micro, self.model.config, self.group)
 
     def totals(self, micro: Sequence[MicroBatch]) -> Tensor:
-        return torch.tensor([sum(int((m.labels != IGNORED).sum()) for m in micro)], dtype=torch.float64)
+        counted = [(int((m.labels != IGNORED).sum()), m.distill) for m in micro]
+        distilled = sum(count for count, distill in counted if distill)
+        return torch.tensor([sum(count for count, _ in counted), distilled], dtype=torch.float64)
 
     def check(self, totals: Sequence[float], micro: Sequence[MicroBatch], step: int) -> None:
         if totals[0] == 0:
@@ -118,10 +121,14 @@ class ChatTask(Task[MicroBatch]):
 
     def loss(self, micro: MicroBatch, totals: Sequence[float], step: int) -> tuple[Tensor | None, Tensor]:
         summed = self.summed(micro)
-        return summed / totals[0], sums(summed)
+        if not micro.distill:
+            return summed / totals[0], sums(summed, 0)
+        weighted = self.recipe.distillation.weight * summed
+        return weighted / totals[0], sums(weighted, summed)
 
     def summed(self, micro: MicroBatch) -> Tensor:
-        """The cross-entropy of a micro-batch's answer tokens, added up."""
+        """The cross-entropy of a micro-batch's answer tokens, added up; of a distilled one, how far the predictions
+        there are from the base's."""
         if not self.group.sharded:
             return self._loss_of(self.model, micro)
         summed: Tensor = getattr(self.model, _LOSS)(micro)  # it reads the head's weight
@@ -129,10 +136,16 @@ class ChatTask(Task[MicroBatch]):
 
     def _loss_of(self, model: LanguageModel, micro: MicroBatch) -> Tensor:
         wanted = micro.labels != IGNORED
-        labels = micro.labels[wanted].to(self.device)
+        labels, place = micro.labels[wanted].to(self.device), wanted.to(self.device)
+        if micro.distill:
+            with torch.no_grad(), use_adapter(model, None):
+                before = model.hidden(micro.inputs)[place]
         with self._product():
-            hidden = model.hidden(micro.inputs)
-        total = summed_loss(model, hidden[wanted.to(self.device)], labels, self.dtype)
+            hidden = model.hidden(micro.inputs)[place]
+        if micro.distill:
+            total = summed_drift(model, hidden, before, self.recipe.distillation.temperature)
+        else:
+            total = summed_loss(model, hidden, labels, self.dtype)
         return total + unread(model) if micro.before_pictures else total
 
     def _product(self) -> AbstractContextManager[object]:
@@ -143,14 +156,17 @@ class ChatTask(Task[MicroBatch]):
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def measures(self, sums: Sequence[float], totals: Sequence[float], step: int) -> dict[str, float]:
-        return {"loss": sums[0] / totals[0], "learnt_tokens": totals[0]}
+        found = {"loss": sums[0] / totals[0], "learnt_tokens": totals[0]}
+        return found | {"drift": sums[1] / totals[1]} if totals[1] else found
 
     def work(self, micro: Sequence[MicroBatch], step: int) -> dict[str, float]:
         learnt = (int((m.labels != IGNORED).sum()) for m in micro)
         return {
             "tokens": sum(sum(m.lengths) for m in micro),
             "images": sum(m.num_images for m in micro),
-            "flops": sum(self.work_of.of_batch(m.inputs, m.lengths, n) for m, n in zip(micro, learnt, strict=True)),
+            "flops": sum(
+                self.work_of.of_batch(m.inputs, m.lengths, n, m.distill) for m, n in zip(micro, learnt, strict=True)
+            ),
         }
 
     def rows(self, micro: MicroBatch) -> list[str]:
