@@ -105,6 +105,8 @@ def _print(report: Report, processor: Processor, model: str, data: ChatData, siz
     lengths = ", ".join(f"{report.quantile(share)} ({share:.0%})" for share in (0.5, 0.9, 0.99, 1.0))
     table.add_row("tokens of a row", f"{lengths}, with {model}")
     table.add_row("learnt tokens", f"{report.learnt:,} of {report.total:,} ({report.learnt / report.total:.1%})")
+    if report.distilled:
+        table.add_row("distilled tokens", f"{report.distilled:,}, where the base's predictions are to stay")
     table.add_row("tiles", f"{report.tiles:,} ({report.tiles / report.usable:.1f} a row)")
     console.print(table)
     if len(report.skipped) > data.max_skipped * report.read:

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
 _SHOWN = {
     "loss": "loss {:.3f}", "answer_loss": "loss {:.3f}", "auxiliary_loss": "auxiliary {:.3f}",
-    "token_accuracy": "tokens right {:.1%}", "samples_per_second": "{:.1f} pictures/s",
+    "drift": "drift {:.4f}", "token_accuracy": "tokens right {:.1%}", "samples_per_second": "{:.1f} pictures/s",
     "tokens_per_second": "{:.0f} tokens/s", "images_per_second": "{:.1f} images/s", "mfu": "MFU {:.0%}",
     "memory_gib": "{:.1f} GiB",
 }  # fmt: skip
 """What the live line says, as far as a run has it."""
-_SMOOTHED = {"loss", "answer_loss", "auxiliary_loss", "token_accuracy"} | {k for k in _SHOWN if k.endswith("_second")}
+_SMOOTHED = {"loss", "answer_loss", "auxiliary_loss", "drift", "token_accuracy"} | {
+    k for k in _SHOWN if k.endswith("_second")
+}
 _EVALUATED = {
     "eval_loss": "loss {:.3f}", "eval_exact_match": "exact {:.1%}", "eval_anls": "ANLS {:.3f}",
 }  # fmt: skip

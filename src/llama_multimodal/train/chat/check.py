@@ -26,6 +26,7 @@ class Report:
     shapes: Counter[str] = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)  # tokens of each usable row
     learnt: int = 0  # tokens
+    distilled: int = 0  # tokens
     tiles: int = 0
     cut: int = 0  # rows that were shortened
 
@@ -64,7 +65,10 @@ def check(steps: ChatSteps, rows: int, limit: int, progress: Callable[[int, int]
         for example in found.examples:
             report.shapes[example.shape] += 1
             report.lengths.append(len(example.tokens))
-            report.learnt += example.num_learnt
+            if example.distill:
+                report.distilled += example.num_learnt
+            else:
+                report.learnt += example.num_learnt
             report.tiles += len(example.tiles)
             if len(report.shown) < rows:
                 report.shown.append(example)
