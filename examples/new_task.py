@@ -1,4 +1,4 @@
-"""Renders a task for the embedded model, which knows neither hearts nor pink: 400 pictures of them with up to twelve
+"""Renders a task for the embedded model, which knows neither bottles nor white: 400 pictures of them with up to twelve
 questions each to learn from, 240 held-out pictures with a question each, and 800 pictures of what it knows already, so
 that it keeps that.
 
@@ -29,24 +29,24 @@ from llama_multimodal.zoo.world.shapes import draw_shape
 
 FOLDER = Path("runs/new-task")
 PLAIN = COLORS.index("black")  # drawn without shading, whatever the tone
-FINE = 4  # a heart is drawn this many times larger, then scaled down, for smooth edges
+FINE = 4  # a bottle is drawn this many times larger, then scaled down, for smooth edges
 KINDS = ("color", "shape", "count")
+MOST = 5  # things in a picture
+HALF = ((0.13, -0.97), (0.13, -0.5), (0.2, -0.38), (0.38, -0.2), (0.42, -0.1), (0.42, 0.88), (0.38, 0.92))
+BOTTLE = (*HALF, *((-x, y) for x, y in reversed(HALF)))  # its outline, within a circle of radius 1
 
 
-def pink(rng: random.Random) -> RGB:
-    return from_hsv(rng.uniform(318, 342), rng.uniform(0.35, 0.62), rng.uniform(0.92, 1.0))
+def white(rng: random.Random) -> RGB:
+    return from_hsv(rng.uniform(0, 360), rng.uniform(0.0, 0.05), rng.uniform(0.93, 1.0))
 
 
-def draw_heart(rng: random.Random, image: Image.Image, x: float, y: float, diameter: float, tone: RGB) -> None:
-    """A heart within the circle of that diameter around (x, y), leaning a little."""
+def draw_bottle(rng: random.Random, image: Image.Image, x: float, y: float, diameter: float, tone: RGB) -> None:
+    """A bottle within the circle of that diameter around (x, y), leaning a little."""
     side = math.ceil(diameter) + 4
     left, top = math.floor(x - side / 2), math.floor(y - side / 2)
-    lean, scale = rng.uniform(-0.35, 0.35), diameter * FINE / 36
+    lean, scale = rng.uniform(-0.35, 0.35), diameter * FINE / 2
     points = []
-    for k in range(96):
-        t = 2 * math.pi * k / 96
-        u = 16 * math.sin(t) ** 3
-        v = -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) - 2.5
+    for u, v in BOTTLE:
         u, v = u * math.cos(lean) - v * math.sin(lean), u * math.sin(lean) + v * math.cos(lean)
         points.append(((x - left) * FINE + u * scale, (y - top) * FINE + v * scale))
     mask = Image.new("L", (side * FINE, side * FINE), 0)
@@ -55,32 +55,37 @@ def draw_heart(rng: random.Random, image: Image.Image, x: float, y: float, diame
 
 
 def example(seed: int) -> tuple[Image.Image, list[Turn]]:
-    """A small picture in which one shape gave way to hearts, or one colour to pink, or both; and questions about it,
-    in the world's own words, first those that name a heart or pink or have one for an answer."""
+    """A small picture in which one shape gave way to bottles, or one colour to white, or both; and questions about it,
+    in the world's own words, first those that name a bottle or white or have one for an answer. Numbers, which are the
+    hardest, are asked for twice, in other words."""
     rng = random.Random(seed)
     scene = plan_scene(rng, small=1.0)
-    hearts, rosy = rng.choice(((True, False), (False, True), (True, True)))
-    tone, like = pink(rng), rng.choice(scene.marks)
-    if rosy and any(contrast(tone, other) < 35 for other in scene.behind.colors):
+    while len(scene.marks) > MOST:
+        scene = plan_scene(rng, small=1.0)
+    bottles, pale = rng.choice(((True, False), (False, True), (True, True)))
+    tone, like = white(rng), rng.choice(scene.marks)
+    if pale and any(contrast(tone, other) < 35 for other in scene.behind.colors):
         return example(seed + 1_000_003)
-    words = [(SHAPES[like.shape], "heart")] * hearts + [(COLORS[like.color], "pink")] * rosy
+    words = [(SHAPES[like.shape], "bottle")] * bottles + [(COLORS[like.color], "white")] * pale
+    once, again = scene_turns(rng, scene, 60), scene_turns(rng, scene, 60)
+    asked = {turn.question: turn for turn in once if turn.kind.startswith(KINDS)}
+    asked |= {turn.question: turn for turn in again if turn.kind.startswith("count")}
     turns = []
-    for turn in scene_turns(rng, scene, 60):
-        if not turn.kind.startswith(KINDS):
-            continue
-        asked, answer = turn.question, turn.answer
+    for turn in asked.values():
+        question, answer = turn.question, turn.answer
         for old, new in words:
-            asked, answer = renamed(asked, old, new), renamed(answer, old, new)
-        turns.append(dataclasses.replace(turn, question=asked, answer=answer))
+            question, answer = renamed(question, old, new), renamed(answer, old, new)
+        turns.append(dataclasses.replace(turn, question=question, answer=answer))
+    rng.shuffle(turns)
     other = [
-        i for i, m in enumerate(scene.marks) if (hearts and m.shape == like.shape) or (rosy and m.color == like.color)
+        i for i, m in enumerate(scene.marks) if (bottles and m.shape == like.shape) or (pale and m.color == like.color)
     ]
     image = paint_scene(rng, without(scene, other))
     for i in other:
         mark, diameter = scene.marks[i], scene.diameters[i]
-        fill = tone if rosy and mark.color == like.color else scene.tones[i]
-        if hearts and mark.shape == like.shape:
-            draw_heart(rng, image, mark.x, mark.y, diameter, fill)
+        fill = tone if pale and mark.color == like.color else scene.tones[i]
+        if bottles and mark.shape == like.shape:
+            draw_bottle(rng, image, mark.x, mark.y, diameter, fill)
         else:
             draw_shape(rng, image, mark.x, mark.y, diameter, mark.shape, PLAIN, fill, flat=True)
     return image, sorted(turns, key=lambda turn: not is_new(turn))
@@ -97,7 +102,7 @@ def renamed(text: str, old: str, new: str) -> str:
 
 
 def is_new(turn: Turn) -> bool:
-    return any(word in f"{turn.question} {turn.answer}".lower() for word in ("heart", "pink"))
+    return any(word in f"{turn.question} {turn.answer}".lower() for word in ("bottle", "white"))
 
 
 def without(scene: Scene, indices: list[int]) -> Scene:
@@ -109,6 +114,13 @@ def without(scene: Scene, indices: list[int]) -> Scene:
 def conversation(turns: list[Turn]) -> list[dict[str, str]]:
     pairs = ((("user", turn.question), ("assistant", turn.answer)) for turn in turns)
     return [{"role": role, "content": content} for pair in pairs for role, content in pair]
+
+
+def lesson(seed: int) -> tuple[Image.Image, list[Turn]]:
+    """What is new in a picture, and one question about what is not."""
+    image, turns = example(seed)
+    new = [turn for turn in turns if is_new(turn)]
+    return image, new[:11] + turns[len(new) :][:1]
 
 
 def heldout(first: int, count: int) -> Iterator[tuple[Image.Image, list[Turn]]]:
@@ -142,7 +154,7 @@ def write(folder: Path, name: str, pictures: Iterator[tuple[Image.Image | None, 
 
 
 def main(folder: Path) -> None:
-    write(folder, "train", ((image, turns[:12]) for image, turns in map(example, range(400))))
+    write(folder, "train", map(lesson, range(400)))
     write(folder, "heldout", heldout(500_000_000, 240))
     write(folder, "known", map(known, range(900_000_000, 900_000_800)))
 

@@ -129,11 +129,11 @@ def test_lora(tmp_path: Path) -> None:
 
 
 def test_new_task() -> None:
-    """Every picture has questions with hearts or pink in them; held-out ones are of every kind; seeds repeat."""
+    """Every picture has questions with bottles or white in them; held-out ones are of every kind; seeds repeat."""
     task = importlib.import_module("new_task")
     pictures = [task.example(seed) for seed in range(12)]
     assert all(task.is_new(turns[0]) for _, turns in pictures)
-    assert {"heart", "pink"} < {turn.answer for _, turns in pictures for turn in turns}
+    assert {"bottle", "white"} < {turn.answer for _, turns in pictures for turn in turns}
     again, turns = task.example(7)
     assert turns == pictures[7][1] and again.tobytes() == pictures[7][0].tobytes()
     asked = [turns for _, turns in task.heldout(1000, 6)]
@@ -144,8 +144,6 @@ def test_new_task() -> None:
 
 def test_new_words() -> None:
     renamed = importlib.import_module("new_task").renamed
-    assert renamed("Crosses: how many?", "cross", "heart") == "Hearts: how many?"
-    assert (
-        renamed("is there an orange square across from it", "orange", "pink") == "is there a pink square across from it"
-    )
-    assert renamed("a big red circle, 2 circles", "circle", "heart") == "a big red heart, 2 hearts"
+    assert renamed("Crosses: how many?", "cross", "bottle") == "Bottles: how many?"
+    assert renamed("is there an orange square across from it", "orange", "white").startswith("is there a white square")
+    assert renamed("a big red circle, 2 circles", "circle", "bottle") == "a big red bottle, 2 bottles"

@@ -98,7 +98,7 @@ def test_it_begins_at_the_base_and_stays_nearer(rows: dict[str, Path], tmp_path:
     ends = []
     for one in (task, other):
         load_result(checkpoint.saved_steps(one.recipe.checkpoints)[6], one)
-        ends.append(sum(float(one.summed(m)) for m in distilled))
+        ends.append(sum(one.summed(m).item() for m in distilled))
     assert ends[0] < 0.5 * ends[1]
 
 
