@@ -87,8 +87,20 @@ class ChatSteps(Dataset[StepExamples]):
         end = (step + 1) * self.samples_per_step
         if self._listed is not None:
             end = min(end, len(self._listed))
-        places = [self._place(i) for i in range(step * self.samples_per_step + self.rank, end, self.world)]
-        return self.encode(places)
+        places = [self._place(i) for i in range(step * self.samples_per_step, end)]
+        return self.encode(places[self.rank :: self.world] if self._listed is not None else self._dealt(places))
+
+    def _dealt(self, places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """This process's share. Each source's rows are dealt out by themselves, there and back: one source's take
+        longer than another's, and all processes wait for the slowest."""
+        ordered = sorted(places, key=lambda place: place[0])
+        whole = len(ordered) // self.world * self.world
+        mine = []
+        for i, place in enumerate(ordered):
+            turn, seat = divmod(i, self.world)
+            if (self.world - 1 - seat if turn % 2 and i < whole else seat) == self.rank:
+                mine.append(place)
+        return mine
 
     def encode(self, places: Sequence[tuple[int, int]]) -> StepExamples:
         """Rows by (source, row)."""
