@@ -69,11 +69,8 @@ def _panel(example: Example, processor: Processor) -> Image.Image:
 
 def describe(example: Example) -> str:
     """An example in numbers."""
-    parts = [
-        example.shape,
-        f"{len(example.tokens)} tokens",
-        f"{example.num_learnt} {'distilled' if example.distill else 'learnt'}",
-    ]
+    how = "distilled" if example.distill else "learnt"
+    parts = [example.shape, f"{len(example.tokens)} tokens", f"{example.num_learnt} {how}"]
     if example.images:
         height, width = example.tiles.shape[2:]
         parts.append(f"{_count(len(example.images), 'picture')} in {_count(len(example.tiles), 'tile')}")
