@@ -12,10 +12,14 @@ from finetune_rows import finetune, write_rows
 
 from llama_multimodal.adapters.lora import use_adapter
 from llama_multimodal.errors import ConfigError
+from llama_multimodal.loading import load
 from llama_multimodal.train import checkpoint, loop, watch
+from llama_multimodal.train.chat.check import check
 from llama_multimodal.train.chat.encode import microbatch
 from llama_multimodal.train.chat.model import summed_drift
+from llama_multimodal.train.chat.picture import describe
 from llama_multimodal.train.chat.recipe import ChatRecipe
+from llama_multimodal.train.chat.steps import ChatSteps
 from llama_multimodal.train.chat.task import ChatTask
 from llama_multimodal.train.loader import IGNORED
 from llama_multimodal.train.parallel import Group
@@ -118,6 +122,28 @@ def test_held_out_rows_are_asked_for_their_answers(rows: dict[str, Path], tmp_pa
         changes = {"data": {"sources": sources, "holdout": 0.5}, "evaluate": {"every": 1, "answers": 0}, "steps": 1}
         found += values(distilling(rows, tmp_path / str(distill), optim={"learning_rate": 0}, **changes), "eval_loss")
     assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0] > 0.5
+
+
+def test_processes_share_what_is_distilled_too(rows: dict[str, Path], tmp_path: Path) -> None:
+    """Distilled rows take longer: each process has its part of them, and together they have every row of the step."""
+    recipe = distilling(rows, tmp_path)
+    _, processor = load("tiny", device="meta")
+    for count, samples in ((2, 8), (3, 8), (2, 5)):
+        for step in range(6):
+            whole = ChatSteps(recipe.data, processor, samples)[step].examples
+            shares = [ChatSteps(recipe.data, processor, samples, rank, count)[step].examples for rank in range(count)]
+            assert sorted(one.where for share in shares for one in share) == sorted(one.where for one in whole)
+            assert [len(share) for share in shares] == [len(range(rank, samples, count)) for rank in range(count)]
+            parts = [sum(one.distill for one in share) for share in shares]
+            assert max(parts) - min(parts) <= 1
+
+
+def test_a_look_at_the_data_tells_them_apart(rows: dict[str, Path], tmp_path: Path) -> None:
+    _, processor = load("tiny", device="meta")
+    report = check(ChatSteps(distilling(rows, tmp_path).data, processor, 1), rows=16, limit=0)
+    assert report.distilled == sum(one.num_learnt for one in report.shown if one.distill) > 0
+    assert report.learnt == sum(one.num_learnt for one in report.shown if not one.distill) > 0
+    assert all(("distilled" in describe(one)) == one.distill for one in report.shown)
 
 
 def test_drift_of_many_tokens_is_that_of_each(rows: dict[str, Path], tmp_path: Path) -> None:

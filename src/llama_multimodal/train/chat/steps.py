@@ -88,19 +88,11 @@ class ChatSteps(Dataset[StepExamples]):
         if self._listed is not None:
             end = min(end, len(self._listed))
         places = [self._place(i) for i in range(step * self.samples_per_step, end)]
-        return self.encode(places[self.rank :: self.world] if self._listed is not None else self._dealt(places))
-
-    def _dealt(self, places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """This process's share. Each source's rows are dealt out by themselves, there and back: one source's take
-        longer than another's, and all processes wait for the slowest."""
-        ordered = sorted(places, key=lambda place: place[0])
-        whole = len(ordered) // self.world * self.world
-        mine = []
-        for i, place in enumerate(ordered):
-            turn, seat = divmod(i, self.world)
-            if (self.world - 1 - seat if turn % 2 and i < whole else seat) == self.rank:
-                mine.append(place)
-        return mine
+        if self._listed is None:
+            # Each process has its part of every source: one's rows take longer than another's, and all wait for the
+            # slowest. The sort is stable, so a stream is still read in its order.
+            places.sort(key=lambda place: place[0])
+        return self.encode(places[self.rank :: self.world])
 
     def encode(self, places: Sequence[tuple[int, int]]) -> StepExamples:
         """Rows by (source, row)."""

@@ -136,7 +136,7 @@ class ChatTask(Task[MicroBatch]):
 
     def _loss_of(self, model: LanguageModel, micro: MicroBatch) -> Tensor:
         wanted = micro.labels != IGNORED
-        labels, place = micro.labels[wanted].to(self.device), wanted.to(self.device)
+        place = wanted.to(self.device)
         if micro.distill:
             with torch.no_grad(), use_adapter(model, None):
                 before = model.hidden(micro.inputs)[place]
@@ -145,7 +145,7 @@ class ChatTask(Task[MicroBatch]):
         if micro.distill:
             total = summed_drift(model, hidden, before, self.recipe.distillation.temperature)
         else:
-            total = summed_loss(model, hidden, labels, self.dtype)
+            total = summed_loss(model, hidden, micro.labels[wanted].to(self.device), self.dtype)
         return total + unread(model) if micro.before_pictures else total
 
     def _product(self) -> AbstractContextManager[object]:
