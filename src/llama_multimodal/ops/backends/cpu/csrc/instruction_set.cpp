@@ -18,6 +18,7 @@ namespace llama_mm {
 extern const Kernels kPlain;
 #if defined(__x86_64__)
 extern const Kernels kAvx512;
+extern const DotTile kDotTilePastCaches;
 extern const Kernels kAvx2;
 extern const Attention kAttentionAmx;
 extern const Attention kPairsAvx512;
@@ -44,6 +45,16 @@ bool may_use_amx() {
 #endif
 }
 
+// AVX-512. What is read once is asked for past the outer caches on AMD's: 4 to 12 % in decoding (measured on Zen 5).
+const Kernels* avx512() {
+  static const Kernels table = [] {
+    Kernels made = kAvx512;
+    if (__builtin_cpu_is("amd")) made.dot_tile = kDotTilePastCaches;
+    return made;
+  }();
+  return &table;
+}
+
 // AVX-512 with a matrix unit for products of many rows.
 const Kernels* amx() {
   static const Kernels table = [] {
@@ -61,11 +72,11 @@ const Kernels* find(const char* name) {  // a null name: the best
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vnni");
-  if (wanted("amx") && avx512 && may_use_amx()) return amx();
-  if (wanted("avx512") && avx512) return &kAvx512;
+  const bool has_avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vnni");
+  if (wanted("amx") && has_avx512 && may_use_amx()) return amx();
+  if (wanted("avx512") && has_avx512) return avx512();
   if (wanted("avx2") && avx2) return &kAvx2;
 #endif
   return wanted("plain") ? &kPlain : nullptr;
@@ -82,7 +93,7 @@ const Kernels*& chosen() {
 }
 
 #if defined(__x86_64__)
-bool uses_avx512() { return chosen() == &kAvx512 || chosen()->matrix_unit; }
+bool uses_avx512() { return chosen() == avx512() || chosen()->matrix_unit; }
 
 // Whether products of bf16 pairs are used. Intel's processors start one in two cycles, half the rate of fp32 (measured
 // on Emerald Rapids); AMD's start one or two a cycle.
@@ -103,7 +114,7 @@ const Attention* attention(DType dtype) {
 #if !defined(LLAMA_MM_NO_AMX)
   if (chosen()->matrix_unit && dtype == kBFloat16) return &kAttentionAmx;
 #endif
-  if (chosen() == &kAvx512 && dtype == kBFloat16 && multiplies_pairs()) return &kPairsAvx512;
+  if (chosen() == avx512() && dtype == kBFloat16 && multiplies_pairs()) return &kPairsAvx512;
   if (uses_avx512()) return &kFp32AttentionAvx512[dtype];
   if (chosen() == &kAvx2) return &kFp32AttentionAvx2[dtype];
 #endif

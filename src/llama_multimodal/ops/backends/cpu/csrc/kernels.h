@@ -78,6 +78,10 @@ struct Elementwise {
   void (*rotate)(void* head, const float* cos, const float* sin, int64_t half);
 };
 
+// sums [rows, 16] of 1 to 8 or `Kernels::most_rows` rows of x against one tile's outputs.
+typedef void (*DotTile)(const PackedWeight& weight, int64_t tile, const RoundedX& x, int rows, Rounding rounding,
+                        float* sums);
+
 struct Kernels {
   const char* name;
   int most_rows;  // that dot_tile takes at once, if more than 8
@@ -85,9 +89,7 @@ struct Kernels {
   int digit_bytes[3];
   // x [K] as fp32 → digits and block heads of one of `rows` rows; `middle`: the zero of a symmetric weight.
   void (*round_row)(const float* x, int64_t blocks, Rounding rounding, int middle, int rows, RoundedX to);
-  // sums [rows, 16] of 1 to 8 or `most_rows` rows of x against one tile's outputs.
-  void (*dot_tile)(const PackedWeight& weight, int64_t tile, const RoundedX& x, int rows, Rounding rounding,
-                   float* sums);
+  DotTile dot_tile;
   // Two neighbouring tiles and x in 8 bits: sums [2, pair_rows, 16] of that many rows, which share what is loaded; or
   // null.
   void (*dot_pair)(const PackedWeight& weight, int64_t tile, const RoundedX& x, float* sums);

@@ -33,8 +33,18 @@ INLINE void load_block(const uint8_t* values, __m512i* w) {
   }
 }
 
+// PAST_CACHES: how what lies ahead is asked for: a page ahead into the second cache, or two past the outer ones.
+template <bool PAST_CACHES>
 struct Product {
   static constexpr int kMostRows = 16;  // half the registers
+
+  static INLINE void ask_ahead(const void* from) {
+    const char* const at = static_cast<const char*>(from);
+    if constexpr (PAST_CACHES)
+      __builtin_prefetch(at + 2 * kBytesAhead, 0, 0);
+    else
+      __builtin_prefetch(at + kBytesAhead, 0, 2);
+  }
 
   template <bool INT4, bool ZEROS, Rounding ROUNDING, int ROWS>
   static void dot(const PackedWeight& weight, int64_t tile, const RoundedX& x, float* sums) {
@@ -49,7 +59,7 @@ struct Product {
     for (int t = 0; t < ROWS; t++) out[t] = _mm512_setzero_ps();
 
     for (int64_t group = 0, block = 0; group < groups; group++, scales += 16) {
-      __builtin_prefetch(reinterpret_cast<const char*>(scales) + kBytesAhead, 0, 2);
+      ask_ahead(scales);
       const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
       __m512 zero = _mm512_setzero_ps();
       if (ZEROS) {
@@ -58,7 +68,7 @@ struct Product {
       }
       for (const int64_t end = block + weight.blocks_per_group; block < end; block++, values += bytes) {
         __m512i w[kFours];
-        for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(values + kBytesAhead + line, 0, 2);
+        for (int64_t line = 0; line < bytes; line += 64) ask_ahead(values + line);
         load_block<INT4>(values, w);
         for (int t = 0; t < ROWS; t++) {
           const BlockOfX& head = x.blocks[block * ROWS + t];
@@ -150,7 +160,8 @@ void dot_pair(const PackedWeight& weight, int64_t tile, const RoundedX& x, float
 }  // namespace
 
 namespace llama_mm {
-extern const Kernels kAvx512 = {"avx512", Product::kMostRows, {3, 2, 1}, round_row<int8_t>, dot_tile<Product>,
+extern const DotTile kDotTilePastCaches = dot_tile<Product<true>>;
+extern const Kernels kAvx512 = {"avx512", Product<false>::kMostRows, {3, 2, 1}, round_row<int8_t>, dot_tile<Product<false>>,
                                 dot_pair, kPairRows, unpack_tile, order_row, dot_bf16,
                                 {attend<float>, attend<uint16_t>, attend<int8_t>, attend<Fp8>},
                                 {elementwise<float>(), elementwise<uint16_t>()}};

@@ -1,5 +1,6 @@
-// packed_linear of few rows, or of any number on a matrix unit, and a packed weight's tiles back to values: the work is shared out over the outputs, and
-// an output's weights are read from memory once, however many rows x has.
+// packed_linear of few rows, or of any number on a matrix unit, and a packed weight's tiles back to values: the work is
+// shared out over the outputs, and an output's weights are read from memory once, however many rows x has. Threads take
+// long runs of outputs first, which memory likes, and short ones last, so that none waits long for another.
 //
 // Shapes: N outputs · K inputs · T rows of x
 #include "bias.h"
@@ -32,9 +33,6 @@ struct Output {
     }
   }
 };
-
-// How many pieces of work a thread takes at once: a thread that is held up leaves the rest to the others.
-int64_t share(int64_t pieces, int threads) { return pieces / (16 * threads) + 1; }
 
 // The rows of x in panels, those that go over a tile together: of `most` rows, then of kMaxRows, the last of fewer.
 struct Panels {
@@ -100,7 +98,7 @@ int llama_mm_cpu_packed_linear(const void* x, int dtype, int to_8_bits, int rows
   }
 
   const int64_t step = pairs ? 2 : 1;
-#pragma omp parallel for schedule(dynamic, share(tiles / step, team)) num_threads(team) if (team > 1)
+#pragma omp parallel for schedule(guided) num_threads(team) if (team > 1)
   for (int64_t first = 0; first < tiles; first += step) {
     float sums[kMaxTileRows * kTileRows];
     const int64_t end = least(first + step, tiles);
@@ -140,7 +138,7 @@ int llama_mm_cpu_bf16_linear(const void* x, int dtype, int rows, int64_t inputs,
   }
   const int team = useful_threads(threads, outputs * inputs * 2);
   const int passes = (rows + kMaxDotRows - 1) / kMaxDotRows;  // of about as many rows each
-#pragma omp parallel for schedule(dynamic, share(outputs / kOutputs, team)) num_threads(team) if (team > 1)
+#pragma omp parallel for schedule(guided) num_threads(team) if (team > 1)
   for (int64_t first = 0; first < outputs; first += kOutputs) {
     float sums[kOutputs * kMaxDotRows];
     const int64_t count = least(outputs - first, int64_t{kOutputs});
