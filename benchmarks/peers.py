@@ -190,14 +190,10 @@ def write(name: str, results: dict[str, Any], folder: Path | None) -> None:
     if folder is None:
         return
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    cpu = next(
-        (l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")),
-        "unknown",
-    )
     versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "numpy")}
     folder.mkdir(parents=True, exist_ok=True)
     about = {
-        "device": cpu,
+        "device": _processor(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability() + (" with AMX" if has_matrix_unit() else ""),
         "omp_proc_bind": os.environ.get("OMP_PROC_BIND"),
@@ -206,6 +202,14 @@ def write(name: str, results: dict[str, Any], folder: Path | None) -> None:
         "commit": commit,
     }
     (folder / f"{name}.json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+
+
+def _processor() -> str:
+    """Its name, with the numbers that tell its generation where a virtual machine's name does not."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    fields = {line.split(":")[0].strip(): line.split(":")[1].strip() for line in lines if ":" in line}
+    name, family, model = (fields.get(key, "unknown") for key in ("model name", "cpu family", "model"))
+    return f"{name} (family {family}, model {model})"
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

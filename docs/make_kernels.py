@@ -184,9 +184,9 @@ def matrices(result: dict[str, Any]) -> str:
 
 
 def on_each_machine(table: Callable[[dict[str, Any]], str], name: str) -> str:
-    """The tables of Intel machines that show AMX and that do not, and of AMD machines with AVX-512 and with AVX2, those
-    that are there."""
-    names = (f"{name}{machine}" for machine in ("_amx", "", "_amd", "_avx2"))
+    """The tables of Intel machines that show AMX and that do not, of AMD's Zen 5, and of older AMD machines with
+    AVX-512 and with AVX2, those that are there."""
+    names = (f"{name}{machine}" for machine in ("_amx", "", "_zen5", "_amd", "_avx2"))
     files = (ROOT / "benchmarks/results" / f"{file}.json" for file in names)
     return "\n\n".join(table(json.loads(file.read_text(encoding="utf-8"))) for file in files if file.exists())
 

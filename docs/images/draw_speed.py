@@ -1,4 +1,4 @@
-"""Draw docs/images/cpu_speed.png from benchmarks/results/generate.json: prefill and decoding, ours and others.
+"""Draw docs/images/cpu_speed.png from benchmarks/results/generate_zen5.json: prefill and decoding, ours and others.
 
     python docs/images/draw_speed.py
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 FOLDER = Path(__file__).parent
-RESULT = FOLDER.parent.parent / "benchmarks" / "results" / "generate.json"
+RESULT = FOLDER.parent.parent / "benchmarks" / "results" / "generate_zen5.json"
 OURS = ("bf16 packed", "int8", "int8 a8", "int4", "int4 a8")
 OTHERS = ("transformers bf16", "llama.cpp BF16", "llama.cpp Q8_0", "llama.cpp Q4_0")
 COLOURS = {"llama_multimodal": "#2f6fde", "transformers": "#f0a830", "llama.cpp": "#8a8f98"}
