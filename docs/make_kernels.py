@@ -184,7 +184,7 @@ def matrices(result: dict[str, Any]) -> str:
 
 
 def on_each_machine(table: Callable[[dict[str, Any]], str], name: str) -> str:
-    """The tables of Intel machines that show AMX and that do not, of AMD's Zen 5, and of older AMD machines with
+    """The tables of Intel machines that show AMX and that do not, of AMD's Zen 5, and of other AMD machines with
     AVX-512 and with AVX2, those that are there."""
     names = (f"{name}{machine}" for machine in ("_amx", "", "_zen5", "_amd", "_avx2"))
     files = (ROOT / "benchmarks/results" / f"{file}.json" for file in names)
