@@ -206,8 +206,9 @@ def write(name: str, results: dict[str, Any], folder: Path | None) -> None:
 
 def _processor() -> str:
     """Its name, with the numbers that tell its generation where a virtual machine's name does not."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    fields = {line.split(":")[0].strip(): line.split(":")[1].strip() for line in lines if ":" in line}
+    first, *_ = Path("/proc/cpuinfo").read_text().split("\n\n")
+    pairs = (line.partition(":") for line in first.splitlines())
+    fields = {key.strip(): value.strip() for key, _, value in pairs}
     name, family, model = (fields.get(key, "unknown") for key in ("model name", "cpu family", "model"))
     return f"{name} (family {family}, model {model})"
 
