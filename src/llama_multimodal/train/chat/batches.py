@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -23,25 +24,48 @@ from .steps import ChatSteps, StepExamples
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """inputs, and labels [B, T]: the next token of each answer token, else -100.
-
-    rows: where each row's conversations come from. lengths: tokens of each conversation. distill: the labels only say
-    where the base's predictions are to stay. Of sharded weights (`alike`), blank: pictures among the inputs that nobody
-    asked for, which come last; before_pictures: whether it has none, and others of the step have.
-    """
+class Batch:
+    """inputs, and labels [B, T]: the next token of each answer token, else -100. lengths: of each conversation."""
 
     inputs: ModelInputs
     labels: Tensor
-    rows: tuple[str, ...]
     lengths: tuple[int, ...]
-    distill: bool = False
+
+    @property
+    def answers(self) -> Tensor:
+        """Where answer tokens are: [B, T]."""
+        return self.labels != IGNORED
+
+
+@dataclass(frozen=True)
+class MicroBatch(Batch):
+    """What goes through the model together.
+
+    rows: where each row's conversations come from. held: [B, T], the labels that only say where the base's predictions
+    are to stay. base: the conversations that have such labels once more, which the base reads; it has the same answers
+    in the same order. Of sharded weights (`alike`), blank: pictures among the inputs that nobody asked for, which come
+    last; before_pictures: whether it has none, and others of the step have.
+    """
+
+    rows: tuple[str, ...]
+    held: Tensor
+    base: Batch | None = None
     blank: int = 0
     before_pictures: bool = False
 
     @property
     def num_images(self) -> int:
         return len(self.inputs.images) - self.blank
+
+    @property
+    def learnt(self) -> Tensor:
+        """[B, T]"""
+        return self.answers & ~self.held
+
+    @property
+    def distilled(self) -> Tensor:
+        """[B, T]"""
+        return self.answers & self.held
 
 
 @dataclass(frozen=True)
@@ -69,17 +93,25 @@ class ChatBatches(Dataset[ChatStep]):
 
 
 def micro_batches(examples: Sequence[Example], batch: BatchConfig, config: AnyModelConfig) -> Iterator[MicroBatch]:
-    """Micro-batches of conversations of like length, or of packed ones; pictures of one size share a batch, and what
-    is learnt and what is distilled do not."""
+    """Micro-batches of conversations of like length, or of packed ones; pictures of one size share a batch."""
     ordered = sorted(examples, key=lambda e: (tuple(e.tiles.shape[2:]) if len(e.tiles) else (), len(e.tokens)))
-    for distill in (False, True):
-        some = [one for one in ordered if one.distill == distill]
-        for group in _packed(some, batch) if batch.packing else _padded(some, batch):
-            made = _packed_batch(group, config) if batch.packing else _padded_batch(group, config)
-            yield replace(made, distill=distill)
+    join = _in_one_row if batch.packing else _a_row_each
+    for group in _packed(ordered, batch) if batch.packing else padded_groups(ordered, batch):
+        made, held = join(group, config), torch.tensor([one.distill for one in group])
+        of_tokens = held.repeat_interleave(torch.tensor(made.lengths))[None] if batch.packing else held[:, None]
+        kept = [one for one in group if one.distill]
+        yield MicroBatch(
+            made.inputs,
+            made.labels,
+            made.lengths,
+            rows=(", ".join(e.where for e in group),) if batch.packing else tuple(e.where for e in group),
+            held=of_tokens.expand(made.labels.shape),
+            base=join(kept, config) if kept else None,
+        )
 
 
-def _padded(ordered: Sequence[Example], batch: BatchConfig) -> Iterator[list[Example]]:
+def padded_groups(ordered: Sequence[Example], batch: BatchConfig) -> Iterator[list[Example]]:
+    """Neighbours that fit one batch of a row each."""
     group: list[Example] = []
     for one in ordered:
         too_many = len(one.tokens) * (len(group) + 1) > batch.tokens or len(group) == batch.rows_at_once
@@ -111,12 +143,12 @@ def _share_a_size(group: Sequence[Example], one: Example) -> bool:
     return len(sizes) < 2
 
 
-def _padded_batch(group: Sequence[Example], config: AnyModelConfig) -> MicroBatch:
+def _a_row_each(group: Sequence[Example], config: AnyModelConfig) -> Batch:
     made = microbatch(group, config)
-    return MicroBatch(made.inputs, made.labels, tuple(e.where for e in group), tuple(len(e.tokens) for e in group))
+    return Batch(made.inputs, made.labels, tuple(len(e.tokens) for e in group))
 
 
-def _packed_batch(group: Sequence[Example], config: AnyModelConfig) -> MicroBatch:
+def _in_one_row(group: Sequence[Example], config: AnyModelConfig) -> Batch:
     """One row of several conversations: each has positions of its own, reads itself, and sees its own pictures."""
     alone = [microbatch([one], config) for one in group]
     tiles = [part.inputs.tiles for part in alone if len(part.inputs.tiles)] or [alone[0].inputs.tiles]
@@ -135,7 +167,7 @@ def _packed_batch(group: Sequence[Example], config: AnyModelConfig) -> MicroBatc
         segments=torch.repeat_interleave(torch.arange(len(group)), torch.tensor(lengths))[None],
     )
     labels = torch.cat([part.labels for part in alone], dim=1)
-    return MicroBatch(inputs, labels, (", ".join(e.where for e in group),), lengths)
+    return Batch(inputs, labels, lengths)
 
 
 def alike(micro: Sequence[MicroBatch], config: AnyModelConfig, group: Group) -> list[MicroBatch]:
@@ -145,23 +177,46 @@ def alike(micro: Sequence[MicroBatch], config: AnyModelConfig, group: Group) -> 
     if not group.sharded or group.mesh is None:
         return list(micro)
     made = []
-    for distill in (False, True):  # a distilled one is read twice, so all read one of them together
-        some = sorted((one for one in micro if one.distill == distill), key=lambda one: len(one.inputs.images) > 0)
-        nothing = replace(_nothing(config), distill=distill)
+    for read_twice in (False, True):  # by all together
+        some = sorted(
+            (one for one in micro if (one.base is not None) == read_twice), key=lambda one: _pictures(one) > 0
+        )
+        nothing = _nothing(config, read_twice)
         for one in [*[nothing] * (group.most(len(some)) - len(some)), *some]:
-            inputs, labels = match_images(one.inputs, one.labels, config, group.mesh)
-            blank = len(inputs.images) - len(one.inputs.images)
-            made.append(replace(one, inputs=inputs, labels=labels, blank=blank))
+            matched = _matched(one, config, group)
+            pad = [matched.labels.shape[i] - one.labels.shape[i] for i in (1, 0)]
+            made.append(
+                replace(
+                    one,
+                    inputs=matched.inputs,
+                    labels=matched.labels,
+                    held=F.pad(one.held, (0, pad[0], 0, pad[1])),
+                    base=None if one.base is None else _matched(one.base, config, group),
+                    blank=_pictures(matched) - _pictures(one),
+                )
+            )
     # Those with pictures last: beside each other's, and what is learnt from pictures alone has its gradients exchanged
     # with a step's last micro-batch too.
-    made.sort(key=lambda one: len(one.inputs.images) > 0)
-    seen = any(one.inputs.images for one in made)
-    return [replace(one, before_pictures=seen and not one.inputs.images) for one in made]
+    made.sort(key=lambda one: _pictures(one) > 0)
+    seen = any(_pictures(one) for one in made)
+    return [replace(one, before_pictures=seen and not _pictures(one)) for one in made]
 
 
-def _nothing(config: AnyModelConfig) -> MicroBatch:
+def _pictures(batch: Batch) -> int:
+    return len(batch.inputs.images)
+
+
+def _matched(batch: Batch, config: AnyModelConfig, group: Group) -> Batch:
+    """With the pictures that others' batches have."""
+    assert group.mesh is not None
+    inputs, labels = match_images(batch.inputs, batch.labels, config, group.mesh)
+    return Batch(inputs, labels, batch.lengths)
+
+
+def _nothing(config: AnyModelConfig, read_twice: bool) -> MicroBatch:
     side = config.vision.image_size if isinstance(config, ModelConfig) else 1
-    made = microbatch(
+    made = _a_row_each(
         [Example([config.text.bos_token_id], [IGNORED], torch.zeros(0, 3, side, side), (), "", "")], config
     )
-    return MicroBatch(made.inputs, made.labels, (), ())
+    held = torch.zeros_like(made.labels, dtype=torch.bool)
+    return MicroBatch(made.inputs, made.labels, (), rows=(), held=held, base=made if read_twice else None)

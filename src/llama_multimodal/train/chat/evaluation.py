@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from ...processing.processor import Processor
 from ...sampling import SamplingParams
 from ..loader import IGNORED
 from ..parallel import Group
+from .batches import padded_groups
 from .encode import Example, microbatch
 from .in_parts import prepare_answers
 from .recipe import ChatRecipe
@@ -49,18 +51,15 @@ class Evaluation:
         written, scores = [], torch.zeros(3, dtype=torch.float64)
         if self.group.sharded:
             prepare_answers(model)
-        asked = self.examples[:count]
-        for i in range(self.group.most(len(asked)) if self.group.sharded else len(asked)):
-            mine = asked[i] if i < len(asked) else None
-            together, row = self._together(mine)
+        for together, mine in self._turns(self.examples[:count]):
             prompts = [split_answer(example)[0] for example in together]
             found = generate(model, microbatch(prompts, model.config).inputs, params)
-            if mine is None:
-                continue
-            truth = split_answer(mine)[1]
-            answer, right = self.processor.decode(found.token_ids[row]), self.processor.decode(truth)
-            scores += torch.tensor([1.0, float(exact_match(answer, right)), anls(answer, [right])], dtype=torch.float64)
-            written.append({"where": mine.where, "answer": answer, "truth": right})
+            for row in mine:
+                truth = split_answer(together[row])[1]
+                answer, right = self.processor.decode(found.token_ids[row]), self.processor.decode(truth)
+                similar = anls(answer, [right])
+                scores += torch.tensor([1.0, float(exact_match(answer, right)), similar], dtype=torch.float64)
+                written.append({"where": together[row].where, "answer": answer, "truth": right})
         if self.group.leads and written:
             file = Path(self.recipe.output) / FOLDER / f"step-{step:08d}.jsonl"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -69,14 +68,17 @@ class Evaluation:
         total, exact, similar = self.group.sum(scores)
         return {"eval_exact_match": exact / total, "eval_anls": similar / total} if total else {}
 
-    def _together(self, mine: Example | None) -> tuple[list[Example], int]:
-        """What is answered at once, and which of them is this reader's. Sharded weights are gathered by all for every
-        token: there all answer the same, one row of each reader, and so end at the same token."""
+    def _turns(self, asked: Sequence[Example]) -> Iterator[tuple[list[Example], Sequence[int]]]:
+        """What is answered at once, and which rows of it are this reader's. Sharded weights are gathered by all for
+        every token: there all answer the same, one row of each reader, and so end at the same token."""
         if not self.group.sharded:
-            return [mine] if mine is not None else [], 0
-        found = self.group.gather(mine)
-        row = sum(one is not None for one in found[: self.group.rank])
-        return [one for one in found if one is not None], row
+            for some in padded_groups(asked, self.recipe.batch):
+                yield some, range(len(some))
+            return
+        for i in range(self.group.most(len(asked))):
+            found = self.group.gather(asked[i] if i < len(asked) else None)
+            before = sum(one is not None for one in found[: self.group.rank])
+            yield [one for one in found if one is not None], [before] if i < len(asked) else []
 
 
 def split_answer(example: Example) -> tuple[Example, list[int]]:

@@ -42,9 +42,16 @@ class Work:
         below = 1 if not sees else 3 if any(name in shapes for name in sees) else 2
         return cls(config, **sizes, text_passes=3 if whole else 2, vision_passes=below)
 
-    def of_batch(self, inputs: ModelInputs, lengths: Sequence[int], learnt: int, distill: bool = False) -> float:
-        """lengths: of the conversations, packed or not; learnt: tokens whose loss is taken; distill: whether the base
-        reads them too"""
+    def of_batch(self, inputs: ModelInputs, lengths: Sequence[int], learnt: int) -> float:
+        """lengths: of the conversations, packed or not; learnt: tokens whose loss is taken"""
+        decoder, seen = self._forward(inputs, lengths, learnt)
+        return self.text_passes * decoder + self.vision_passes * seen
+
+    def of_reading(self, inputs: ModelInputs, lengths: Sequence[int], learnt: int) -> float:
+        """Without a backward pass."""
+        return sum(self._forward(inputs, lengths, learnt))
+
+    def _forward(self, inputs: ModelInputs, lengths: Sequence[int], learnt: int) -> tuple[float, float]:
         text = self.config.text
         tokens = sum(lengths)
         attended = (
@@ -56,4 +63,4 @@ class Work:
             vision, size = self.config.vision, inputs.tiles.shape[2:]
             patches = vision.num_patches if isinstance(vision, TiledVisionConfig) else vision.num_tokens(*size)
             seen = 2 * len(inputs.tiles) * patches * self.vision
-        return float((self.text_passes + distill) * decoder + (self.vision_passes + distill) * seen)
+        return float(decoder), float(seen)

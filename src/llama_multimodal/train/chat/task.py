@@ -20,7 +20,7 @@ from ...models import LanguageModel, VisionLanguageModel
 from ...models.mllama_vision import TiledVisionEncoder
 from ...processing.processor import Processor
 from ...weights.checkpoint import parameter_shapes
-from ..loader import IGNORED, ahead
+from ..loader import ahead
 from ..optim import build_optimizers, scheduled
 from ..parallel import Group
 from ..task import Task, sums, trained
@@ -107,9 +107,8 @@ class ChatTask(Task[MicroBatch]):
             yield alike(found.micro, self.model.config, self.group)
 
     def totals(self, micro: Sequence[MicroBatch]) -> Tensor:
-        counted = [(int((m.labels != IGNORED).sum()), m.distill) for m in micro]
-        distilled = sum(count for count, distill in counted if distill)
-        return torch.tensor([sum(count for count, _ in counted), distilled], dtype=torch.float64)
+        counted = [(int(m.answers.sum()), int(m.distilled.sum())) for m in micro]
+        return torch.tensor([sum(counts) for counts in zip(*counted, strict=True)] or [0, 0], dtype=torch.float64)
 
     def check(self, totals: Sequence[float], micro: Sequence[MicroBatch], step: int) -> None:
         if totals[0] == 0:
@@ -120,33 +119,32 @@ class ChatTask(Task[MicroBatch]):
             )
 
     def loss(self, micro: MicroBatch, totals: Sequence[float], step: int) -> tuple[Tensor | None, Tensor]:
-        summed = self.summed(micro)
-        if not micro.distill:
-            return summed / totals[0], sums(summed, 0)
-        weighted = self.recipe.distillation.weight * summed
-        return weighted / totals[0], sums(weighted, summed)
+        learnt, drift = self.summed(micro)
+        total = learnt + self.recipe.distillation.weight * drift
+        return total / totals[0], sums(total, drift)
 
     def summed(self, micro: MicroBatch) -> Tensor:
-        """The cross-entropy of a micro-batch's answer tokens, added up; of a distilled one, how far the predictions
-        there are from the base's."""
+        """[2]: the cross-entropy of a micro-batch's learnt tokens, added up, and how far the predictions of the
+        distilled ones are from the base's."""
         if not self.group.sharded:
             return self._loss_of(self.model, micro)
         summed: Tensor = getattr(self.model, _LOSS)(micro)  # it reads the head's weight
         return summed
 
     def _loss_of(self, model: LanguageModel, micro: MicroBatch) -> Tensor:
-        wanted = micro.labels != IGNORED
-        place = wanted.to(self.device)
-        if micro.distill:
+        before = None
+        if micro.base is not None:
             with torch.no_grad(), use_adapter(model, None):
-                before = model.hidden(micro.inputs)[place]
+                before = model.hidden(micro.base.inputs)[micro.base.answers.to(self.device)]
         with self._product():
-            hidden = model.hidden(micro.inputs)[place]
-        if micro.distill:
-            total = summed_drift(model, hidden, before, self.recipe.distillation.temperature)
-        else:
-            total = summed_loss(model, hidden, micro.labels[wanted].to(self.device), self.dtype)
-        return total + unread(model) if micro.before_pictures else total
+            hidden = model.hidden(micro.inputs)
+        learnt = micro.learnt
+        total = summed_loss(model, hidden[learnt.to(self.device)], micro.labels[learnt].to(self.device), self.dtype)
+        drift = torch.zeros_like(total)
+        if before is not None:
+            now = hidden[micro.distilled.to(self.device)]
+            drift = summed_drift(model, now, before, self.recipe.distillation.temperature)
+        return torch.stack((total + unread(model) if micro.before_pictures else total, drift))
 
     def _product(self) -> AbstractContextManager[object]:
         """Weights that are held in float32 multiply in the recipe's dtype; a frozen base has it already, and sharded
@@ -160,13 +158,12 @@ class ChatTask(Task[MicroBatch]):
         return found | {"drift": sums[1] / totals[1]} if totals[1] else found
 
     def work(self, micro: Sequence[MicroBatch], step: int) -> dict[str, float]:
-        learnt = (int((m.labels != IGNORED).sum()) for m in micro)
+        work, base = self.work_of, [m.base for m in micro if m.base is not None]
         return {
             "tokens": sum(sum(m.lengths) for m in micro),
             "images": sum(m.num_images for m in micro),
-            "flops": sum(
-                self.work_of.of_batch(m.inputs, m.lengths, n, m.distill) for m, n in zip(micro, learnt, strict=True)
-            ),
+            "flops": sum(work.of_batch(m.inputs, m.lengths, int(m.answers.sum())) for m in micro)
+            + sum(work.of_reading(m.inputs, m.lengths, int(m.answers.sum())) for m in base),
         }
 
     def rows(self, micro: MicroBatch) -> list[str]:
@@ -181,7 +178,7 @@ class ChatTask(Task[MicroBatch]):
         batches = list(micro_batches(self.evaluation.examples, self.recipe.batch, self.model.config))
         batches = alike(batches, self.model.config, self.group)
         with self._as_it_answers():
-            pairs = [(float(self.summed(m)), float((m.labels != IGNORED).sum())) for m in batches]
+            pairs = [(float(self.summed(m)[0]), float(m.answers.sum())) for m in batches]
             scores = self.evaluation.answers(self.model, step + 1)
         lost, count = self.group.sum(torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).sum(0))
         return {"eval_loss": lost / max(count, 1.0), **scores}

@@ -10,7 +10,7 @@ import importlib
 
 from . import library
 
-_MODULES = ("cross_attention", "decode_attention", "decode_blocks", "packed_linear", "quantized_cache")
+_MODULES = ("cross_attention", "decode_attention", "decode_blocks", "elementwise", "packed_linear", "quantized_cache")
 _SOME_HAVE = {"attention": lambda: any(map(library.has_attention, library.DTYPES)), "linear": library.has_wide_linear}
 
 

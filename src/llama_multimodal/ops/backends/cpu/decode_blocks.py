@@ -7,6 +7,7 @@ S slots of a cache block · M cache blocks of a row, at most
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -20,8 +21,6 @@ from .decode_attention import raise_for, refuses_dtype, refuses_tensors
 from .library import DTYPES, QUANTIZED, functions, strides
 from .packed_linear import LAYOUT, most_rows
 
-_MOST_ROWS = 32  # what lies between the products is one thread's work
-
 
 def _refuses_blocks(
     x: Tensor, blocks: Sequence[DecoderBlock], cos: Tensor, sin: Tensor, caches: Sequence[Tensor], lengths: Tensor
@@ -34,7 +33,7 @@ def _refuses_blocks(
     for cache in caches:
         if not cache.is_cpu or cache.dtype != x.dtype:
             return f"takes caches on the CPU in {x.dtype}, and one is {cache.dtype} on {cache.device}"
-    most, first = _MOST_ROWS, blocks[0]
+    most, first = sys.maxsize, blocks[0]
     for block in blocks:
         if (block.heads, block.kv_heads, block.eps) != (first.heads, first.kv_heads, first.eps):
             return "blocks differ in their heads or in eps"

@@ -46,6 +46,16 @@ _SIGNATURES = {  # without the llama_mm_cpu_ that every name begins with
         [_INT, _POINTER, _POINTER, *_KEYS, *[_SIZE] * 6, _INT, _POINTER, _POINTER, _POINTER, _INT],
         _INT,
     ),
+    "rms_norm": ([*[_POINTER] * 3, _INT, _SIZE, _SIZE, ctypes.c_float, _POINTER, _POINTER, _INT], None),
+    "swiglu": ([_POINTER, _SIZE, _POINTER, _SIZE, _INT, _SIZE, _SIZE, _POINTER, _INT], None),
+    "apply_rope": (
+        [
+            *[_POINTER, _POINTER, _SIZE] * 2,  # q and k, their strides and heads
+            *[_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE],  # cos, sin, their steps, positions, P
+            *[_INT, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _INT],
+        ],
+        _INT,
+    ),
     "unpack_tiles": ([*_WEIGHT, _SIZE, _SIZE, _SIZE, _INT, _POINTER, _INT], None),
     "decode_attention": ([*_QUERIES, *_KEYS, _SIZE, _POINTER, _POINTER, _POINTER, _INT], _INT),
     "decode_blocks": ([*_BLOCKS, *_KEYS, _SIZE, _POINTER, _POINTER, _INT], _INT),

@@ -1,4 +1,4 @@
-// Attention of the query heads that share one key head over a run of keys, with a running softmax.
+// Attention of the query heads that share one key head over some keys, with a running softmax.
 //
 // Shapes: G query heads, at most 4 · D head dim
 #pragma once
@@ -8,83 +8,90 @@
 
 namespace {
 
-constexpr int kChunk = 32;  // keys between two corrections of the running maximum; their values stay in the first cache
-// Keys that are asked for early, where one takes more than the two lines that are anyway; of dense ones the next
-// page's.
-constexpr int kKeysAhead = 8;
+typedef float Weights[llama_mm::kKeysAtOnce];  // of a query head
+constexpr int64_t kLine = 64;                   // bytes that come from memory together
 
-// Scores of KEYS keys from k on, for every head: weights[head][0 .. KEYS).
-template <typename T, int G, int KEYS>
-INLINE void score(const T* k, int64_t stride, const float* q, int64_t dim, float (*weights)[kChunk], int first) {
-  constexpr int count = (G * KEYS + 3) / 4 * 4;
+// The same key, value or scale of another head.
+template <typename T>
+INLINE const T* at(const void* first, int64_t bytes) {
+  return reinterpret_cast<const T*>(static_cast<const char*>(first) + bytes);
+}
+
+INLINE void ask(llama_mm::Ahead& ahead) {
+  if (ahead.count == 0) return;
+  const char* const from = at<char>(*ahead.next, ahead.at);
+  for (int64_t line = 0; line < ahead.size; line += kLine) __builtin_prefetch(from + line, 0, 2);
+  ahead.at += ahead.size;
+  if (ahead.at >= ahead.bytes) ahead.at = 0, ahead.next++, ahead.count--;
+}
+
+// Scores of COUNT keys from the first-th on, for every head.
+template <typename T, int G, int COUNT>
+INLINE void score(const void* const* keys, int64_t offset, const float* q, int64_t dim, Weights* weights, int first) {
+  constexpr int sums = (G * COUNT + 3) / 4 * 4;
   const int64_t whole = dim / LANES * LANES;
-  Floats acc[count] = {};
+  const T* k[COUNT];
+  for (int j = 0; j < COUNT; j++) k[j] = at<T>(keys[first + j], offset);
+  Floats acc[sums] = {};
   for (int64_t d = 0; d < whole; d += LANES) {
-    Floats key[KEYS];
-    for (int j = 0; j < KEYS; j++) key[j] = load(k + j * stride + d);
+    Floats key[COUNT];
+    for (int j = 0; j < COUNT; j++) key[j] = load(k[j] + d);
     for (int g = 0; g < G; g++) {
       const Floats query = load(q + g * dim + d);
-      for (int j = 0; j < KEYS; j++) acc[g * KEYS + j] += query * key[j];
+      for (int j = 0; j < COUNT; j++) acc[g * COUNT + j] += query * key[j];
     }
   }
-  float sums[count];
-  for (int i = 0; i < count; i += 4) sum_four(acc + i, sums + i);
+  float found[sums];
+  for (int i = 0; i < sums; i += 4) sum_four(acc + i, found + i);
+  for (int g = 0; g < G; g++) memcpy(weights[g] + first, found + g * COUNT, sizeof(float) * COUNT);
+  if (whole == dim) return;
   for (int g = 0; g < G; g++)
-    for (int j = 0; j < KEYS; j++) {
-      float total = sums[g * KEYS + j];
-      for (int64_t d = whole; d < dim; d++) total += q[g * dim + d] * widen(k[j * stride + d]);
-      weights[g][first + j] = total;
-    }
+    for (int j = 0; j < COUNT; j++)
+      for (int64_t d = whole; d < dim; d++) weights[g][first + j] += q[g * dim + d] * widen(k[j][d]);
 }
 
 // acc += weights · values, for WIDTH vectors of the head dim from d on.
 template <typename T, int G, int WIDTH>
-INLINE void add_values(const T* v, int64_t stride, int count, const float (*weights)[kChunk], int64_t dim, int64_t d,
-                       float* acc) {
+INLINE void add_values(const void* const* values, int64_t offset, int count, const Weights* weights, int64_t dim,
+                       int64_t d, float* acc, llama_mm::Ahead& ahead) {
   Floats out[G][WIDTH];
   for (int g = 0; g < G; g++)
     for (int i = 0; i < WIDTH; i++) out[g][i] = load(acc + g * dim + d + i * LANES);
-  for (int j = 0; j < count; j++)
+  for (int j = 0; j < count; j++) {
+    if (d == 0) ask(ahead);
     for (int i = 0; i < WIDTH; i++) {
-      const Floats x = load(v + j * stride + d + i * LANES);
+      const Floats x = load(at<T>(values[j], offset) + d + i * LANES);
       for (int g = 0; g < G; g++) out[g][i] += weights[g][j] * x;
     }
+  }
   for (int g = 0; g < G; g++)
     for (int i = 0; i < WIDTH; i++) store(acc + g * dim + d + i * LANES, out[g][i]);
 }
 
 template <typename T, int G>
-void attend_chunk(const T* k, const T* v, const llama_mm::Run& run, int count, const float* bias, const float* q,
-                  int64_t dim, const float* k_scales, const float* v_scales, float* acc, float* max, float* total) {
-  constexpr int keys = LANES == 16 || G <= 2 ? 4 : 2;  // that the registers hold sums for
-  alignas(64) float weights[G][kChunk];
-  const int64_t bytes = dim * static_cast<int64_t>(sizeof(T));
-  const bool dense = run.k_stride == dim && run.v_stride == dim;
-  const int ahead = dense ? static_cast<int>(kBytesAhead / bytes) : kKeysAhead;
+void attend_heads(const llama_mm::Keys& keys, const llama_mm::Offsets& to, const float* q, int64_t dim, float* acc,
+                  float* max, float* total, llama_mm::Ahead& k_ahead, llama_mm::Ahead& v_ahead) {
+  constexpr int some = LANES == 16 || G <= 2 ? 4 : 2;  // keys that the registers hold sums for
+  constexpr bool in_8_bits = sizeof(T) == 1;
+  alignas(64) Weights weights[G];
+  const int count = keys.count, lanes = (count + LANES - 1) / LANES * LANES;
   int first = 0;
-  for (; first + keys <= count; first += keys) {
-    if (dense || bytes > 128)
-      for (int j = first + ahead; j < first + ahead + keys; j++)
-        for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
-          __builtin_prefetch(k + j * run.k_stride + d);
-          __builtin_prefetch(v + j * run.v_stride + d);
-        }
-    score<T, G, keys>(k + first * run.k_stride, run.k_stride, q, dim, weights, first);
+  for (; first + some <= count; first += some) {
+    for (int j = 0; j < some; j++) ask(k_ahead);
+    score<T, G, some>(keys.k, to.k, q, dim, weights, first);
   }
-  for (; first < count; first++) score<T, G, 1>(k + first * run.k_stride, run.k_stride, q, dim, weights, first);
-  if (k_scales)
-    for (int g = 0; g < G; g++)
-      for (int j = 0; j < count; j++) weights[g][j] *= k_scales[j * run.scale_stride];
-  if (bias)
-    for (int g = 0; g < G; g++)
-      for (int j = 0; j < count; j++) weights[g][j] += bias[j];
+  for (; first < count; first++) score<T, G, 1>(keys.k, to.k, q, dim, weights, first);
   for (int g = 0; g < G; g++) {
-    for (int j = count; j < kChunk; j++) weights[g][j] = -__builtin_inff();
+    if (in_8_bits)
+      for (int j = 0; j < count; j++) weights[g][j] *= *at<float>(keys.k_scales[j], to.scale);
+    if (keys.bias)
+      for (int j = 0; j < count; j++) weights[g][j] += keys.bias[j];
+    for (int j = count; j < lanes; j++) weights[g][j] = -__builtin_inff();
     Floats most = splat(max[g]);
-    for (int j = 0; j < kChunk; j += LANES) most = larger(load(weights[g] + j), most);
+    for (int j = 0; j < lanes; j += LANES) most = larger(load(weights[g] + j), most);
     const float top = largest(most), shift = top == -__builtin_inff() ? 0.0f : top;  // -inf: every key so far is hidden
     Floats added = {};
-    for (int j = 0; j < kChunk; j += LANES) {
+    for (int j = 0; j < lanes; j += LANES) {
       const Floats weight = exp2_of_negative(load(weights[g] + j) - shift);
       store(weights[g] + j, weight);
       added += weight;
@@ -94,41 +101,32 @@ void attend_chunk(const T* k, const T* v, const llama_mm::Run& run, int count, c
     if (max[g] != top)
       for (int64_t d = 0; d < dim; d++) acc[g * dim + d] *= correction;
     max[g] = top;
+    if (in_8_bits)  // the sum of the weights has them as they are
+      for (int j = 0; j < count; j++) weights[g][j] *= *at<float>(keys.v_scales[j], to.scale);
   }
-  if (v_scales)  // the sum of the weights has them as they are
-    for (int g = 0; g < G; g++)
-      for (int j = 0; j < count; j++) weights[g][j] *= v_scales[j * run.scale_stride];
   int64_t d = 0;
   constexpr int width = G == 1 ? 4 : 2;  // enough sums at once to hide the latency of an addition
   for (; d + width * LANES <= dim; d += width * LANES)
-    add_values<T, G, width>(v, run.v_stride, count, weights, dim, d, acc);
-  for (; d + LANES <= dim; d += LANES) add_values<T, G, 1>(v, run.v_stride, count, weights, dim, d, acc);
+    add_values<T, G, width>(keys.v, to.v, count, weights, dim, d, acc, v_ahead);
+  for (; d + LANES <= dim; d += LANES) add_values<T, G, 1>(keys.v, to.v, count, weights, dim, d, acc, v_ahead);
   for (; d < dim; d++)
     for (int g = 0; g < G; g++)
-      for (int j = 0; j < count; j++) acc[g * dim + d] += weights[g][j] * widen(v[j * run.v_stride + d]);
+      for (int j = 0; j < count; j++) acc[g * dim + d] += weights[g][j] * widen(at<T>(keys.v[j], to.v)[d]);
 }
 
 template <typename T>
-void attend(const llama_mm::Run& run, const llama_mm::Softmax& state) {
-  const T* k = static_cast<const T*>(run.k);
-  const T* v = static_cast<const T*>(run.v);
-  for (int64_t first = 0; first < run.count; first += kChunk, k += kChunk * run.k_stride, v += kChunk * run.v_stride) {
-    const int count = static_cast<int>(run.count - first < kChunk ? run.count - first : kChunk);
-    const float* bias = run.bias ? run.bias + first : nullptr;
-    const float* k_scales = run.k_scales ? run.k_scales + first * run.scale_stride : nullptr;
-    const float* v_scales = run.v_scales ? run.v_scales + first * run.scale_stride : nullptr;
-    for (int head = 0; head < state.heads; head += llama_mm::kMaxHeads) {
-      const float* q = state.q + head * state.dim;
-      float *acc = state.acc + head * state.dim, *max = state.max + head, *total = state.sum + head;
-      const auto run_chunk = [&](auto* chunk) {
-        chunk(k, v, run, count, bias, q, state.dim, k_scales, v_scales, acc, max, total);
-      };
-      switch (state.heads - head) {
-        case 1: run_chunk(attend_chunk<T, 1>); break;
-        case 2: run_chunk(attend_chunk<T, 2>); break;
-        case 3: run_chunk(attend_chunk<T, 3>); break;
-        default: run_chunk(attend_chunk<T, 4>);
-      }
+void attend(const llama_mm::Keys& keys, const llama_mm::Offsets& offsets, const llama_mm::Softmax& state,
+            llama_mm::Ahead& k_ahead, llama_mm::Ahead& v_ahead) {
+  for (int head = 0; head < state.heads; head += llama_mm::kMaxHeads) {
+    const auto run = [&](auto* of_heads) {
+      of_heads(keys, offsets, state.q + head * state.dim, state.dim, state.acc + head * state.dim, state.max + head,
+               state.sum + head, k_ahead, v_ahead);
+    };
+    switch (state.heads - head) {
+      case 1: run(attend_heads<T, 1>); break;
+      case 2: run(attend_heads<T, 2>); break;
+      case 3: run(attend_heads<T, 3>); break;
+      default: run(attend_heads<T, 4>);
     }
   }
 }

@@ -1,25 +1,25 @@
-// Attention of one query a row and head over a dense cache, a paged cache or a range of packed vision tokens; kv_write.
+// Attention of one query a row and head over a dense cache, a paged cache or a range of packed vision tokens.
 //
-// A task is one row, one key head and one part of its keys; the query heads that share a key head read it together.
-// Keys are split into parts only where rows and heads alone would leave threads idle.
+// A task is one row, one key head and one part of its keys; the query heads that share a key head read it together. Where
+// a token's key heads lie side by side, a task is all of them, a few keys at a time, so that memory is read as it lies.
+// Keys are split into parts only where threads would be idle otherwise, or wait for one long row.
 //
 // Shapes: B rows · H query heads · Hkv key heads · D head dim · C slots of a row · N blocks · S slots of a block
-// M blocks of a row, at most · T tokens to store
+// M blocks of a row, at most
 #include <cmath>
 #include <cstdlib>
-#include <cstring>
 
 #include "drivers.h"
 #include "kernels.h"
-#include "quantize_row.h"
 #include "scalar.h"
+#include "scratch.h"
 
 namespace {
 
 using namespace llama_mm;
 
-constexpr int64_t kLeastPart = 128;    // keys; fewer are not worth a part of their own
-constexpr int64_t kSmall = 1 << 15;    // bytes of keys and values; fewer are not worth waking another thread
+constexpr int64_t kLeastPart = 128;  // keys; fewer are not worth a part of their own
+constexpr int64_t kSmall = 1 << 15;  // bytes of keys and values; fewer are not worth waking another thread
 constexpr int kNoMemory = -1;
 
 struct Problem {
@@ -31,92 +31,156 @@ struct Problem {
   DType cache;  // of keys and values
 };
 
-// Keys: keys.count(row), and keys.run(row, kv head, first, end): the longest run from `first` on.
-template <typename Keys>
-int attend_all(const Problem& p, const Keys& keys) {
-  const int64_t pairs = p.rows * p.kv_heads, group = p.heads / p.kv_heads;
+// How tasks are cut: `parts` of a row's keys, `together` key heads.
+struct Cut {
+  int64_t parts, together;
+};
+
+template <typename Layout>
+Cut cut(const Problem& p, const Layout& layout, int threads) {
   int64_t longest = 0, total = 0;
   for (int64_t row = 0; row < p.rows; row++) {
-    longest = most(longest, keys.count(row));
-    total += keys.count(row);
+    longest = most(longest, layout.count(row));
+    total += layout.count(row);
   }
-  int threads = p.threads;
-  if (total * p.kv_heads * p.dim * 2 * bytes_of(p.cache) < kSmall) threads = 1;
-  int64_t parts = 1;
-  if (pairs < 4 * threads && pairs % threads)
-    parts = most(int64_t{1}, least((4 * threads + pairs - 1) / pairs, longest / kLeastPart));
+  const int64_t pairs = p.rows * p.kv_heads, worth_it = most(int64_t{1}, longest / kLeastPart);
+  if (Layout::kHeadsSideBySide && total > 0) {
+    // A part is to be an eighth of what a thread does, at most.
+    const int64_t wanted = threads == 1 ? 1 : (8 * threads * longest + total - 1) / total;
+    const int64_t parts = least(wanted, worth_it);
+    if (p.rows * parts >= threads) return {parts, p.kv_heads};
+  }
+  if (pairs >= 4 * threads || pairs % threads == 0) return {1, 1};
+  return {least((4 * threads + pairs - 1) / pairs, worth_it), 1};
+}
 
-  // A task's memory: q, acc [group, D]; max, sum [group].
-  const int64_t floats = group * (2 * p.dim + 2), tasks = pairs * parts;
-  float* memory = static_cast<float*>(malloc(static_cast<size_t>(tasks * floats + 1) * sizeof(float)));
-  if (!memory) return kNoMemory;
-  const auto attend = kernels()->attend[p.cache];
+// Keys [first, end) or as many as go at once, of one head.
+template <typename Layout>
+void find(const Layout& layout, int64_t row, int64_t head, int64_t first, int64_t end, Keys& keys) {
+  keys.count = static_cast<int>(least(end - first, int64_t{kKeysAtOnce}));
+  keys.bias = nullptr;
+  if (keys.count > 0) layout.find(row, head, first, keys);
+}
+
+// The softmax of every row and key head ("pair") over every part of its keys.
+struct States {
+  float* memory;
+  int64_t group, dim, parts;
+
+  Softmax of(int64_t pair, int64_t part) const {
+    float* const q = memory + (pair * parts + part) * floats();
+    float *const acc = q + group * dim, *const max = acc + group * dim;
+    return {q, acc, max, max + group, static_cast<int>(group), dim};
+  }
+  int64_t floats() const { return group * (2 * dim + 2); }
+};
+
+void begin(const Problem& p, int64_t pair, const Softmax& state) {
   const float scale = kLog2E / std::sqrt(static_cast<float>(p.dim));
+  for (int64_t i = 0; i < state.heads * p.dim; i++) {
+    state.q[i] = scale * get(p.q, p.dtype, pair * state.heads * p.dim + i);
+    state.acc[i] = 0.0f;
+  }
+  for (int g = 0; g < state.heads; g++) {
+    state.max[g] = -INFINITY;
+    state.sum[g] = 0.0f;
+  }
+}
+
+// Layout: count(row), find(row, key head, first key, keys), and how far the n-th key head behind another one is.
+template <typename Layout>
+void run_task(const Problem& p, const Layout& layout, const States& states, int64_t pair, int64_t part,
+              int64_t together) {
+  const auto attend = kernels()->attend[p.cache];
+  const int64_t row = pair / p.kv_heads, head = pair % p.kv_heads, of_key = p.dim * bytes_of(p.cache);
+  for (int64_t n = 0; n < together; n++) begin(p, pair + n, states.of(pair + n, part));
+  const int64_t count = layout.count(row), end = count * (part + 1) / states.parts;
+  int64_t first = count * part / states.parts;
+  Keys keys[2];
+  find(layout, row, head, first, end, keys[0]);
+  for (int turn = 0; keys[turn].count > 0; turn = !turn) {
+    const Keys& now = keys[turn];
+    Keys& next = keys[!turn];
+    first += now.count;
+    find(layout, row, head, first, end, next);
+    Ahead k_ahead = {next.k, next.count, of_key, together * of_key};
+    Ahead v_ahead = {next.v, next.count, of_key, together * of_key};
+    for (int64_t n = 0; n < together; n++)
+      attend(now, layout.offsets(n), states.of(pair + n, part), k_ahead, v_ahead);
+  }
+}
+
+// One query head's parts into the first one, and out.
+void merge(const Problem& p, const States& states, int64_t pair, int64_t g) {
+  float* const merged = states.of(pair, 0).acc + g * p.dim;
+  float top = -INFINITY, sum = 0.0f;
+  for (int64_t part = 0; part < states.parts; part++) top = std::fmax(top, states.of(pair, part).max[g]);
+  const float shift = top == -INFINITY ? 0.0f : top;
+  for (int64_t part = 0; part < states.parts; part++) {
+    const Softmax other = states.of(pair, part);
+    const float weight = std::exp2(other.max[g] - shift);
+    sum += weight * other.sum[g];
+    for (int64_t d = 0; d < p.dim; d++)
+      merged[d] = weight * other.acc[g * p.dim + d] + (part ? merged[d] : 0.0f);
+  }
+  for (int64_t d = 0; d < p.dim; d++)
+    set(p.out, p.dtype, (pair * states.group + g) * p.dim + d, sum == 0.0f ? 0.0f : merged[d] / sum);
+}
+
+template <typename Layout>
+int attend_all(const Problem& p, const Layout& layout) {
+  const int64_t group = p.heads / p.kv_heads, pairs = p.rows * p.kv_heads;
+  int64_t total = 0;
+  for (int64_t row = 0; row < p.rows; row++) total += layout.count(row);
+  const int threads = total * p.kv_heads * p.dim * 2 * bytes_of(p.cache) < kSmall ? 1 : p.threads;
+  const Cut how = cut(p, layout, threads);
+  States states = {nullptr, group, p.dim, how.parts};
+  const Scratch scratch(most(pairs * how.parts * states.floats(), int64_t{1}) * static_cast<int64_t>(sizeof(float)));
+  if (!scratch.memory) return kNoMemory;
+  states.memory = reinterpret_cast<float*>(scratch.memory);
+  const int64_t tasks = pairs * how.parts / how.together;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < tasks; task++) {
-      const int64_t row = task / (p.kv_heads * parts), head = task / parts % p.kv_heads, part = task % parts;
-      float *q = memory + task * floats, *acc = q + group * p.dim, *max = acc + group * p.dim, *sum = max + group;
-      for (int64_t i = 0; i < group * p.dim; i++) {
-        q[i] = scale * get(p.q, p.dtype, (row * p.heads + head * group) * p.dim + i);
-        acc[i] = 0.0f;
-      }
-      for (int64_t g = 0; g < group; g++) {
-        max[g] = -INFINITY;
-        sum[g] = 0.0f;
-      }
-      const Softmax state = {q, acc, max, sum, static_cast<int>(group), p.dim};
-      const int64_t count = keys.count(row), end = count * (part + 1) / parts;
-      for (int64_t first = count * part / parts; first < end;) {
-        const Run run = keys.run(row, head, first, end);
-        attend(run, state);
-        first += run.count;
-      }
-    }
+    for (int64_t task = 0; task < tasks; task++)
+      run_task(p, layout, states, task / how.parts * how.together, task % how.parts, how.together);
 
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < pairs * group; i++) {
-      float* merged = memory + i / group * parts * floats;  // the first part's; the others are added to it
-      const int64_t g = i % group, at_acc = (group + g) * p.dim;
-      const int64_t at_max = 2 * group * p.dim + g, at_sum = at_max + group;
-      float top = -INFINITY, sum = 0.0f;
-      for (int64_t part = 0; part < parts; part++) top = std::fmax(top, merged[part * floats + at_max]);
-      const float shift = top == -INFINITY ? 0.0f : top;
-      for (int64_t part = 0; part < parts; part++) {
-        const float* other = merged + part * floats;
-        const float weight = std::exp2(other[at_max] - shift);
-        sum += weight * other[at_sum];
-        for (int64_t d = 0; d < p.dim; d++)
-          merged[at_acc + d] = weight * other[at_acc + d] + (part ? merged[at_acc + d] : 0.0f);
-      }
-      for (int64_t d = 0; d < p.dim; d++)
-        set(p.out, p.dtype, i * p.dim + d, sum == 0.0f ? 0.0f : merged[at_acc + d] / sum);
-    }
+    for (int64_t i = 0; i < pairs * group; i++) merge(p, states, i / group, i % group);
   }
-  free(memory);
   return 0;
 }
 
+// A cache's keys or values, and how far apart they lie.
+struct Side {
+  const char* data;
+  const int64_t* strides;  // in elements
+};
+
 struct Dense {
-  const char *k, *v;  // [B, Hkv, C, D]
-  const int64_t *k_strides, *v_strides;  // of B, Hkv and C, in elements
+  static constexpr bool kHeadsSideBySide = false;
+  Side k, v;  // [B, Hkv, C, D], strides of the first three
   const int32_t* lengths;
   const float* bias;  // [C], in powers of two; or null
   int bytes;
 
   int64_t count(int64_t row) const { return lengths[row]; }
-  Run run(int64_t row, int64_t head, int64_t first, int64_t end) const {
-    return {k + (row * k_strides[0] + head * k_strides[1] + first * k_strides[2]) * bytes,
-            v + (row * v_strides[0] + head * v_strides[1] + first * v_strides[2]) * bytes,
-            k_strides[2], v_strides[2], end - first, bias ? bias + first : nullptr};
+  void find(int64_t row, int64_t head, int64_t first, Keys& keys) const {
+    put(k, row, head, first, keys.k, keys.count);
+    put(v, row, head, first, keys.v, keys.count);
+    if (bias) keys.bias = bias + first;
   }
+  void put(const Side& side, int64_t row, int64_t head, int64_t first, const void** to, int count) const {
+    const char* const from = side.data + (row * side.strides[0] + head * side.strides[1]) * bytes;
+    for (int i = 0; i < count; i++) to[i] = from + (first + i) * side.strides[2] * bytes;
+  }
+  Offsets offsets(int64_t n) const { return {n * k.strides[1] * bytes, n * v.strides[1] * bytes, 0}; }
 };
 
 struct Paged {
-  const char *k, *v;  // [N, S, Hkv, D]
-  const int64_t *k_strides, *v_strides;  // of N, S and Hkv
+  static constexpr bool kHeadsSideBySide = true;
+  Side k, v;  // [N, S, Hkv, D], strides of the first three
   const int32_t* lengths;
   const int32_t* table;  // [B, M]
   int64_t slots, blocks_of_row;
@@ -125,30 +189,40 @@ struct Paged {
   int64_t kv_heads;
 
   int64_t count(int64_t row) const { return lengths[row]; }
-  Run run(int64_t row, int64_t head, int64_t first, int64_t end) const {
-    const int64_t block = table[row * blocks_of_row + first / slots], slot = first % slots;
-    const int64_t left = slots - slot, count = least(end - first, left);
-    const int64_t scale = (block * slots + slot) * kv_heads + head;
-    return {k + (block * k_strides[0] + slot * k_strides[1] + head * k_strides[2]) * bytes,
-            v + (block * v_strides[0] + slot * v_strides[1] + head * v_strides[2]) * bytes,
-            k_strides[1], v_strides[1], count, nullptr,
-            k_scales ? k_scales + scale : nullptr, v_scales ? v_scales + scale : nullptr, kv_heads};
+  void find(int64_t row, int64_t head, int64_t first, Keys& keys) const {
+    const int32_t* block = table + row * blocks_of_row + first / slots;
+    int64_t slot = first % slots;
+    for (int i = 0; i < keys.count; i++) {
+      keys.k[i] = k.data + (*block * k.strides[0] + slot * k.strides[1] + head * k.strides[2]) * bytes;
+      keys.v[i] = v.data + (*block * v.strides[0] + slot * v.strides[1] + head * v.strides[2]) * bytes;
+      if (k_scales) {
+        const int64_t scale = (*block * slots + slot) * kv_heads + head;
+        keys.k_scales[i] = k_scales + scale, keys.v_scales[i] = v_scales + scale;
+      }
+      if (++slot == slots) slot = 0, block++;
+    }
+  }
+  Offsets offsets(int64_t n) const {
+    return {n * k.strides[2] * bytes, n * v.strides[2] * bytes, n * static_cast<int64_t>(sizeof(float))};
   }
 };
 
 struct Ranges {
-  const char *k, *v;  // [Hkv, S, D]
-  const int64_t *k_strides, *v_strides;  // of Hkv and S
-  const int32_t* ranges;                 // [B, 2]
+  static constexpr bool kHeadsSideBySide = false;
+  Side k, v;              // [Hkv, S, D], strides of the first two
+  const int32_t* ranges;  // [B, 2]
   int bytes;
 
   int64_t count(int64_t row) const { return ranges[2 * row + 1] - ranges[2 * row]; }
-  Run run(int64_t row, int64_t head, int64_t first, int64_t end) const {
-    const int64_t key = ranges[2 * row] + first;
-    return {k + (head * k_strides[0] + key * k_strides[1]) * bytes,
-            v + (head * v_strides[0] + key * v_strides[1]) * bytes,
-            k_strides[1], v_strides[1], end - first, nullptr};
+  void find(int64_t row, int64_t head, int64_t first, Keys& keys) const {
+    put(k, head, ranges[2 * row] + first, keys.k, keys.count);
+    put(v, head, ranges[2 * row] + first, keys.v, keys.count);
   }
+  void put(const Side& side, int64_t head, int64_t first, const void** to, int count) const {
+    const char* const from = side.data + head * side.strides[0] * bytes;
+    for (int i = 0; i < count; i++) to[i] = from + (first + i) * side.strides[1] * bytes;
+  }
+  Offsets offsets(int64_t n) const { return {n * k.strides[0] * bytes, n * v.strides[0] * bytes, 0}; }
 };
 
 }  // namespace
@@ -170,7 +244,7 @@ int llama_mm_cpu_decode_attention(const void* q, int dtype, int64_t rows, int64_
   }
   const DType type = static_cast<DType>(dtype);
   const Problem problem = {q, out, type, rows, heads, kv_heads, dim, threads, type};
-  const Dense keys = {static_cast<const char*>(k), static_cast<const char*>(v), k_strides, v_strides, lengths, bias,
+  const Dense keys = {{static_cast<const char*>(k), k_strides}, {static_cast<const char*>(v), v_strides}, lengths, bias,
                       bytes_of(type)};
   const int status = attend_all(problem, keys);
   free(bias);
@@ -191,7 +265,7 @@ int llama_mm_cpu_paged_decode_attention(const void* q, int dtype, int64_t rows, 
   }
   const DType cache = static_cast<DType>(cache_dtype);
   const Problem problem = {q, out, static_cast<DType>(dtype), rows, heads, kv_heads, dim, threads, cache};
-  const Paged keys = {static_cast<const char*>(k), static_cast<const char*>(v), k_strides, v_strides, lengths, table,
+  const Paged keys = {{static_cast<const char*>(k), k_strides}, {static_cast<const char*>(v), v_strides}, lengths, table,
                       slots, blocks_of_row, bytes_of(cache), k_scales, v_scales, kv_heads};
   return attend_all(problem, keys);
 }
@@ -204,54 +278,9 @@ int llama_mm_cpu_cross_attention(const void* q, int dtype, int64_t rows, int64_t
       return static_cast<int>(row + 1);
   const DType type = static_cast<DType>(dtype);
   const Problem problem = {q, out, type, rows, heads, kv_heads, dim, threads, type};
-  const Ranges keys = {static_cast<const char*>(k), static_cast<const char*>(v), k_strides, v_strides, ranges,
+  const Ranges keys = {{static_cast<const char*>(k), k_strides}, {static_cast<const char*>(v), v_strides}, ranges,
                        bytes_of(type)};
   return attend_all(problem, keys);
-}
-
-// k, v: [T, Hkv, D] with strides of T and Hkv; caches: [slots, Hkv, D], contiguous. Nothing is written on an error.
-int llama_mm_cpu_kv_write(const void* k, const int64_t* k_strides, const void* v, const int64_t* v_strides, int bytes,
-                          int64_t tokens, int64_t kv_heads, int64_t dim, void* k_cache, void* v_cache,
-                          int64_t cache_slots, const int64_t* slots, int threads) {
-  for (int64_t t = 0; t < tokens; t++)
-    if (slots[t] >= cache_slots) return static_cast<int>(t + 1);
-  const int64_t row_bytes = dim * bytes;
-  const int team = tokens * kv_heads * row_bytes < kSmall ? 1 : threads;
-#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-  for (int64_t t = 0; t < tokens; t++) {
-    if (slots[t] < 0) continue;  // padding
-    for (int64_t head = 0; head < kv_heads; head++) {
-      const int64_t to = (slots[t] * kv_heads + head) * row_bytes;
-      const int64_t from_k = (t * k_strides[0] + head * k_strides[1]) * bytes;
-      const int64_t from_v = (t * v_strides[0] + head * v_strides[1]) * bytes;
-      memcpy(static_cast<char*>(k_cache) + to, static_cast<const char*>(k) + from_k, static_cast<size_t>(row_bytes));
-      memcpy(static_cast<char*>(v_cache) + to, static_cast<const char*>(v) + from_v, static_cast<size_t>(row_bytes));
-    }
-  }
-  return 0;
-}
-
-// The same for caches in 8 bits: k, v of `dtype` are rounded, and scales [slots, Hkv] go with them.
-int llama_mm_cpu_quantized_kv_write(const void* k, const int64_t* k_strides, const void* v, const int64_t* v_strides,
-                                    int dtype, int64_t tokens, int64_t kv_heads, int64_t dim, void* k_cache,
-                                    void* v_cache, int cache_dtype, float* k_scales, float* v_scales,
-                                    int64_t cache_slots, const int64_t* slots, int threads) {
-  for (int64_t t = 0; t < tokens; t++)
-    if (slots[t] >= cache_slots) return static_cast<int>(t + 1);
-  const DType from = static_cast<DType>(dtype), to = static_cast<DType>(cache_dtype);
-  const int team = tokens * kv_heads * dim < kSmall ? 1 : threads;
-#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-  for (int64_t t = 0; t < tokens; t++) {
-    if (slots[t] < 0) continue;  // padding
-    for (int64_t head = 0; head < kv_heads; head++) {
-      const int64_t row = slots[t] * kv_heads + head;
-      quantize_row(k, from, t * k_strides[0] + head * k_strides[1], dim, to, static_cast<uint8_t*>(k_cache) + row * dim,
-                   k_scales + row);
-      quantize_row(v, from, t * v_strides[0] + head * v_strides[1], dim, to, static_cast<uint8_t*>(v_cache) + row * dim,
-                   v_scales + row);
-    }
-  }
-  return 0;
 }
 
 }  // extern "C"

@@ -113,6 +113,14 @@ struct Room {
   }
 };
 
+// Rows are independent of each other; `bytes` of each are worth a thread or not.
+template <typename Work>
+static void for_rows(int rows, int64_t bytes, int threads, const Work& work) {
+  const int team = useful_threads(threads, rows * bytes);
+#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
+  for (int t = 0; t < rows; t++) work(t);
+}
+
 // x and out may be the same.
 static int run_block(const Model& m, const Block& b, const Caches& c, const char* x, int rows, const float* cos,
                      const float* sin, const int32_t* lengths, Room& room, char* out, int threads) {
@@ -124,9 +132,10 @@ static int run_block(const Model& m, const Block& b, const Caches& c, const char
   char *normed = room.normed.memory, *wide = room.wide.memory, *narrow = room.narrow.memory;
   char *product = room.product.memory, *sum = room.sum.memory;
 
-  for (int t = 0; t < rows; t++) use.norm(x + t * row_bytes, b.input_norm, hidden, m.eps, normed + t * row_bytes);
+  for_rows(rows, row_bytes, threads,
+           [&](int t) { use.norm(x + t * row_bytes, b.input_norm, hidden, m.eps, normed + t * row_bytes); });
   if (multiply(b.qkv, normed, type, rows, wide, threads)) return -1;
-  for (int t = 0; t < rows; t++) {
+  for_rows(rows, qkv_row, threads, [&](int t) {
     char* q = wide + t * qkv_row;
     const float *cs = cos + t * m.dim / 2, *sn = sin + t * m.dim / 2;
     for (int64_t h = 0; h < m.heads + m.kv_heads; h++) use.rotate(q + h * head, cs, sn, m.dim / 2);
@@ -135,7 +144,7 @@ static int run_block(const Model& m, const Block& b, const Caches& c, const char
       store(c, c.k, c.k_strides, c.k_scales, t, h, lengths[t] - 1, q + q_row, m);
       store(c, c.v, c.v_strides, c.v_scales, t, h, lengths[t] - 1, q + q_row + kv_row, m);
     }
-  }
+  });
   // The attention's result takes the place of the queries, keys and values.
   if (c.table ? llama_mm_cpu_paged_decode_attention(narrow, type, rows, m.heads, m.kv_heads, m.dim, c.k, c.k_strides,
                                                     c.v, c.v_strides, c.dtype, c.k_scales, c.v_scales, c.blocks,
@@ -144,17 +153,18 @@ static int run_block(const Model& m, const Block& b, const Caches& c, const char
                                               c.v_strides, c.capacity, lengths, nullptr, wide, threads))
     return -1;
   if (multiply(b.output, wide, type, rows, product, threads)) return -1;
-  for (int t = 0; t < rows; t++) {
+  for_rows(rows, 2 * row_bytes, threads, [&](int t) {
     char* stream = sum + t * row_bytes;
     use.add(x + t * row_bytes, product + t * row_bytes, hidden, stream);
     use.norm(stream, b.post_attention_norm, hidden, m.eps, normed + t * row_bytes);
-  }
+  });
   if (multiply(b.gate_up, normed, type, rows, wide, threads)) return -1;
-  for (int t = 0; t < rows; t++)
+  for_rows(rows, gates, threads, [&](int t) {
     use.swiglu(wide + t * gates, wide + t * gates + gates / 2, inner, narrow + t * inner * bytes);
+  });
   if (multiply(b.down, narrow, type, rows, product, threads)) return -1;
-  for (int t = 0; t < rows; t++)
-    use.add(sum + t * row_bytes, product + t * row_bytes, hidden, out + t * row_bytes);
+  for_rows(rows, row_bytes, threads,
+           [&](int t) { use.add(sum + t * row_bytes, product + t * row_bytes, hidden, out + t * row_bytes); });
   return 0;
 }
 

@@ -22,6 +22,7 @@ constexpr int kMaxTileRows = 16;  // the most that one takes at once where it ta
 constexpr int kMaxDotRows = 6;    // rows of x in one pass over a bf16 weight
 constexpr int kOutputs = 16;      // outputs of a bf16 weight at a time
 constexpr int kMaxHeads = 4;      // query heads that share one pass over a key head's keys and values
+constexpr int kKeysAtOnce = 64;   // between two corrections of the running maximum
 
 // x of one row and 32 inputs: x ≈ step · q, and q is split into digits (see round_row.h).
 struct BlockOfX {
@@ -47,27 +48,37 @@ struct PackedWeight {
   bool int4;
 };
 
-// One run of keys that lie at a constant stride, for the query heads of one key head.
-struct Run {
-  const void* k;
-  const void* v;
-  int64_t k_stride;  // in elements
-  int64_t v_stride;
-  int64_t count;
+// Some keys and their values, wherever each of them lies: of one key head, or of the first of several.
+struct Keys {
+  int count;
+  const void* k[kKeysAtOnce];
+  const void* v[kKeysAtOnce];
+  const float* k_scales[kKeysAtOnce];  // of caches in 8 bits
+  const float* v_scales[kKeysAtOnce];
   const float* bias;  // [count], in powers of two; or null
-  const float* k_scales = nullptr;  // of each key and value in 8 bits, at a stride; or null
-  const float* v_scales = nullptr;
-  int64_t scale_stride = 0;
 };
 
-// Softmax over the runs seen so far, in powers of two: out = acc / sum.
+// Keys or values that are asked for while others are computed: one after the other, `size` bytes with each of those.
+struct Ahead {
+  const void* const* next;
+  int count;
+  int64_t size, bytes;  // bytes: of a key, as much as there is to ask for
+  int64_t at = 0;
+};
+
+// Softmax over the keys seen so far, in powers of two: out = acc / sum.
 struct Softmax {
-  const float* q;  // [heads, D], times log2(e) / √D
-  float* acc;      // [heads, D]
-  float* max;      // [heads]
-  float* sum;      // [heads]
+  float* q;    // [heads, D], times log2(e) / √D
+  float* acc;  // [heads, D]
+  float* max;  // [heads]
+  float* sum;  // [heads]
   int heads;
   int64_t dim;
+};
+
+// From a key or value, and its scale, to that of this head, in bytes.
+struct Offsets {
+  int64_t k, v, scale;
 };
 
 // On rows of one dtype.
@@ -101,7 +112,9 @@ struct Kernels {
   // sums [rows, kOutputs] of 1 to 6 ordered rows of x at x_stride against up to kOutputs outputs' bf16 weights [K].
   void (*dot_bf16)(const uint16_t* weight, int64_t inputs, int outputs, const float* x, int64_t x_stride, int rows,
                    float* sums);
-  void (*attend[4])(const Run& run, const Softmax& state);  // by the dtype of the cache
+  // The query heads that share a key head over some keys, on top of those before; by the dtype of the cache.
+  void (*attend[4])(const Keys& keys, const Offsets& offsets, const Softmax& state, Ahead& k_ahead,
+                    Ahead& v_ahead);
   Elementwise elementwise[2];  // by dtype
   bool matrix_unit = false;    // there is one besides, for products of many bf16 rows
 };
