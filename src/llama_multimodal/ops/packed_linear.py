@@ -95,7 +95,7 @@ def pack_weight(weight: Tensor, format: Format, *, group: int = 32, symmetric: b
 
 def _pack_rows(weight: Tensor, format: Format, group: int, symmetric: bool) -> PackedWeight:
     rows, columns = weight.shape
-    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+    if not weight.is_meta and not _is_finite(weight):
         raise ValueError("pack_weight: the weight holds values that are not finite")
     if format == "bf16":
         return PackedWeight("bf16", (rows, columns), weight.to(torch.bfloat16).contiguous())
@@ -108,6 +108,11 @@ def _pack_rows(weight: Tensor, format: Format, group: int, symmetric: bool) -> P
     if not weight.is_meta and bool(torch.isinf(grid.scales).any()):
         raise ValueError("pack_weight: the weight's values are too large for a scale in fp16")
     return grid.packed(grid.stored(groups))
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """In one pass, where `torch.isfinite` makes several tensors of the weight's size: the larger part of loading."""
+    return weight.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all())
 
 
 def divides(columns: int, format: Format, group: int) -> bool:
