@@ -32,6 +32,9 @@ SHAPES = [
     (2, 8, 1, 7, 100),
 ]
 
+# Of blocks, whose key heads a thread reads together: keys in several parts, and rows of very different lengths
+LONG = [(1, 4, 2, 64, 700), (3, 6, 3, 40, 500), (2, 8, 8, 16, 1301)]
+
 
 def caches(b: int, h: int, c: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values [B, H, C, D] with a model's strides: views of more slots than are used."""
@@ -116,7 +119,7 @@ def test_strides_of_q_and_the_cache(instruction_set: str, dtype: torch.dtype) ->
 
 
 @each_dtype
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + LONG, ids=str)
 @pytest.mark.parametrize("slots", [1, 16])
 def test_paged_decode_attention(
     instruction_set: str, dtype: torch.dtype, shape: tuple[int, ...], slots: int, guards: Guards, threads: None

@@ -18,8 +18,9 @@ from llama_multimodal.ops.backends.cpu import library
 from ..references import randn
 
 OPS = [
-    "cross_attention", "decode_attention", "decode_blocks", "kv_write", "packed_linear", "paged_decode_attention",
-    "paged_decode_blocks", "prepare_weight", "quantized_kv_write", "quantized_paged_decode_attention",
+    "add_rms_norm", "apply_rope", "cross_attention", "decode_attention", "decode_blocks", "kv_write", "packed_linear",
+    "paged_decode_attention", "paged_decode_blocks", "prepare_weight", "quantized_kv_write",
+    "quantized_paged_decode_attention", "rms_norm", "swiglu",
 ]  # fmt: skip
 
 
