@@ -18,23 +18,16 @@ from ...distributed import match_images
 from ...inputs import ModelInputs
 from ..loader import IGNORED
 from ..parallel import Group
-from .encode import Example, microbatch
+from .encode import ChatBatch, Example, microbatch
 from .recipe import BatchConfig
 from .steps import ChatSteps, StepExamples
 
 
 @dataclass(frozen=True)
-class Batch:
-    """inputs, and labels [B, T]: the next token of each answer token, else -100. lengths: of each conversation."""
+class Batch(ChatBatch):
+    """lengths: tokens of each conversation, packed or not."""
 
-    inputs: ModelInputs
-    labels: Tensor
     lengths: tuple[int, ...]
-
-    @property
-    def answers(self) -> Tensor:
-        """Where answer tokens are: [B, T]."""
-        return self.labels != IGNORED
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,11 @@ class ChatBatch:
     inputs: ModelInputs
     labels: Tensor
 
+    @property
+    def answers(self) -> Tensor:
+        """Where answer tokens are: [B, T]."""
+        return self.labels != IGNORED
+
 
 def max_length(data: ChatData, config: AnyModelConfig) -> int:
     """Most tokens of a conversation.

@@ -52,11 +52,10 @@ class Evaluation:
         if self.group.sharded:
             prepare_answers(model)
         for together, mine in self._turns(self.examples[:count]):
-            prompts = [split_answer(example)[0] for example in together]
+            prompts, truths = zip(*map(split_answer, together), strict=True)
             found = generate(model, microbatch(prompts, model.config).inputs, params)
             for row in mine:
-                truth = split_answer(together[row])[1]
-                answer, right = self.processor.decode(found.token_ids[row]), self.processor.decode(truth)
+                answer, right = self.processor.decode(found.token_ids[row]), self.processor.decode(truths[row])
                 similar = anls(answer, [right])
                 scores += torch.tensor([1.0, float(exact_match(answer, right)), similar], dtype=torch.float64)
                 written.append({"where": together[row].where, "answer": answer, "truth": right})

@@ -18,15 +18,12 @@ from .library import DTYPES, dense_last, functions, pointer, strides
 
 
 def _takes(*tensors: Tensor | None) -> bool:
-    """Whether tensors are on the CPU, of one dtype that kernels take, and hold something."""
+    """Whether answers are computed, and tensors are on the CPU, of one dtype that kernels take, and hold something."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
     there = [tensor for tensor in tensors if tensor is not None]
     dtype = there[0].dtype
-    return (
-        dtype in DTYPES
-        and all(x.is_cpu and x.dtype == dtype and x.ndim > 0 and x.numel() > 0 for x in there)
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
+    return dtype in DTYPES and all(x.is_cpu and x.dtype == dtype and x.ndim > 0 and x.numel() > 0 for x in there)
 
 
 # --- rms_norm --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ namespace {
 using namespace llama_mm;
 
 constexpr int64_t kLeastPart = 128;  // keys; fewer are not worth a part of their own
-constexpr int64_t kSmall = 1 << 15;  // bytes of keys and values; fewer are not worth waking another thread
 constexpr int kNoMemory = -1;
 
 struct Problem {
@@ -33,25 +32,27 @@ struct Problem {
 
 // How tasks are cut: `parts` of a row's keys, `together` key heads.
 struct Cut {
+  int threads;
   int64_t parts, together;
 };
 
 template <typename Layout>
-Cut cut(const Problem& p, const Layout& layout, int threads) {
+Cut cut(const Problem& p, const Layout& layout) {
   int64_t longest = 0, total = 0;
   for (int64_t row = 0; row < p.rows; row++) {
     longest = most(longest, layout.count(row));
     total += layout.count(row);
   }
+  const int threads = total * p.kv_heads * p.dim * 2 * bytes_of(p.cache) < kBytesPerThread ? 1 : p.threads;
   const int64_t pairs = p.rows * p.kv_heads, worth_it = most(int64_t{1}, longest / kLeastPart);
   if (Layout::kHeadsSideBySide && total > 0) {
     // A part is to be an eighth of what a thread does, at most.
     const int64_t wanted = threads == 1 ? 1 : (8 * threads * longest + total - 1) / total;
     const int64_t parts = least(wanted, worth_it);
-    if (p.rows * parts >= threads) return {parts, p.kv_heads};
+    if (p.rows * parts >= threads) return {threads, parts, p.kv_heads};
   }
-  if (pairs >= 4 * threads || pairs % threads == 0) return {1, 1};
-  return {least((4 * threads + pairs - 1) / pairs, worth_it), 1};
+  if (pairs >= 4 * threads || pairs % threads == 0) return {threads, 1, 1};
+  return {threads, least((4 * threads + pairs - 1) / pairs, worth_it), 1};
 }
 
 // Keys [first, end) or as many as go at once, of one head.
@@ -130,17 +131,14 @@ void merge(const Problem& p, const States& states, int64_t pair, int64_t g) {
 template <typename Layout>
 int attend_all(const Problem& p, const Layout& layout) {
   const int64_t group = p.heads / p.kv_heads, pairs = p.rows * p.kv_heads;
-  int64_t total = 0;
-  for (int64_t row = 0; row < p.rows; row++) total += layout.count(row);
-  const int threads = total * p.kv_heads * p.dim * 2 * bytes_of(p.cache) < kSmall ? 1 : p.threads;
-  const Cut how = cut(p, layout, threads);
+  const Cut how = cut(p, layout);
   States states = {nullptr, group, p.dim, how.parts};
   const Scratch scratch(most(pairs * how.parts * states.floats(), int64_t{1}) * static_cast<int64_t>(sizeof(float)));
   if (!scratch.memory) return kNoMemory;
   states.memory = reinterpret_cast<float*>(scratch.memory);
   const int64_t tasks = pairs * how.parts / how.together;
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(how.threads) if (how.threads > 1)
   {
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; task++)

@@ -86,14 +86,14 @@ static bool out_of_range(const Caches& c, int row, int32_t length) {
 }
 
 // Elements before a row's token at `slot`, for one key head.
-static int64_t place(const Caches& c, const int64_t* strides, int row, int64_t head, int64_t slot) {
+static int64_t place(const Caches& c, const int64_t* strides, int64_t row, int64_t head, int64_t slot) {
   if (!c.table) return row * strides[0] + head * strides[1] + slot * strides[2];
   const int64_t block = c.table[row * c.blocks_of_row + slot / c.capacity];
   return block * strides[0] + slot % c.capacity * strides[1] + head * strides[2];
 }
 
 // A row's new key or value of one head; from: those of all heads.
-static void store(const Caches& c, void* cache, const int64_t* strides, float* scales, int row, int64_t head,
+static void store(const Caches& c, void* cache, const int64_t* strides, float* scales, int64_t row, int64_t head,
                   int64_t slot, const char* from, const Model& m) {
   const int64_t at = place(c, strides, row, head, slot), bytes = bytes_of(m.type);
   if (scales)
@@ -113,14 +113,6 @@ struct Room {
   }
 };
 
-// Rows are independent of each other; `bytes` of each are worth a thread or not.
-template <typename Work>
-static void for_rows(int rows, int64_t bytes, int threads, const Work& work) {
-  const int team = useful_threads(threads, rows * bytes);
-#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-  for (int t = 0; t < rows; t++) work(t);
-}
-
 // x and out may be the same.
 static int run_block(const Model& m, const Block& b, const Caches& c, const char* x, int rows, const float* cos,
                      const float* sin, const int32_t* lengths, Room& room, char* out, int threads) {
@@ -133,9 +125,9 @@ static int run_block(const Model& m, const Block& b, const Caches& c, const char
   char *product = room.product.memory, *sum = room.sum.memory;
 
   for_rows(rows, row_bytes, threads,
-           [&](int t) { use.norm(x + t * row_bytes, b.input_norm, hidden, m.eps, normed + t * row_bytes); });
+           [&](int64_t t) { use.norm(x + t * row_bytes, b.input_norm, hidden, m.eps, normed + t * row_bytes); });
   if (multiply(b.qkv, normed, type, rows, wide, threads)) return -1;
-  for_rows(rows, qkv_row, threads, [&](int t) {
+  for_rows(rows, qkv_row, threads, [&](int64_t t) {
     char* q = wide + t * qkv_row;
     const float *cs = cos + t * m.dim / 2, *sn = sin + t * m.dim / 2;
     for (int64_t h = 0; h < m.heads + m.kv_heads; h++) use.rotate(q + h * head, cs, sn, m.dim / 2);
@@ -153,18 +145,18 @@ static int run_block(const Model& m, const Block& b, const Caches& c, const char
                                               c.v_strides, c.capacity, lengths, nullptr, wide, threads))
     return -1;
   if (multiply(b.output, wide, type, rows, product, threads)) return -1;
-  for_rows(rows, 2 * row_bytes, threads, [&](int t) {
+  for_rows(rows, 2 * row_bytes, threads, [&](int64_t t) {
     char* stream = sum + t * row_bytes;
     use.add(x + t * row_bytes, product + t * row_bytes, hidden, stream);
     use.norm(stream, b.post_attention_norm, hidden, m.eps, normed + t * row_bytes);
   });
   if (multiply(b.gate_up, normed, type, rows, wide, threads)) return -1;
-  for_rows(rows, gates, threads, [&](int t) {
+  for_rows(rows, gates, threads, [&](int64_t t) {
     use.swiglu(wide + t * gates, wide + t * gates + gates / 2, inner, narrow + t * inner * bytes);
   });
   if (multiply(b.down, narrow, type, rows, product, threads)) return -1;
   for_rows(rows, row_bytes, threads,
-           [&](int t) { use.add(sum + t * row_bytes, product + t * row_bytes, hidden, out + t * row_bytes); });
+           [&](int64_t t) { use.add(sum + t * row_bytes, product + t * row_bytes, hidden, out + t * row_bytes); });
   return 0;
 }
 

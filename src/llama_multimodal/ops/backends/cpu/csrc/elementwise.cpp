@@ -34,9 +34,7 @@ void llama_mm_cpu_rms_norm(const void* x, const void* residual, const void* weig
   const DType type = static_cast<DType>(dtype);
   const Elementwise& use = kernels()->elementwise[type];
   const int64_t bytes = size * bytes_of(type);
-  const int team = useful_threads(threads, rows * bytes);
-#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-  for (int64_t row = 0; row < rows; row++) {
+  for_rows(rows, bytes, threads, [&](int64_t row) {
     const char* from = static_cast<const char*>(x) + row * bytes;
     if (residual) {
       char* const sum = static_cast<char*>(summed) + row * bytes;
@@ -44,7 +42,7 @@ void llama_mm_cpu_rms_norm(const void* x, const void* residual, const void* weig
       from = sum;
     }
     use.norm(from, weight, size, eps, static_cast<char*>(out) + row * bytes);
-  }
+  });
 }
 
 // gate, up: [rows, size], strides in elements; out contiguous.
@@ -53,12 +51,11 @@ void llama_mm_cpu_swiglu(const void* gate, int64_t gate_stride, const void* up, 
   const DType type = static_cast<DType>(dtype);
   const Elementwise& use = kernels()->elementwise[type];
   const int64_t bytes = bytes_of(type);
-  const int team = useful_threads(threads, rows * size * bytes);
-#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-  for (int64_t row = 0; row < rows; row++)
+  for_rows(rows, size * bytes, threads, [&](int64_t row) {
     use.swiglu(static_cast<const char*>(gate) + row * gate_stride * bytes,
                static_cast<const char*>(up) + row * up_stride * bytes, size,
                static_cast<char*>(out) + row * size * bytes);
+  });
 }
 
 // cos, sin: rows of D/2, one for each token, `row_step` and `token_step` apart; or with positions [B, T] a table [P],
@@ -74,14 +71,12 @@ int llama_mm_cpu_apply_rope(const void* q, const int64_t* q_strides, int64_t hea
     if (positions[i] < 0 || positions[i] >= table) return 1;
   const Heads queries = {static_cast<const char*>(q), q_strides, heads, static_cast<char*>(q_out)};
   const Heads keys = {static_cast<const char*>(k), k_strides, kv_heads, static_cast<char*>(k_out)};
-  const int team = useful_threads(threads, count * (heads + kv_heads) * dim * size);
-#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
-  for (int64_t i = 0; i < count; i++) {
+  for_rows(count, (heads + kv_heads) * dim * size, threads, [&](int64_t i) {
     const int64_t row = i / tokens, token = i % tokens;
     const int64_t at = positions ? positions[i] * token_step : row * row_step + token * token_step;
     queries.turn(use, row, token, tokens, dim, size, cos + at, sin + at);
     keys.turn(use, row, token, tokens, dim, size, cos + at, sin + at);
-  }
+  });
   return 0;
 }
 

@@ -10,8 +10,6 @@
 
 using namespace llama_mm;
 
-static constexpr int64_t kSmall = 1 << 15;  // bytes of keys and values; fewer are not worth waking another thread
-
 // Each returns 0, or 1 + the first token whose slot is out of range.
 extern "C" {
 
@@ -22,7 +20,7 @@ int llama_mm_cpu_kv_write(const void* k, const int64_t* k_strides, const void* v
   for (int64_t t = 0; t < tokens; t++)
     if (slots[t] >= cache_slots) return static_cast<int>(t + 1);
   const int64_t row_bytes = dim * bytes;
-  const int team = tokens * kv_heads * row_bytes < kSmall ? 1 : threads;
+  const int team = tokens * kv_heads * row_bytes < kBytesPerThread ? 1 : threads;
 #pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
   for (int64_t t = 0; t < tokens; t++) {
     if (slots[t] < 0) continue;  // padding
@@ -45,7 +43,7 @@ int llama_mm_cpu_quantized_kv_write(const void* k, const int64_t* k_strides, con
   for (int64_t t = 0; t < tokens; t++)
     if (slots[t] >= cache_slots) return static_cast<int>(t + 1);
   const DType from = static_cast<DType>(dtype), to = static_cast<DType>(cache_dtype);
-  const int team = tokens * kv_heads * dim < kSmall ? 1 : threads;
+  const int team = tokens * kv_heads * dim < kBytesPerThread ? 1 : threads;
 #pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
   for (int64_t t = 0; t < tokens; t++) {
     if (slots[t] < 0) continue;  // padding

@@ -19,9 +19,17 @@ T most(T a, T b) {
 }
 inline int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-constexpr int64_t kBytesPerThread = 1 << 15;  // less than this of a weight is not worth waking another thread
+constexpr int64_t kBytesPerThread = 1 << 15;  // less than this to read is not worth waking another thread
 inline int useful_threads(int threads, int64_t bytes) {
   return static_cast<int>(least(bytes / kBytesPerThread + 1, int64_t{threads}));
+}
+
+// work(row) for rows that are independent of each other, of so many bytes each; no more threads than rows.
+template <typename Work>
+void for_rows(int64_t rows, int64_t bytes, int threads, const Work& work) {
+  const int team = static_cast<int>(least(rows, int64_t{useful_threads(threads, rows * bytes)}));
+#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
+  for (int64_t row = 0; row < rows; row++) work(row);
 }
 
 inline int bytes_of(llama_mm::DType dtype) {
