@@ -1,43 +1,45 @@
 """Text generation on the CPU, batch 1: prefill and decoding against transformers and llama.cpp on equal weights.
 
     OMP_PROC_BIND=true python benchmarks/generate.py --output benchmarks/results
+    OMP_PROC_BIND=true python benchmarks/generate.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 
-The decoder has the shape of Llama 3.2 1B (1.24 G parameters a token, the LM head among them) and random weights; every
-candidate continues the same prompt greedily, in turn. A packed model is `quant.pack`'s; "a8" stands for activations in
-8 bits as well, which llama.cpp always has with these formats. "int4" keeps its LM head in int8, and so does Q4_0, whose
-usual files have it in Q6_K or Q8_0. llama.cpp takes part where llama-cpp-python and gguf
-are installed, after its logits on a small model were found to be ours; it reads GGUF files in --scratch, 5.6 GB.
+The decoder has the shape of a published text model (by default Llama 3.2 1B: 1.24 G parameters a token, the LM head
+among them, which is the embedding's table) and random weights; every candidate continues the same prompt greedily, in
+turn. A packed model is `quant.pack`'s; "a8" stands for activations in 8 bits as well, which llama.cpp always has with
+these formats. "int4" has its LM head in int8, and so does Q4_0, whose usual files have it in Q6_K or Q8_0. llama.cpp
+takes part where llama-cpp-python and gguf are installed, after its logits on a small model were found to be ours; it
+reads GGUF files in --scratch, 4.5 GB for the 1B.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from ggml import Ggml
-from gguf_model import as_stored, write_gguf
+from ggml import quantize
+from gguf_model import as_stored, head_of, write_gguf
 from llamacpp import LlamaCpp, missing
 from peers import Measured, interleaved, write
 
 import llama_multimodal as lmm
-from llama_multimodal.config import ModelConfig, RopeScaling, TextConfig, TiledVisionConfig
-from llama_multimodal.models import VisionLanguageModel
+from llama_multimodal.config import LanguageModelConfig, RopeScaling, config_to_hf
+from llama_multimodal.models import LanguageModel, build_model
 from llama_multimodal.ops import Format
 from llama_multimodal.processing.processor import Processor
 from llama_multimodal.quant.pack import Packing, pack, use_int8_activations
-from llama_multimodal.weights.mllama import HF_RELEASED, hf_rules
+from llama_multimodal.weights.llama import llama_rules
+from llama_multimodal.zoo.configs import CONFIGS, find_config
 
 ROUNDING = 0.04
 """What llama.cpp's logits may be off by on a small model, for its activations in bf16 or 8 bits."""
-PREFIX = HF_RELEASED.text.removesuffix(".model") + "."
 TRANSFORMERS = "transformers bf16"
 LLAMA_CPP = {"bf16": "llama.cpp BF16", "int8": "llama.cpp Q8_0", "int4": "llama.cpp Q4_0"}
 """The format of the same width as each of ours."""
@@ -45,69 +47,54 @@ LM_HEAD: dict[str, Format] = {"int4": "int8"}
 """The LM head's format where it is another one than the model's."""
 
 
-def configuration(layers: int, hidden: int, vocabulary: int) -> ModelConfig:
-    """Llama 3.2 1B by default; the vision encoder is never called."""
-    text = TextConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
-        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 256, cross_attention_layers=(),
-        rope_scaling=RopeScaling(factor=32.0), bos_token_id=0, eos_token_ids=(), pad_token_id=0,
-    )  # fmt: skip
-    return ModelConfig(
-        TiledVisionConfig(32, 32, 1, 1, 1, image_size=28, intermediate_layers_indices=()), text, vocabulary
-    )
+def published(name: str) -> LanguageModelConfig:
+    """A text model's configuration from the table of known checkpoints; no token ends an answer.
+
+    Raises:
+        SystemExit: it is not there.
+    """
+    config = find_config(name)
+    if not isinstance(config, LanguageModelConfig):
+        known = ", ".join(name for name, config in CONFIGS.items() if isinstance(config, LanguageModelConfig))
+        raise SystemExit(f"{name} is no text model of the table; there are {known}")
+    return LanguageModelConfig(replace(config.text, eos_token_ids=()))
 
 
-def random_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in VisionLanguageModel(config).state_dict().items()}
+def random_weights(config: LanguageModelConfig) -> dict[str, torch.Tensor]:
+    """By their names in Hugging Face's Llama; a tied LM head has none of its own."""
     torch.manual_seed(0)
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in build_model(config).named_parameters()}
     return {
-        name: torch.ones(shape, dtype=torch.bfloat16)
-        if "norm" in name
-        else torch.randn(shape, dtype=torch.bfloat16) * shape[-1] ** -0.5
-        for name, shape in shapes.items()
+        rule.theirs[0]: torch.ones(shapes[rule.ours], dtype=torch.bfloat16)
+        if "norm" in rule.ours
+        else torch.randn(shapes[rule.ours], dtype=torch.bfloat16) * shapes[rule.ours][-1] ** -0.5
+        for rule in llama_rules(config)
     }
 
 
-def ours(config: ModelConfig, weights: dict[str, torch.Tensor]) -> VisionLanguageModel:
+def ours(config: LanguageModelConfig, weights: dict[str, torch.Tensor]) -> LanguageModel:
     """A model on these very tensors."""
     with torch.device("meta"):
-        model = VisionLanguageModel(config)
-    model.load_state_dict(weights, assign=True)
+        model = build_model(config)
+    state = {rule.ours: weights[rule.theirs[0]] for rule in llama_rules(config)}
+    model.load_state_dict(state, strict=not config.text.tie_word_embeddings, assign=True)
+    if config.text.tie_word_embeddings:
+        model.decoder.tie_lm_head()
     return model.eval()
 
 
-def theirs(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Any:
+def theirs(config: LanguageModelConfig, weights: dict[str, torch.Tensor]) -> Any:
     """transformers' Llama on the same tensors."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    text = config.text
-    assert text.rope_scaling is not None
-    scaling = {"rope_type": "llama3", "rope_theta": text.rope_theta, "factor": text.rope_scaling.factor}
-    scaling |= {"low_freq_factor": text.rope_scaling.low_freq_factor}
-    scaling |= {"high_freq_factor": text.rope_scaling.high_freq_factor}
-    scaling |= {"original_max_position_embeddings": text.rope_scaling.original_max_position_embeddings}
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=text.vocab_size, hidden_size=text.hidden_size, intermediate_size=text.intermediate_size,
-            num_hidden_layers=text.num_hidden_layers, num_attention_heads=text.num_attention_heads,
-            num_key_value_heads=text.num_key_value_heads, max_position_embeddings=text.max_position_embeddings,
-            rms_norm_eps=text.rms_norm_eps, rope_parameters=scaling, bos_token_id=0, eos_token_id=None, pad_token_id=0,
-        )
-    ).to(torch.bfloat16)  # fmt: skip
-    model.load_state_dict(text_state(config, weights), assign=True)
+    settings = config_to_hf(config) | {"eos_token_id": None}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16)
+    model.load_state_dict(weights, strict=not config.text.tie_word_embeddings, assign=True)
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its buffers are not among the weights
     return model.eval()
-
-
-def text_state(config: ModelConfig, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The decoder's tensors under the names of Hugging Face's Llama."""
-    state = {
-        rule.theirs[0].removeprefix(PREFIX): weights[rule.ours]
-        for rule in hf_rules(config)
-        if rule.theirs[0].startswith(PREFIX)
-    }
-    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"][: config.text.vocab_size]
-    return state
 
 
 @contextmanager
@@ -122,43 +109,52 @@ def scratch_folder(folder: Path | None) -> Iterator[Path]:
 
 
 def llama_cpp(
-    config: ModelConfig, weights: dict[str, torch.Tensor], scratch: Path, threads: int, context: int
+    config: LanguageModelConfig, weights: dict[str, torch.Tensor], scratch: Path, threads: int, context: int
 ) -> dict[str, LlamaCpp]:
     """llama.cpp's models of the same tensors, by name."""
-    state, quantize, found = text_state(config, weights), Ggml(threads).quantize, {}
+    found = {}
     for format, name in LLAMA_CPP.items():
         file = scratch / f"{format}.gguf"
         file.unlink(missing_ok=True)  # another model may still be mapped to what it holds
-        write_gguf(file, config.text, state, format, quantize, LM_HEAD.get(format))
+        write_gguf(file, config.text, weights, format, quantize, LM_HEAD.get(format))
         found[name] = LlamaCpp(file, threads, context)
     return found
 
 
-def check_llama_cpp(scratch: Path, threads: int) -> None:
+def narrow(config: LanguageModelConfig) -> LanguageModelConfig:
+    """Two small blocks, the rest as it is."""
+    scaling = config.text.rope_scaling
+    if isinstance(scaling, RopeScaling):  # frequencies that differ from the plain ones within a few tokens
+        scaling = replace(scaling, original_max_position_embeddings=64)
+    return LanguageModelConfig(
+        replace(
+            config.text, num_hidden_layers=2, hidden_size=256, intermediate_size=1024, num_attention_heads=4,
+            num_key_value_heads=1, vocab_size=512, bos_token_id=0, pad_token_id=0, rope_scaling=scaling,
+        )
+    )  # fmt: skip
+
+
+def check_llama_cpp(config: LanguageModelConfig, scratch: Path, threads: int) -> None:
     """Raise where llama.cpp's logits on a small model are not ours in fp32 on its rounded weights."""
-    # A short original context: rope's scaled frequencies differ much from the plain ones within a few tokens.
-    scaling = RopeScaling(factor=32.0, original_max_position_embeddings=64)
-    config = configuration(2, 256, 512)
-    config = dataclasses.replace(config, text=dataclasses.replace(config.text, rope_scaling=scaling))
-    weights, tokens, quantize = random_weights(config), list(range(100)), Ggml(threads).quantize
+    config = narrow(config)
+    weights, tokens = random_weights(config), list(range(100))
     inputs = Processor(config, None).encode_tokens([tokens])
     peers = llama_cpp(config, weights, scratch, threads, len(tokens))
     for format, name in LLAMA_CPP.items():
-        stored = dict.fromkeys(weights, format) | {"decoder.lm_head.weight": LM_HEAD.get(format, format)}
+        stored = dict.fromkeys(weights, format) | {head_of(weights): LM_HEAD.get(format, format)}
         rounded = {
-            key: as_stored(value, stored[key], quantize) if key.startswith("decoder") and value.ndim == 2 else value
-            for key, value in weights.items()
+            key: as_stored(value, stored[key], quantize) if value.ndim == 2 else value for key, value in weights.items()
         }
         with torch.inference_mode():
             expected = ours(config, {key: value.float() for key, value in rounded.items()})(inputs).logits[0, -1]
-            error = float((peers[name].logits(tokens) - expected).norm() / expected.norm())
+            error = float((torch.from_numpy(peers[name].logits(tokens)) - expected).norm() / expected.norm())
         print(f"{name}: logits on a small model {error:.1%} from ours")
         if not error <= ROUNDING:
             raise RuntimeError(f"{name} computes another model: its logits may be {ROUNDING:.0%} off")
 
 
 def runs(
-    models: dict[str, VisionLanguageModel],
+    models: dict[str, LanguageModel],
     peer: Any,
     llama_cpp_peers: dict[str, LlamaCpp],
     processor: Processor,
@@ -167,7 +163,7 @@ def runs(
 ) -> dict[str, Callable[[], list[int]]]:
     """What continues the prompt by `count` tokens and returns them, by name."""
 
-    def run_ours(model: VisionLanguageModel) -> list[int]:
+    def run_ours(model: LanguageModel) -> list[int]:
         inputs = processor.encode_tokens([prompt])
         return lmm.generate(model, inputs, lmm.SamplingParams(max_new_tokens=count, temperature=0.0)).token_ids[0]
 
@@ -198,9 +194,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=32, help="that are decoded")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prefill")
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--model", default="meta-llama/Llama-3.2-1B-Instruct", help="whose shape it is")
     parser.add_argument("--scratch", type=Path, help="folder for the GGUF files (default: a temporary one)")
     parser.add_argument("--output", type=Path, help="folder for the JSON result")
     args = parser.parse_args()
@@ -210,7 +204,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, scratch: Path) -> None:
-    config = configuration(args.layers, args.hidden, args.vocabulary)
+    config = published(args.model)
     weights = random_weights(config)
     models = {
         "bf16": ours(config, weights),
@@ -224,10 +218,10 @@ def measure(args: argparse.Namespace, scratch: Path) -> None:
     if packages := missing():
         print(f"llama.cpp is left out: {' and '.join(packages)} not installed")
     else:
-        check_llama_cpp(scratch, args.threads)
+        check_llama_cpp(config, scratch, args.threads)
         others = llama_cpp(config, weights, scratch, args.threads, max(args.prompt, 16 + args.tokens) + 1)
     del weights
-    long = torch.randint(0, args.vocabulary, (args.prompt,), generator=torch.Generator().manual_seed(1)).tolist()
+    long = torch.randint(0, config.text.vocab_size, (args.prompt,), generator=torch.Generator().manual_seed(1)).tolist()
     short = long[:16]
     one, many = (runs(models, peer, others, processor, short, count) for count in (1, args.tokens + 1))
     chosen = {name: run() for name, run in many.items()}
@@ -242,8 +236,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> None:
     show(f"decoding, {args.tokens} tokens", decode)
     filled = {name: args.prompt / row["seconds"] for name, row in prefill.items()}
     show(f"prefill, {args.prompt} tokens", filled)
-    shape = {"layers": args.layers, "hidden": args.hidden, "vocabulary": args.vocabulary}
-    results = {"shape": shape, "decode_tokens_per_second": decode, "prefill_tokens_per_second": filled}
+    results = {"model": args.model, "decode_tokens_per_second": decode, "prefill_tokens_per_second": filled}
     write("generate", {**results, "seconds": {"first": first, "whole": whole, "prefill": prefill}}, args.output)
 
 

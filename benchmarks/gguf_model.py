@@ -29,7 +29,7 @@ def write_gguf(
     """Write a model without cross-attention and without a tokenizer.
 
     state: in Hugging Face's names. format: of every matrix, the embedding among them, as llama.cpp's own files have
-    it; lm_head: the LM head's, where it differs. An LM head that `state` lacks is tied to the embedding.
+    it; lm_head: the LM head's, where it differs.
     """
     from ggml import TYPES
     from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
@@ -58,12 +58,17 @@ def write_gguf(
             continue
         if turned := heads.get(theirs.split(".")[-2]):
             tensor = interleaved_heads(tensor, turned)
-        kind = lm_head or format if name == "output.weight" else format
+        kind = lm_head or format if theirs == head_of(state) else format
         writer.add_tensor(name, quantize(tensor, kind).numpy(), raw_dtype=GGMLQuantizationType(TYPES[kind]))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def head_of(state: dict[str, Tensor]) -> str:
+    """The LM head's name: the embedding's where it has no table of its own."""
+    return "lm_head.weight" if "lm_head.weight" in state else "model.embed_tokens.weight"
 
 
 def as_stored(weight: Tensor, format: str, quantize: Quantize) -> Tensor:

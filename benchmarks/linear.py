@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ggml import Ggml, installed
+from ggml import installed, product
 from peers import Measured, interleaved, write
 from torch import Tensor
 
@@ -62,7 +62,7 @@ BITS = {"bf16": 16, "int8": 8 + 16 / GROUP, "int4": 4 + 16 / GROUP}
 LLAMA_CPP = {"bf16": "bf16 llama.cpp", "int8": "int8 llama.cpp (Q8_0)", "int4": "int4 llama.cpp (Q4_0)"}
 
 
-def candidates(x: Tensor, weight: Tensor, ggml: Ggml | None) -> dict[str, Candidate]:
+def candidates(x: Tensor, weight: Tensor, threads: int) -> dict[str, Candidate]:
     outputs, inputs = weight.shape
     found = {READ: memory_read()}
     for format in ("bf16", "int8", "int4"):
@@ -95,11 +95,11 @@ def candidates(x: Tensor, weight: Tensor, ggml: Ggml | None) -> dict[str, Candid
         lambda: (nibbles.clone(), steps.clone()),
         nibbles.nbytes + steps.nbytes,
     )
-    if ggml is not None:
+    if installed():
         for format, name in LLAMA_CPP.items():
             found[name] = in_turn(
-                lambda product: product(),
-                functools.partial(ggml.product, wide, weight, format),
+                lambda run: run(),
+                functools.partial(product, wide, weight, format, threads),
                 int(weight.numel() * BITS[format] / 8),
             )
     return found
@@ -131,11 +131,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     weight = torch.randn(args.outputs, args.inputs) / args.inputs**0.5
-    ggml = Ggml(args.threads) if installed() else None
     results = {}
     with torch.inference_mode(), ops.use_backend("cpu"):
         for rows in args.rows:
-            found = candidates(torch.randn(rows, args.inputs).bfloat16(), weight, ggml)
+            found = candidates(torch.randn(rows, args.inputs).bfloat16(), weight, args.threads)
             runs = {name: run for name, (run, _) in found.items()}
             measured = interleaved(runs, args.repeats if rows < 64 else max(3, args.repeats // 20))
             table(

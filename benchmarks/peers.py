@@ -1,6 +1,7 @@
 """What the benchmarks share: a synthetic checkpoint, its transformers twin, and fair measurement.
 
-Set OMP_PROC_BIND=true when running any of them. Peers run in the same process, interleaved.
+Set OMP_PROC_BIND=true when running any of them. Peers run in the same process, interleaved, but for llama.cpp
+(peer_process.py).
 """
 
 from __future__ import annotations
@@ -143,13 +144,14 @@ class PeakMemory:
 
 
 def timed(candidates: dict[str, Callable[[], Any]], repeats: int) -> Measured:
-    """Each candidate in turn, so many times; median, fastest and slowest seconds. Warm them up before."""
+    """Each candidate in turn, so many times; median, fastest and slowest seconds, which a candidate may count itself
+    and return as a float. Warm them up before."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, run in candidates.items():
             started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
+            found = run()
+            seconds[name].append(found if isinstance(found, float) else time.perf_counter() - started)
     return {
         name: {"seconds": statistics.median(times), "fastest": min(times), "slowest": max(times)}
         for name, times in seconds.items()

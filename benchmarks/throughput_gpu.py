@@ -34,11 +34,10 @@ from llama_multimodal.config import (
 from llama_multimodal.engine import plan_cache
 from llama_multimodal.inputs import ImageLayout, ModelInputs, batch_inputs
 from llama_multimodal.models import build_model
-from llama_multimodal.planning import PlanOptions, plan
+from llama_multimodal.planning import Packed, PlanOptions, plan
 from llama_multimodal.planning.gpus import GPUS, Gpu, gpu_named
-from llama_multimodal.planning.roofline import decode_floor, first_token_seconds, packing
-from llama_multimodal.quant.pack import pack
-from llama_multimodal.quantize import recommended
+from llama_multimodal.planning.roofline import decode_floor, first_token_seconds
+from llama_multimodal.quant.pack import pack, recommended
 
 PROMPT, TILES = 64, 4  # tokens of text, and tiles of the picture, of the request whose first token is timed
 TOY = ModelConfig(
@@ -54,6 +53,11 @@ TOY = ModelConfig(
 )  # fmt: skip
 SHAPES = {"11b": LLAMA_3_2_11B_VISION, "toy": TOY}
 SHOWN = ("H100 80 GB", "A100 80 GB", "RTX 4090 24 GB")
+
+
+def packing(weights: Any, text: TextConfig) -> Packed | None:
+    """As the floors take it; None for bf16 weights, which are not packed on a GPU."""
+    return None if weights == "bf16" else Packed.recommended(weights, text)
 
 
 class TimeIsUp(Exception):
@@ -72,10 +76,11 @@ def roofline() -> str:
     for gpu in (gpu for gpu in GPUS if gpu.name in SHOWN):
         for model, config in (("11B", LLAMA_3_2_11B_VISION), ("90B", LLAMA_3_2_90B_VISION)):
             for weights in ("bf16", "int8", "int4"):
-                floor = decode_floor(config, packing(weights), context=1024, tiles=TILES)
-                first = first_token_seconds(config, gpu, packing(weights), prompt=PROMPT, tiles=TILES)
+                packed = packing(weights, config.text)
+                floor = decode_floor(config, packed, context=1024, tiles=TILES)
+                first = first_token_seconds(config, gpu, packed, prompt=PROMPT, tiles=TILES)
                 seconds = floor.seconds(gpu)
-                options = PlanOptions(context=1024, prompt=PROMPT, tiles=TILES, pack=packing(weights))
+                options = PlanOptions(context=1024, prompt=PROMPT, tiles=TILES, pack=packed)
                 fits = " ¹" if gpu.fits(plan(config, options).total) == "no" else ""
                 lines.append(
                     f"| {gpu.name} | {model} | {weights}{fits} | {floor.bytes / 1e9:.1f} | {1e3 * seconds:.1f} |"
@@ -108,7 +113,7 @@ class Bench:
             self.one("bf16")
             self.many()
             with self.part("packing"):
-                pack(self.model, recommended("int4", self.config) if self.args.shape == "11b" else "int4")
+                pack(self.model, recommended("int4", self.config.text) if self.args.shape == "11b" else "int4")
             self.one("int4")
         except TimeIsUp as why:
             self.results["left_out"] = str(why)
@@ -186,7 +191,7 @@ class Bench:
                 if repeat:
                     first.append(times[1] - times[0])
                     later.append((times[-1] - times[1]) / (len(times) - 2))
-        packed, context = packing(weights), PROMPT + self.args.tokens // 2
+        packed, context = packing(weights, self.config.text), PROMPT + self.args.tokens // 2
         floors = {}
         if self.card is not None:
             floors["token"] = decode_floor(self.config, packed, context=context, tiles=TILES).seconds(self.card)

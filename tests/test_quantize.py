@@ -115,6 +115,36 @@ def test_an_lm_head_that_is_the_embedding_stays(tmp_path: Path) -> None:
     assert done.tied and small.decoder.lm_head.weight is small.decoder.embedding.weight
 
 
+def test_an_lm_head_that_is_the_embedding_gets_a_table_of_its_own_where_its_format_is_named(tmp_path: Path) -> None:
+    model = text_model(tied=True)
+    save_checkpoint(model, tmp_path / "plain")
+    done = quantize(tmp_path / "plain", tmp_path / "small", "int4", lm_head="int8")
+    small, _ = load(done.folder)
+    assert not done.tied and not small.config.text.tie_word_embeddings
+    assert torch.equal(small.decoder.embedding.weight, model.decoder.embedding.weight)
+    assert same_state(small, pack(model, Packing("int4", lm_head="int8")))
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(done.folder, dtype=torch.float32)
+    tokens = torch.tensor([[1, 2, 3, 4, 5]])
+    with torch.no_grad():
+        expected, logits = theirs(tokens).logits, small(make_inputs(tokens.tolist())).logits
+    assert (logits - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_lm_head_that_is_kept_has_no_format(tmp_path: Path, tied: bool) -> None:
+    save_checkpoint(text_model(tied), tmp_path / "plain")
+    with pytest.raises(ConfigError, match="the LM head is to be kept and to become int8"):
+        quantize(tmp_path / "plain", tmp_path / "small", "int4", lm_head="int8", keep=["lm_head"])
+    assert not (tmp_path / "small").exists()
+
+
+def test_loading_by_a_name_spares_what_quantize_spares(plain: Path) -> None:
+    loaded, _ = load(plain, pack="int4")
+    assert same_state(loaded, load(quantize(plain, plain.parent / "small", "int4").folder)[0])
+
+
 @pytest.mark.parametrize(("format", "options"), [("int4", {"group": 16}), ("fp8", {}), ("int8", {"keep": ["o_proj"]})])
 def test_the_configuration_names_what_is_packed_and_how(plain: Path, format: Format, options: Any) -> None:
     """By the library that defines the format: its schemes, held against the modules that transformers would have."""

@@ -20,7 +20,7 @@ from .processing.preprocess import load_preprocess
 from .processing.processor import Processor
 from .processing.template import ChatTemplate
 from .processing.tokenizer import Tokenizer
-from .quant.pack import Packing, use_int8_activations
+from .quant.pack import Packing, recommended, use_int8_activations
 from .weights.checkpoint import Checkpoint, Progress, open_checkpoint, read_model
 from .weights.gguf import GGUFFile
 from .weights.save import save_checkpoint
@@ -50,7 +50,8 @@ def load(
     dtype: float32, bfloat16 or float16 (or its name); None takes the checkpoint's
     device: "meta" gives the model without its weights
     pack: "bf16", "int8" or "int4" packs the decoder's linear layers as they come, so that the plain weights are never
-        all in memory; `quant.pack.Packing` has more to choose from. A checkpoint that was saved packed needs nothing.
+        all in memory; int4 spares what `quant.pack.recommended` says, and a `quant.pack.Packing` chooses otherwise. A
+        checkpoint that was saved packed needs nothing.
         "auto" takes bf16 where that loses nothing and decodes faster, for a bf16 model on a CPU
     int8_activations: round the activations to 8 bits as well, see `quant.pack.use_int8_activations`
     progress: called with bytes done and bytes in all
@@ -70,8 +71,9 @@ def load(
     if pack == "auto":
         loses_nothing = kind == torch.bfloat16 and place.type == "cpu" and not checkpoint.packed
         pack = "bf16" if loses_nothing else None
-    packing = Packing(cast(Format, pack)) if isinstance(pack, str) else pack  # other names are refused there
-    model = read_model(checkpoint, kind, place, progress, packing)
+    if isinstance(pack, str):
+        pack = recommended(cast(Format, pack), checkpoint.config.text)  # other names are refused there
+    model = read_model(checkpoint, kind, place, progress, pack)
     if int8_activations:
         use_int8_activations(model)
     return model.eval(), processor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from .config import AnyModelConfig, nearest
 from .errors import CheckpointError, ConfigError
 from .ops import Format
 from .quant.calibrate import pack_calibrated
-from .quant.pack import LM_HEAD, Packing, bytes_of, layers_to_pack, plain_weight
+from .quant.pack import LM_HEAD, Packing, bytes_of, layers_to_pack, plain_weight, recommended
 from .weights.checkpoint import Checkpoint, build_on_meta, find_layout, open_checkpoint
 from .weights.save import save_checkpoint
 
@@ -40,14 +40,6 @@ class Quantized:
     tied: bool
 
 
-def recommended(format: Format, config: AnyModelConfig) -> Packing:
-    """A packing that spares what rounding to `format` hurts most, as docs/quantization.md measures it: with int4 the LM
-    head is int8, and the projections of gated cross-attention stay as they are."""
-    if format != "int4":
-        return Packing(format)
-    return Packing(format, lm_head="int8", keep=("cross_attention.*",) if config.text.cross_attention_layers else ())
-
-
 def quantize(
     source: str | Path,
     target: str | Path,
@@ -66,7 +58,9 @@ def quantize(
     """Write a checkpoint with packed weights into the folder `target`; all of it or nothing.
 
     source: as `load` takes it. format: "int8", "int4" or "fp8"
-    group, symmetric, lm_head, keep: see `quant.pack.Packing`; None takes what is `recommended` for the format
+    group, symmetric, lm_head, keep: see `quant.pack.Packing`; None takes what is `recommended` for the format. An LM
+        head that is the embedding's table stays so, as files hold the embedding, unless lm_head names a format: then it
+        is packed and has a table of its own
     method: "rtn" rounds to the nearest, each layer as it is read, so that the plain weights are never all in memory;
         "gptq" rounds so that outputs change least on the calibration rows, and begins with all of the plain weights
     calibration: for gptq: a `.jsonl` file, a folder or "world", see `calibration`; `rows` of them at most
@@ -88,16 +82,21 @@ def quantize(
     checkpoint, target = open_checkpoint(place), Path(target).expanduser()
     if checkpoint.packed:
         raise CheckpointError(f"{place} is quantized already; quantize the checkpoint that it was made from")
-    tied = checkpoint.config.text.tie_word_embeddings
-    spared = recommended(format, checkpoint.config)
+    config, spared = checkpoint.config, recommended(format, checkpoint.config.text)
     kept = spared.keep if keep is None else tuple(keep)
-    if tied:  # files hold the embedding, and the LM head is made of it
-        kept = (*kept, LM_HEAD)
     packing = Packing(format, group, symmetric, lm_head or spared.lm_head, kept)
     if format == "bf16":
         raise ConfigError("bf16 is no quantization; choose int8, int4 or fp8")
+    tied = config.text.tie_word_embeddings and lm_head in (None, "bf16")
+    if tied:
+        packing = replace(packing, keep=(*kept, LM_HEAD))
+    elif config.text.tie_word_embeddings:
+        config = replace(config, text=replace(config.text, tie_word_embeddings=False))
     _check_target(target, checkpoint)
-    _check_room(target, _bytes_needed(checkpoint, packing))
+    chosen, needed = _what_becomes(config, checkpoint.dtype, packing)
+    if lm_head is not None and LM_HEAD not in chosen and not tied:
+        raise ConfigError(f'the LM head is to be kept and to become {lm_head}; leave out one of "keep" and "lm_head"')
+    _check_room(target, needed)
 
     def step(done: int, total: int, first: int, last: int) -> None:
         if progress is not None:
@@ -114,6 +113,7 @@ def quantize(
         )
         found = calibration_rows(calibration, processor, rows)
         pack_calibrated(model, packing, found.rows, lambda done, total: step(done, total, _READING, _WHOLE))
+    model.config, model.decoder.config = config, config.text
     from_files = checkpoint.layout != "gguf"
     save_checkpoint(
         model, target,
@@ -136,14 +136,16 @@ def _check_target(target: Path, checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{target} is there and holds no checkpoint; choose a new folder")
 
 
-def _bytes_needed(checkpoint: Checkpoint, packing: Packing) -> int:
-    """Of the result, about; and whether the packing goes with the model is seen before hours are spent on it."""
-    model = build_on_meta(checkpoint.config)
-    total = checkpoint.dtype.itemsize * sum(value.numel() for value in model.parameters())
-    for path in layers_to_pack(model, packing):
+def _what_becomes(config: AnyModelConfig, dtype: torch.dtype, packing: Packing) -> tuple[list[str], int]:
+    """The layers that are packed, and bytes of the result, about; whether the packing goes with the model is seen
+    before hours are spent on it."""
+    model = build_on_meta(config)
+    total = dtype.itemsize * sum(value.numel() for value in model.parameters())
+    chosen = layers_to_pack(model, packing)
+    for path in chosen:
         rows, columns = plain_weight(model, path).shape
-        total -= rows * columns * checkpoint.dtype.itemsize - bytes_of(rows, columns, packing, path)
-    return total
+        total -= rows * columns * dtype.itemsize - bytes_of(rows, columns, packing, path)
+    return chosen, total
 
 
 def _check_room(target: Path, needed: int) -> None:

@@ -14,7 +14,7 @@ from llama_multimodal import cli
 from llama_multimodal.config import LanguageModelConfig, TextConfig, config_to_hf
 from llama_multimodal.models import build_model
 from llama_multimodal.planning import GPUS, PlanOptions, plan
-from llama_multimodal.quant.pack import Packing, pack
+from llama_multimodal.quant.pack import Packing, pack, recommended
 from llama_multimodal.weights.save import save_checkpoint
 from llama_multimodal.zoo.configs import PRESETS, find_config
 from llama_multimodal.zoo.registry import EMBEDDED_FOLDER
@@ -113,7 +113,9 @@ def test_a_folder_is_read_without_its_weights(folder: Path, tmp_path: Path, llam
     assert as_json(llama_mm, str(tmp_path))["context"] == 256  # all there are
 
 
-@pytest.mark.parametrize("packing", [Packing("int8"), Packing("int4", group=16, lm_head="int8")])
+@pytest.mark.parametrize(
+    "packing", [Packing("int8"), Packing("int4", group=16, lm_head="int8"), recommended("int4", CONFIG.text)]
+)
 def test_a_packed_folder(packing: Packing, tmp_path: Path, llama_mm: Run) -> None:
     model = pack(build_model(CONFIG), packing)
     save_checkpoint(model, tmp_path / "packed")

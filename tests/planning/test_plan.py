@@ -83,6 +83,10 @@ def test_weights_shrink_with_their_bits() -> None:
     assert part(TEXT, "weights", pack=Packed("int8", symmetric=False)) > int8
     assert part(TEXT, "weights", pack=Packed("int4", group=128)) < int4
     assert int4 < part(TEXT, "weights", pack=Packed("int4", lm_head="int8")) < int8
+    assert Packed.recommended("int4", TEXT.text) == Packed("int4", lm_head="int8")
+    sparing = Packed.recommended("int4", LARGE.text)
+    kept = part(LARGE, "weights", pack=sparing) - part(LARGE, "weights", pack=Packed("int4", lm_head="int8"))
+    assert kept == 8 * (2 * 4096 * 4096 + 2 * 4096 * 1024) * (2 - 9 / 16)
 
 
 def test_nf4_weights_are_as_large_as_bitsandbytes_makes_them() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from llama_multimodal.config import LLAMA_3_2_11B_VISION, ModelConfig, TextConfi
 from llama_multimodal.inputs import ImageLayout, ModelInputs
 from llama_multimodal.models import build_model
 from llama_multimodal.models.layers import Linear
+from llama_multimodal.planning import Packed
 from llama_multimodal.planning.gpus import GPUS, gpu_named
-from llama_multimodal.planning.roofline import decode_floor, first_token_seconds, packing, prefill_floor, vision_floor
+from llama_multimodal.planning.roofline import decode_floor, first_token_seconds, prefill_floor, vision_floor
 
 TILES, PROMPT = 4, 24
 SMALL = ModelConfig(
@@ -89,10 +91,17 @@ def test_bytes_are_those_of_the_weights_that_take_part() -> None:
     assert decode_floor(LLAMA_3_2_11B_VISION, context=0).bytes == text + 8192
     seeing = decode_floor(LLAMA_3_2_11B_VISION, rows=3, context=10, tiles=4).bytes
     assert seeing == sum(weights.values()) + 3 * (keys * (32 * 10 + 8 * 4 * 1601) + 8192)
-    int8, int4 = (decode_floor(LLAMA_3_2_11B_VISION, packing(name), context=0).bytes for name in ("int8", "int4"))
+    packings = [Packed.recommended(name, LLAMA_3_2_11B_VISION.text) for name in ("int8", "int4")]
+    int8, int4 = (decode_floor(LLAMA_3_2_11B_VISION, packed, context=0).bytes for packed in packings)
     assert int8 - 8192 == text // 2 * 17 // 16  # a scale of two bytes for every 32
     head = 128256 * 4096
     assert int4 - 8192 == (text // 2 - head) * 9 // 16 + head * 17 // 16
+    gates = 8 * 2 * 4096 * 4096  # queries and output of the gated blocks
+    kept, rounded = (
+        decode_floor(LLAMA_3_2_11B_VISION, packed, context=0, tiles=1).bytes
+        for packed in (packings[1], replace(packings[1], keep_cross_attention=False))
+    )
+    assert kept - rounded == gates * 2 - gates * 9 // 16
 
 
 def test_a_card_is_bound_by_what_takes_longer() -> None:

@@ -86,9 +86,10 @@ def plan(
     from ..planning import plan as memory_plan
 
     config, stored = _find(model)
+    packed = Packed.recommended(cast(Any, pack), config.text) if pack is not None else stored
     options = PlanOptions(
         dtype=cast(Any, dtype), context=context, batch=batch, prompt=prompt, images=images, tiles=tiles,
-        pack=Packed(cast(Any, pack)) if pack is not None else stored, train=cast(Any, train), rank=rank,
+        pack=packed, train=cast(Any, train), rank=rank,
         targets=tuple(targets or ("self", "mlp")),
         gradient_checkpointing=gradient_checkpointing, optimizer=cast(Any, optimizer), freeze=tuple(freeze or ()),
         accumulate=accumulate, gpus=gpus, device=cast(Any, device),
@@ -179,6 +180,7 @@ def _packed(quantized: Any) -> Packed:
         return Packed(
             cast(Any, formats[weights["num_bits"]]), weights["group_size"] or 32, weights["symmetric"],
             cast(Any, formats.get(head, "bf16")),
+            any("cross_attn" in name for name in quantized.get("ignore", ())),
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ConfigError("config.json: quantization_config is of a kind that is not read; give --pack") from error

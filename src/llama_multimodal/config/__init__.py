@@ -22,6 +22,7 @@ from .model import (
     LanguageModelConfig,
     ModelConfig,
 )
+from .packing import CROSS_ATTENTION, spared
 from .parts import PROJECTORS, VISION, ProjectorConfig, VisionConfig, add_part
 from .preprocess import Preprocess, preprocess_from_hf, preprocess_to_hf
 from .projectors import IdentityProjector, LinearProjector, MLPProjector, PixelShuffleProjector
@@ -29,6 +30,7 @@ from .text import LinearRopeScaling, RopeScaling, TextConfig
 from .vision import TiledVisionConfig
 
 __all__ = [
+    "CROSS_ATTENTION",
     "LLAMA_3_2_11B_VISION",
     "LLAMA_3_2_90B_VISION",
     "PROJECTORS",
@@ -65,4 +67,5 @@ __all__ = [
     "preprocess_from_hf",
     "preprocess_to_hf",
     "siglip_from_hf",
+    "spared",
 ]

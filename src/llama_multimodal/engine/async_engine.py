@@ -9,6 +9,7 @@ from contextlib import aclosing
 
 from .engine import Engine
 from .request import Answer, Event, Job, Request
+from .threads import release_threads
 
 _Deliver = Callable[[Event | BaseException], None]
 
@@ -16,7 +17,8 @@ _Deliver = Callable[[Event | BaseException], None]
 class AsyncEngine:
     """Runs an engine that nobody else uses from then on. `async with AsyncEngine(engine) as asking: …`
 
-    A task that is cancelled, or that stops reading, cancels its request.
+    A task that is cancelled, or that stops reading, cancels its request. On a CPU the engine's thread wants the cores
+    to itself: create this in the thread that loaded the model, and compute with torch in no other one meanwhile.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -25,6 +27,7 @@ class AsyncEngine:
         self._commands: list[Callable[[], None]] = []  # for the thread, between two steps
         self._readers: dict[Job, _Deliver] = {}  # the thread's own
         self._ended: BaseException | None = None
+        release_threads()  # this thread's, who loaded the model; the engine's own come beside them
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 

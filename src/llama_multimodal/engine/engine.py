@@ -25,6 +25,7 @@ from .proposals import proposer_for
 from .request import Answer, Event, FinishReason, ImageSizes, ImageUse, Job, Request
 from .runner import Runner, Segment
 from .scheduler import Scheduler, Step
+from .threads import release_threads
 
 Prepare = Callable[[Any], ModelInputs]
 """A processor: from messages to what the model reads."""
@@ -314,7 +315,13 @@ class Engine:
                 entry.started = True
                 entry.references += 1  # its place is not given away while it is on its way
             run = contextvars.copy_context().run
-            self._flights.append((self._beside.submit(run, self._features, uses), entries))
+            self._flights.append((self._beside.submit(run, self._features_beside, uses), entries))
+
+    def _features_beside(self, uses: Sequence[ImageUse]) -> list[list[Tensor] | Exception]:
+        """`_features`, in the other thread; between pictures its helpers leave the cores to this one's."""
+        found = self._features(uses)
+        release_threads()
+        return found
 
     def _features(self, uses: Sequence[ImageUse]) -> list[list[Tensor] | Exception]:
         """What the cache keeps of each image, or why there is nothing. One that fails does not stop the others."""

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
-from ..config import AnyModelConfig, LanguageModelConfig, ModelConfig, TiledVisionConfig, nearest
+from ..config import (
+    CROSS_ATTENTION,
+    AnyModelConfig,
+    LanguageModelConfig,
+    ModelConfig,
+    TextConfig,
+    TiledVisionConfig,
+    nearest,
+    spared,
+)
 from ..errors import ConfigError
 from .parameters import block_shapes
 
@@ -31,13 +40,15 @@ class Packed:
     decoder's and the encoder's blocks (`quant.nf4.Nf4Config` as it is by default).
 
     format: bf16, int8, int4 or nf4. group: values of a row that share a scale in fp16; nf4 has its own. symmetric: no
-    zero beside the scale. lm_head: the LM head's format; None takes `format`.
+    zero beside the scale. lm_head: the LM head's format; None takes `format`. keep_cross_attention: the projections of
+    the gated blocks' attention stay as they are.
     """
 
     format: Bits
     group: int = 32
     symmetric: bool = True
     lm_head: Bits | None = None
+    keep_cross_attention: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("pack", self.format), ("pack (LM head)", self.lm_head or self.format)):
@@ -46,6 +57,12 @@ class Packed:
             raise ConfigError("nf4 leaves the LM head as it is; give no format for it")
         if self.group < 1:
             raise ConfigError(f"weights are packed in groups of at least 1, not {self.group}")
+
+    @classmethod
+    def recommended(cls, format: Bits, text: TextConfig) -> Packed:
+        """As `load` and `quantize` pack unless they are told otherwise."""
+        lm_head, keep = spared(format, text)
+        return cls(format, lm_head=cast("Bits | None", lm_head), keep_cross_attention=CROSS_ATTENTION in keep)
 
     def num_bytes(self, values: int, *, lm_head: bool = False) -> int:
         """Of so many packed values, scales and zeros included."""

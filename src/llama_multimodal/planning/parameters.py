@@ -81,6 +81,11 @@ def block_matrices(text: TextConfig) -> int:
     return sum(inputs * outputs for inputs, outputs in block_shapes(text))
 
 
+def gated_projections(text: TextConfig) -> int:
+    """Of one gated block's attention: queries and output, keys and values."""
+    return sum(inputs * outputs for inputs, outputs in block_shapes(text)[:4])
+
+
 def block_shapes(text: TextConfig) -> tuple[tuple[int, int], ...]:
     """(inputs, outputs) of a block's linear layers: q, k, v, o, gate, up, down."""
     size, inner, keys = text.hidden_size, text.intermediate_size, text.num_key_value_heads * text.head_dim

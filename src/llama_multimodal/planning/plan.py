@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ..config import AnyModelConfig
 from . import inference, training
 from .options import PlanOptions, Workload, workload
-from .parameters import Parameters, count_parameters
+from .parameters import Parameters, count_parameters, gated_projections
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,11 @@ def weights(config: AnyModelConfig, parameters: Parameters, options: PlanOptions
     head = parameters.lm_head
     if not head and not _shares_table(options):  # packed, it is a table of its own
         head = config.text.vocab_size * config.text.hidden_size
-    whole = parameters.total - parameters.matrices - parameters.lm_head
-    packed = options.pack.num_bytes(parameters.matrices) + options.pack.num_bytes(head, lm_head=True)
+    matrices = parameters.matrices
+    if options.pack.keep_cross_attention:
+        matrices -= len(config.text.cross_attention_layers) * gated_projections(config.text)
+    whole = parameters.total - matrices - parameters.lm_head
+    packed = options.pack.num_bytes(matrices) + options.pack.num_bytes(head, lm_head=True)
     return whole * options.width + packed
 
 

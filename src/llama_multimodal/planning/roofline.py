@@ -35,11 +35,6 @@ class Floor:
         return max(self.bytes / (gpu.bandwidth * 1e9), self.operations / (gpu.bf16 * 1e12))
 
 
-def packing(name: str) -> Packed | None:
-    """bf16, int8 or int4, as `quantize` packs the decoder unless it is told otherwise."""
-    return {"bf16": None, "int8": Packed("int8"), "int4": Packed("int4", lm_head="int8")}[name]
-
-
 def decode_floor(
     config: AnyModelConfig, packed: Packed | None = None, *, rows: int = 1, context: int = 1024, tiles: int = 0
 ) -> Floor:
@@ -74,7 +69,7 @@ def prefill_floor(config: AnyModelConfig, packed: Packed | None = None, *, promp
     projections = cross * 2 * text.hidden_size * text.num_key_value_heads * text.head_dim if seen else 0
     pairs = own * prompt * (prompt + 1) // 2 + cross * prompt * seen
     operations = 2 * prompt * (values - head) + 2 * head + 2 * seen * projections + 4 * text.hidden_size * pairs
-    return Floor(weights + projections * _kept_width(packed), operations)
+    return Floor(weights + _gated_bytes(projections, packed), operations)
 
 
 def first_token_seconds(
@@ -95,16 +90,15 @@ def _decoder_weights(text: TextConfig, packed: Packed | None, *, looks: bool) ->
     """Bytes and number of the weights that a step multiplies with."""
     size, block = text.hidden_size, block_matrices(text)
     cross = len(text.cross_attention_layers) if looks else 0
-    gates = 2 * size * size  # queries and output of a gated block, which stay as they are with int4
+    gates = 2 * size * size  # queries and output of a gated block
     inner = 3 * size * text.intermediate_size
     plain, head = len(text.self_attention_layers) * block + cross * inner, text.vocab_size * size
     if packed is None:
         return (plain + cross * gates + head) * _WIDTH, plain + cross * gates + head
     tables = packed.num_bytes(head, lm_head=True) if not text.tie_word_embeddings else head * _WIDTH
-    kept = cross * gates * _kept_width(packed)
-    return packed.num_bytes(plain) + int(kept) + tables, plain + cross * gates + head
+    return packed.num_bytes(plain) + _gated_bytes(cross * gates, packed) + tables, plain + cross * gates + head
 
 
-def _kept_width(packed: Packed | None) -> int:
-    """Bytes of a value of the gated blocks' projections, less scales."""
-    return 1 if packed is not None and packed.format == "int8" else _WIDTH
+def _gated_bytes(values: int, packed: Packed | None) -> int:
+    """Of so many weights of the gated blocks' attention."""
+    return values * _WIDTH if packed is None or packed.keep_cross_attention else packed.num_bytes(values)

@@ -9,12 +9,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..config import TextConfig, spared
 from ..errors import ConfigError, DeviceError
 from ..models import LanguageModel
 from ..models.layers import Linear, PackedLinear, Projections
@@ -57,6 +58,12 @@ class Packing:
 
 
 LM_HEAD = "decoder.lm_head"
+
+
+def recommended(format: Format, text: TextConfig) -> Packing:
+    """A packing that spares what rounding to `format` hurts most (`config.spared`)."""
+    lm_head, keep = spared(format, text)
+    return Packing(format, lm_head=cast("Format | None", lm_head), keep=keep)
 
 
 def pack(model: LanguageModel, packing: Packing | Format) -> LanguageModel:
