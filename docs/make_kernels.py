@@ -153,6 +153,7 @@ def disassemble(file: Path) -> dict[str, list[str]]:
 
 def generation(result: dict[str, Any]) -> str:
     """Tokens a second of benchmarks/generate.py, and ratios to its peers of the same run."""
+    model = result["results"].get("model", "the shape of Llama 3.2 1B").rpartition("/")[2]
     decode, prefill = (result["results"][f"{kind}_tokens_per_second"] for kind in ("decode", "prefill"))
     peers = {"bf16": "llama.cpp BF16", "int8": "llama.cpp Q8_0", "int4": "llama.cpp Q4_0"}
     lines = [
@@ -166,7 +167,7 @@ def generation(result: dict[str, Any]) -> str:
             cells += [f"{rates[name]:.{digits}f}", f"{rates[name] / rates['transformers bf16']:.2f} x"]
             cells.append("–" if peer is None else f"{rates[name] / peer:.2f} x")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([_where(result), "", *lines])
+    return "\n".join([f"{model}: {_where(result)}", "", *lines])
 
 
 def matrices(result: dict[str, Any]) -> str:
@@ -207,7 +208,7 @@ def replace(marker: str, text: str) -> None:
 def main() -> None:
     replace("kernels", kernels())
     replace("floors", floors())
-    replace("generation", on_each_machine(generation, "generate"))
+    replace("generation", "\n\n".join(on_each_machine(generation, f"generate{model}") for model in ("", "_smollm2")))
     replace("matrices", on_each_machine(matrices, "linear"))
     if shutil.which("nvcc"):
         replace("registers", registers())

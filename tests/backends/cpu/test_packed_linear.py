@@ -79,7 +79,7 @@ def kernels_only(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 # T, N, K, G
 SHAPES = [(1, 1, 32, 32), (1, 77, 160, 32), (3, 17, 96, 96), (8, 48, 256, 64), (5, 33, 64, 32), (19, 31, 128, 128)]
-SHAPES += [(6, 35, 1056, 32), (11, 18, 544, 32)]  # bf16: more inputs than are taken at a time
+SHAPES += [(6, 35, 1056, 32), (7, 38, 544, 32), (23, 27, 1056, 32)]  # bf16: more inputs than are taken at a time
 
 
 @each_dtype

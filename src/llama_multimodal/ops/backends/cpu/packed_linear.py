@@ -38,7 +38,7 @@ _TILE, _BLOCK = 16, 32  # outputs that lie interleaved, inputs that are rounded 
 # Rows up to which a kernel is faster than torch's product, on the instruction set's kind of machine.
 _FEW_BF16 = {"amx": 4, "avx512": 4, "avx2": 8, "plain": 2}
 # Of a bf16 weight where bf16 products are slower than fp32 ones:
-_FEW_WIDENED = {"amx": 32, "avx512": 32, "avx2": 32, "plain": 2}
+_FEW_WIDENED = {"amx": 32, "avx512": 56, "avx2": 32, "plain": 2}
 _FEW_INTEGER = {"amx": 96, "avx512": 96, "avx2": 24, "plain": 2}
 
 

@@ -19,8 +19,8 @@ constexpr int kTileRows = 16;     // weight rows that lie interleaved
 constexpr int kBlock = 32;        // inputs that share one step of x
 constexpr int kMaxRows = 8;       // rows of x in one pass over a tile, whatever the instruction set
 constexpr int kMaxTileRows = 16;  // the most that one takes at once where it takes more
-constexpr int kMaxDotRows = 6;    // rows of x in one pass over a bf16 weight
-constexpr int kOutputs = 16;      // outputs of a bf16 weight at a time
+constexpr int kMaxDotRows = 8;    // rows of x in one pass over a bf16 weight, whatever the instruction set
+constexpr int kOutputs = 12;      // outputs of a bf16 weight at a time
 constexpr int kMaxHeads = 4;      // query heads that share one pass over a key head's keys and values
 constexpr int kKeysAtOnce = 64;   // between two corrections of the running maximum
 
@@ -109,9 +109,11 @@ struct Kernels {
   void (*unpack_tile)(const PackedWeight& weight, int64_t tile, DType dtype, void* out);
   // x [K] → the order that dot_bf16 reads.
   void (*order_row)(const float* x, int64_t inputs, float* out);
-  // sums [rows, kOutputs] of 1 to 6 ordered rows of x at x_stride against up to kOutputs outputs' bf16 weights [K].
+  int dot_rows;  // that dot_bf16 takes at once
+  // sums [rows, kOutputs] of 1 to `dot_rows` ordered rows of x at x_stride against up to kOutputs outputs' bf16 weights
+  // [K], in one of several passes over these.
   void (*dot_bf16)(const uint16_t* weight, int64_t inputs, int outputs, const float* x, int64_t x_stride, int rows,
-                   float* sums);
+                   int pass, int passes, float* sums);
   // The query heads that share a key head over some keys, on top of those before; by the dtype of the cache.
   void (*attend[4])(const Keys& keys, const Offsets& offsets, const Softmax& state, Ahead& k_ahead,
                     Ahead& v_ahead);

@@ -180,7 +180,7 @@ void round_words_or_bytes(const float* x, int64_t blocks, Rounding rounding, int
 
 namespace llama_mm {
 extern const Kernels kAvx2 = {"avx2", Product::kMostRows, {4, 2, 1}, round_words_or_bytes, dot_tile<Product>,
-                              nullptr, 0, unpack_tile, order_row, dot_bf16,
+                              nullptr, 0, unpack_tile, order_row, kDotRows, dot_bf16,
                               {attend<float>, attend<uint16_t>, attend<int8_t>, attend<Fp8>},
                               {elementwise<float>(), elementwise<uint16_t>()}};
 }

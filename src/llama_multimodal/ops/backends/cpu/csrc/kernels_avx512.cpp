@@ -162,7 +162,7 @@ void dot_pair(const PackedWeight& weight, int64_t tile, const RoundedX& x, float
 namespace llama_mm {
 extern const DotTile kDotTilePastCaches = dot_tile<Product<true>>;
 extern const Kernels kAvx512 = {"avx512", Product<false>::kMostRows, {3, 2, 1}, round_row<int8_t>,
-                                dot_tile<Product<false>>, dot_pair, kPairRows, unpack_tile, order_row, dot_bf16,
+                                dot_tile<Product<false>>, dot_pair, kPairRows, unpack_tile, order_row, kDotRows, dot_bf16,
                                 {attend<float>, attend<uint16_t>, attend<int8_t>, attend<Fp8>},
                                 {elementwise<float>(), elementwise<uint16_t>()}};
 }

@@ -60,7 +60,7 @@ void dot_tile(const PackedWeight& weight, int64_t tile, const RoundedX& x, int r
 
 namespace llama_mm {
 extern const Kernels kPlain = {"plain", 8, {4, 2, 2}, round_row<int16_t>, dot_tile,
-                               nullptr, 0, unpack_tile, order_row, dot_bf16,
+                               nullptr, 0, unpack_tile, order_row, kDotRows, dot_bf16,
                                {attend<float>, attend<uint16_t>, attend<int8_t>, attend<Fp8>},
                                {elementwise<float>(), elementwise<uint16_t>()}};
 }

@@ -137,7 +137,7 @@ int llama_mm_cpu_bf16_linear(const void* x, int dtype, int rows, int64_t inputs,
     use.order_row(wide, inputs, ordered + t * stride);
   }
   const int team = useful_threads(threads, outputs * inputs * 2);
-  const int passes = (rows + kMaxDotRows - 1) / kMaxDotRows;  // of about as many rows each
+  const int passes = (rows + use.dot_rows - 1) / use.dot_rows;  // of about as many rows each
 #pragma omp parallel for schedule(guided) num_threads(team) if (team > 1)
   for (int64_t first = 0; first < outputs; first += kOutputs) {
     float sums[kOutputs * kMaxDotRows];
@@ -145,7 +145,7 @@ int llama_mm_cpu_bf16_linear(const void* x, int dtype, int rows, int64_t inputs,
     for (int pass = 0; pass < passes; pass++) {
       const int row = rows * pass / passes, some = rows * (pass + 1) / passes - row;
       use.dot_bf16(weight + first * inputs, inputs, static_cast<int>(count), ordered + row * stride, stride, some,
-                   sums);
+                   pass, passes, sums);
       output.put(sums, row, some, first, kOutputs);
     }
   }
