@@ -35,7 +35,9 @@ def main() -> None:
         names = [*OURS, *OTHERS][::-1]
         bars = axis.barh(names, [rates[name] for name in names], color=[COLOURS[who(name)] for name in names])
         axis.bar_label(bars, fmt="%.1f" if kind == "decode" else "%.0f", padding=3)
-        axis.set(title=f"{model}: {title}", xlabel="tokens per second", xlim=(0, 1.15 * max(rates[name] for name in names)))
+        axis.set(
+            title=f"{model}: {title}", xlabel="tokens per second", xlim=(0, 1.15 * max(rates[name] for name in names))
+        )
         axis.spines[["top", "right"]].set_visible(False)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
     figure.legend(handles, COLOURS, loc="outside lower center", ncols=3, frameon=False)

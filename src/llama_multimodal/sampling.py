@@ -47,6 +47,11 @@ class SamplingParams:
             if not valid:
                 raise PromptError(f"{name} must be {wanted}, not {getattr(self, name)}")
 
+    @property
+    def takes_largest(self) -> bool:
+        """Whether the token is that of the largest logit, as the model puts it out."""
+        return self.temperature == 0 and self.repetition_penalty == 1.0
+
 
 def adjusted_logits(logits: Tensor, params: SamplingParams, seen: Collection[int]) -> Tensor:
     """Apply every setting to one row's logits: [vocab] → fp32 [vocab], -inf where a token is ruled out.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -198,7 +199,7 @@ def test_steps_compile_as_one_graph_and_once(kind: str, settings: dict[str, Any]
     rows, adapted = settings.get("rows", 2), settings.get("adapted", False)
     made = model(kind, torch.bfloat16 if rows > 2 else torch.float32, adapted)
     if "packing" in settings:
-        pack(made, settings["packing"])
+        made = pack(copy.deepcopy(made), settings["packing"])
     config = replace(STATIC, max_requests=rows, cache_dtype=settings.get("cache_dtype"), static_decode=None)
     engine, counter = Engine(made, None, replace(config, compile=True)), CompileCounterWithBackend("eager")
     static = engine.runner.static

@@ -154,9 +154,11 @@ class Engine:
         if segments and self.proposer is not None:
             segments = self._speculate(step, segments)
         if segments:
-            for job, end, logits in self._run(segments):
+            computed = self._run(segments)
+            largest = _largest(computed)
+            for job, _, end in segments:
                 with self._books():
-                    self._take(job, end, logits)
+                    self._take(job, end, computed.get(job), largest.get(job))
         elif self._flights:
             self._land(wait=True)
         elif self.scheduler.has_work and not step.images:
@@ -219,50 +221,48 @@ class Engine:
                     self._end(segment[0], "error", error)
         return [(job, first, end + len(job.proposed)) for job, first, end in segments if job.answer is None]
 
-    def _run(self, segments: list[Segment]) -> Iterator[tuple[Job, int, Tensor | None]]:
-        """Each request, the end of its tokens that were computed, and the logits of its last token, if that is among
-        them, and of the proposed ones behind it. Where the whole batch fails, each request is tried alone, and those
-        that fail end."""
+    def _run(self, segments: list[Segment]) -> dict[Job, Tensor]:
+        """The logits [tokens, vocab] of each request whose last token is among the segments: of that one and of the
+        proposed ones behind it. Where the whole batch fails, each request is tried alone, and those that fail end and
+        leave the segments."""
         try:
-            found = [self.runner.forward(segments)]
+            return self.runner.forward(segments)
         except Exception:
-            found = []
+            found: dict[Job, Tensor] = {}
             for segment in list(segments):
                 try:
-                    found.append(self.runner.forward([segment]))
+                    found |= self.runner.forward([segment])
                 except Exception as error:
                     segments.remove(segment)
                     self._end(segment[0], "error", error)
-        logits = {job: rows for part in found for job, rows in part.items()}
-        for job, _, end in segments:
-            yield job, end, logits.get(job)
+            return found
 
-    def _take(self, job: Job, end: int, logits: Tensor | None) -> None:
+    def _take(self, job: Job, end: int, logits: Tensor | None, largest: list[int] | None) -> None:
         """Note what was computed, and choose the next tokens where the logits [tokens, vocab] are there: one, and one
-        more for each proposed token that is the one chosen."""
+        more for each proposed token that is the one chosen. largest: see `_largest`."""
         proposed = job.proposed
         self.scheduler.computed(job, end - len(proposed))
         if logits is None:
             return
         self.metrics.proposed(job, len(proposed))
         before = len(job.tokens)
-        for row, guess in zip(logits, (*proposed, None), strict=True):
-            if not self._choose(job, row, guess):
+        for place, (row, guess) in enumerate(zip(logits, (*proposed, None), strict=True)):
+            if not self._choose(job, row, guess, None if largest is None else largest[place]):
                 break
         if job.answer is None:
             if proposed:  # twice as many as were accepted and one more: what is rarely right costs little
                 job.trust = 2 * (len(job.tokens) - before) - 1
             self.scheduler.roll_back(job)
 
-    def _choose(self, job: Job, logits: Tensor, proposed: int | None) -> bool:
-        """Choose a request's next token by its logits [vocab]. Whether it is the one that was proposed there, and the
-        answer goes on."""
+    def _choose(self, job: Job, logits: Tensor, proposed: int | None, largest: int | None) -> bool:
+        """Choose a request's next token: the one of its largest logit where that is given, or by its logits [vocab].
+        Whether it is the one that was proposed there, and the answer goes on."""
         row = job.row
         assert row is not None
         try:
             if job.constraint is not None:
                 logits = job.constraint.allow(logits)
-            token = sample(logits, job.request.params, row.seen, row.generator)
+            token = sample(logits, job.request.params, row.seen, row.generator) if largest is None else largest
             event = row.take(job.index, token)
             if job.constraint is not None and event.finish_reason is None:
                 job.constraint.take([token])
@@ -392,3 +392,13 @@ class Engine:
         for job in self.scheduler.waiting.copy():
             if job.row is not None and job.row.finish_reason is not None:
                 self._end(job, "stop" if job.row.finish_reason == "stop" else "length")
+
+
+def _largest(logits: dict[Job, Tensor]) -> dict[Job, list[int]]:
+    """The tokens of the largest logits, of those requests that take these whatever they have said: of all together, so
+    that a GPU is waited for once."""
+    jobs = [job for job in logits if job.constraint is None and job.request.params.takes_largest]
+    if not jobs:
+        return {}
+    tokens = iter(torch.cat([logits[job] for job in jobs]).max(-1).indices.tolist())
+    return {job: list(itertools.islice(tokens, len(logits[job]))) for job in jobs}
