@@ -37,7 +37,8 @@ from llama_multimodal.models import LanguageModel
 from llama_multimodal.models.layers import PackedLinear
 from llama_multimodal.processing import Processor
 from llama_multimodal.quant.calibrate import pack_calibrated
-from llama_multimodal.quant.pack import LM_HEAD, Packing, pack
+from llama_multimodal.quant.nf4 import Nf4Config, Nf4Linear, quantize_nf4
+from llama_multimodal.quant.pack import LM_HEAD, Packing, pack, use_fp8_activations
 from llama_multimodal.zoo.world import sample
 
 MARK = "quantization"
@@ -47,16 +48,33 @@ SMALL = "SmolLM2-135M-Instruct"
 # Neither model's widths (576 and 1536, 192 and 512) are multiples of 128; of 64 they are.
 @dataclass(frozen=True)
 class Scheme:
-    """calibrated: by GPTQ. asked: whether it answers questions too, which takes longest."""
+    """calibrated: by GPTQ. fp8_activations: what goes in is rounded too. asked: whether it answers questions too, which
+    takes longest."""
 
-    packing: Packing
+    packing: Packing | Nf4Config
     calibrated: bool = False
+    fp8_activations: bool = False
     asked: bool = False
+
+    def apply(self, model: LanguageModel, calibration: list[ModelInputs]) -> None:
+        if isinstance(self.packing, Nf4Config):
+            quantize_nf4(model, self.packing)
+        elif self.calibrated:
+            pack_calibrated(model, self.packing, calibration)
+        else:
+            pack(model, self.packing)
+        if self.fp8_activations:
+            use_fp8_activations(model)
+
+
+NF4 = Nf4Config(compute_dtype="float32")  # as QLoRA has it: the encoder's layers too, the LM head spared
 
 
 SMOL = {
     "int8, groups of 32": Scheme(Packing("int8", keep=(LM_HEAD,))),
     "fp8": Scheme(Packing("fp8", keep=(LM_HEAD,))),
+    "fp8, activations too": Scheme(Packing("fp8", keep=(LM_HEAD,)), fp8_activations=True),
+    "nf4, blocks of 64": Scheme(NF4),
     "int4, groups of 32": Scheme(Packing("int4", keep=(LM_HEAD,))),
     "int4, groups of 32, asymmetric": Scheme(Packing("int4", symmetric=False, keep=(LM_HEAD,))),
     "int4, groups of 64": Scheme(Packing("int4", 64, keep=(LM_HEAD,))),
@@ -66,6 +84,8 @@ _SPARED: dict[str, Any] = {"lm_head": "int8", "keep": ("cross_attention.*",)}
 TINY = {
     "int8, groups of 32": Scheme(Packing("int8"), asked=True),
     "fp8": Scheme(Packing("fp8"), asked=True),
+    "fp8, activations too": Scheme(Packing("fp8"), fp8_activations=True, asked=True),
+    "nf4, blocks of 64, the encoder too": Scheme(NF4, asked=True),
     "int4, groups of 32": Scheme(Packing("int4", **_SPARED), asked=True),
     "int4, groups of 32, gptq": Scheme(Packing("int4", **_SPARED), calibrated=True, asked=True),
     "int4, groups of 32, asymmetric": Scheme(Packing("int4", symmetric=False, **_SPARED)),
@@ -153,10 +173,7 @@ def compare(
     found = {"plain": {"megabytes": megabytes(model), "error": 0.0, **more(model, plain, True)}}
     for name, scheme in schemes.items():
         model, _ = load(path, dtype="fp32")
-        if scheme.calibrated:
-            pack_calibrated(model, scheme.packing, calibration)
-        else:
-            pack(model, scheme.packing)
+        scheme.apply(model, calibration)
         logits = logits_of(model, rows)
         found[name] = {
             "megabytes": megabytes(model),
@@ -180,6 +197,13 @@ def error(logits: list[Tensor], plain: list[Tensor]) -> float:
 def megabytes(model: LanguageModel) -> float:
     """In files, where what is not packed is bf16."""
     packed = sum(layer.weight.nbytes for layer in model.modules() if isinstance(layer, PackedLinear))
+    packed += sum(
+        tensor.nbytes
+        for layer in model.modules()
+        if isinstance(layer, Nf4Linear)
+        for name, tensor in layer.named_buffers()
+        if not name.endswith("code")  # a table that all layers share
+    )
     return (packed + 2 * sum(value.numel() for value in model.parameters())) / 1e6
 
 

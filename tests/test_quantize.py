@@ -64,6 +64,7 @@ def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
         ("int4", {"group": 16, "symmetric": False}),
         ("fp8", {}),
         ("fp8", {"lm_head": "bf16"}),
+        ("fp8", {"fp8_activations": True}),
         ("int4", {"keep": ["down_proj", "layers.0.attention.*"], "lm_head": "int4"}),
     ],
 )
@@ -145,7 +146,10 @@ def test_loading_by_a_name_spares_what_quantize_spares(plain: Path) -> None:
     assert same_state(loaded, load(quantize(plain, plain.parent / "small", "int4").folder)[0])
 
 
-@pytest.mark.parametrize(("format", "options"), [("int4", {"group": 16}), ("fp8", {}), ("int8", {"keep": ["o_proj"]})])
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [("int4", {"group": 16}), ("fp8", {}), ("fp8", {"fp8_activations": True}), ("int8", {"keep": ["o_proj"]})],
+)
 def test_the_configuration_names_what_is_packed_and_how(plain: Path, format: Format, options: Any) -> None:
     """By the library that defines the format: its schemes, held against the modules that transformers would have."""
     library = pytest.importorskip("compressed_tensors.quantization")
@@ -173,12 +177,13 @@ def test_the_configuration_names_what_is_packed_and_how(plain: Path, format: For
     assert found == expected and sum(found.values()) > 10
 
 
-@pytest.mark.parametrize("format", ["int4", "fp8"])
-def test_transformers_reads_it(plain: Path, format: Format) -> None:
+@pytest.mark.parametrize("format, options", [("int4", {}), ("fp8", {}), ("fp8", {"fp8_activations": True})])
+def test_transformers_reads_it(plain: Path, format: Format, options: dict[str, Any]) -> None:
     pytest.importorskip("compressed_tensors")
     transformers = pytest.importorskip("transformers")
     save_checkpoint(text_model(tied=False), plain.parent / "text")
-    folder = quantize(plain.parent / "text", plain.parent / "small", format, keep=["layers.0.mlp.*"]).folder
+    kept = ["layers.0.mlp.*"]
+    folder = quantize(plain.parent / "text", plain.parent / "small", format, keep=kept, **options).folder
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = torch.tensor([[1, 2, 3, 4, 5]])
     ours, _ = load(folder)

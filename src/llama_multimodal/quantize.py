@@ -15,7 +15,7 @@ from .config import AnyModelConfig, nearest
 from .errors import CheckpointError, ConfigError
 from .ops import Format
 from .quant.calibrate import pack_calibrated
-from .quant.pack import LM_HEAD, Packing, bytes_of, layers_to_pack, plain_weight, recommended
+from .quant.pack import LM_HEAD, Packing, bytes_of, layers_to_pack, plain_weight, recommended, use_fp8_activations
 from .weights.checkpoint import Checkpoint, build_on_meta, find_layout, open_checkpoint
 from .weights.save import save_checkpoint
 
@@ -49,6 +49,7 @@ def quantize(
     symmetric: bool = True,
     lm_head: Format | None = None,
     keep: Iterable[str] | None = None,
+    fp8_activations: bool = False,
     method: str = "rtn",
     calibration: str | Path | None = None,
     rows: int = 256,
@@ -61,6 +62,7 @@ def quantize(
     group, symmetric, lm_head, keep: see `quant.pack.Packing`; None takes what is `recommended` for the format. An LM
         head that is the embedding's table stays so, as files hold the embedding, unless lm_head names a format: then it
         is packed and has a table of its own
+    fp8_activations: with fp8, and for whoever loads it: see `quant.pack.use_fp8_activations`
     method: "rtn" rounds to the nearest, each layer as it is read, so that the plain weights are never all in memory;
         "gptq" rounds so that outputs change least on the calibration rows, and begins with all of the plain weights
     calibration: for gptq: a `.jsonl` file, a folder or "world", see `calibration`; `rows` of them at most
@@ -78,6 +80,8 @@ def quantize(
             if method == "gptq"
             else "rounding to the nearest takes no calibration rows; leave them out, or choose the method gptq"
         )
+    if fp8_activations and format != "fp8":
+        raise ConfigError(f"fp8 activations go with fp8 weights, not with {format}; choose fp8, or leave them out")
     place = loading.locate(source)
     checkpoint, target = open_checkpoint(place), Path(target).expanduser()
     if checkpoint.packed:
@@ -114,6 +118,8 @@ def quantize(
         found = calibration_rows(calibration, processor, rows)
         pack_calibrated(model, packing, found.rows, lambda done, total: step(done, total, _READING, _WHOLE))
     model.config, model.decoder.config = config, config.text
+    if fp8_activations:
+        use_fp8_activations(model)
     from_files = checkpoint.layout != "gguf"
     save_checkpoint(
         model, target,

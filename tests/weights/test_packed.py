@@ -16,7 +16,7 @@ from llama_multimodal import load, ops
 from llama_multimodal.errors import CheckpointError, ConfigError, UserError
 from llama_multimodal.models import VisionLanguageModel
 from llama_multimodal.ops import Format
-from llama_multimodal.quant.pack import PackedLinear, Packing, pack
+from llama_multimodal.quant.pack import PackedLinear, Packing, pack, use_fp8_activations
 from llama_multimodal.weights.convert import convert
 from llama_multimodal.weights.rules import same_bits
 from llama_multimodal.weights.save import save_checkpoint
@@ -131,7 +131,7 @@ def _other_method(config: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(_other_method, 'quantized as "gptq"'), (_with_activations, "quantized input_activations")],
+    [(_other_method, 'quantized as "gptq"'), (_with_activations, "input_activations beside whole numbers")],
 )
 def test_other_quantizations_are_refused(tmp_path: Path, change: Any, message: str) -> None:
     saved(tmp_path, Packing("int4", 16))
@@ -142,15 +142,53 @@ def test_other_quantizations_are_refused(tmp_path: Path, change: Any, message: s
         load(tmp_path)
 
 
-def test_fp8_activations_are_refused(tmp_path: Path) -> None:
-    saved(tmp_path, Packing("fp8"))
-    config = json.loads((tmp_path / "config.json").read_text())
+DYNAMIC = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}  # as "FP8-dynamic" checkpoints say it
+
+
+def _with_fp8_activations(folder: Path, asked: dict[str, Any], part: str = "input_activations") -> None:
+    saved(folder, Packing("fp8"))
+    config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"]["format"] == "float-quantized"
-    dynamic = {"num_bits": 8, "type": "float", "dynamic": True}
-    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = dynamic
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"asks for fp8 input_activations, for which it takes .* a Hopper GPU"):
+    for group in config["quantization_config"]["config_groups"].values():
+        group[part] = asked
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_fp8_activations_are_of_the_files(tmp_path: Path) -> None:
+    _with_fp8_activations(tmp_path, DYNAMIC | {"symmetric": True, "observer": None})
+    model, _ = load(tmp_path)
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    assert layers and all(layer.fp8_activations for layer in layers)
+    plain = use_fp8_activations(saved(tmp_path / "plain", Packing("fp8")))
+    logits = model(INPUTS).logits
+    assert torch.equal(logits, plain(INPUTS).logits)
+    without = saved(tmp_path / "without", Packing("fp8"))(INPUTS).logits
+    assert 1e-4 < (logits - without).norm() / without.norm() < 0.2
+    save_checkpoint(model, tmp_path / "again")
+    again, _ = load(tmp_path / "again")
+    assert torch.equal(again(INPUTS).logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("asked", "part", "message"),
+    [
+        (DYNAMIC | {"strategy": "tensor"}, "input_activations", "a scale for each token"),
+        (DYNAMIC | {"dynamic": False}, "input_activations", "a scale for each token"),
+        ({"num_bits": 8, "type": "float", "strategy": "token"}, "input_activations", "a scale for each token"),
+        (DYNAMIC | {"type": "int"}, "input_activations", "a scale for each token"),
+        ("fp8", "input_activations", "a scale for each token"),
+        (DYNAMIC, "output_activations", "output_activations, which are not computed"),
+    ],
+)
+def test_other_activations_are_refused(tmp_path: Path, asked: Any, part: str, message: str) -> None:
+    _with_fp8_activations(tmp_path, asked, part)
+    with pytest.raises(ConfigError, match=message):
         load(tmp_path)
+
+
+def test_fp8_activations_go_with_fp8_weights() -> None:
+    with pytest.raises(ConfigError, match="fp8 activations go with fp8 weights, which the model lacks"):
+        use_fp8_activations(pack(random_model(), Packing("int8", 16)))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,12 @@ def quantize(
     fp8: Annotated[
         bool, typer.Option("--fp8", help="Numbers of 8 bits with an exponent (e4m3), a scale a row.")
     ] = False,
+    fp8_activations: Annotated[
+        bool,
+        typer.Option(
+            "--fp8-activations", help="With --fp8: round what goes into these layers too, token by token (W8A8)."
+        ),
+    ] = False,
     group: Annotated[
         int | None, typer.Option(min=1, help="Weights that share a scale, 32 if left out; 128 makes files smaller.")
     ] = None,
@@ -72,8 +78,8 @@ def quantize(
         done = run(
             model, common.expand(target), chosen[0], group=32 if group is None else group,
             symmetric=symmetric is not False, lm_head=cast("Format | None", lm_head),
-            keep=None if keep is None else [glob for glob in keep if glob != _NONE], method=method,
-            calibration=calibration, rows=rows, device=common.choose_device(device), progress=progress,
+            keep=None if keep is None else [glob for glob in keep if glob != _NONE], fp8_activations=fp8_activations,
+            method=method, calibration=calibration, rows=rows, device=common.choose_device(device), progress=progress,
         )  # fmt: skip
     if done.tied:
         common.say(

@@ -60,7 +60,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.format, self.shape, self.group, self.layout = weight.format, weight.shape, weight.group, weight.layout
         self.parts = parts
-        self.int8_activations = False
+        self.int8_activations = self.fp8_activations = False
         self._product: PackedProduct | None = None
         self._sizes = None if parts is None else tuple(parts.values())
         for name, tensor in (("values", weight.values), ("scales", weight.scales), ("zeros", weight.zeros)):
@@ -73,8 +73,11 @@ class PackedLinear(nn.Module):
         return PackedWeight(self.format, self.shape, self.values, self.scales, self.zeros, self.group, self.layout)
 
     @property
-    def product(self) -> PackedProduct:
-        """What it computes. Kept between calls, since a decoding step asks each layer for it."""
+    def product(self) -> PackedProduct | None:
+        """What it computes, None with activations in fp8. Kept between calls, since a decoding step asks each layer for
+        it."""
+        if self.fp8_activations:
+            return None
         kept = self._product
         if (
             kept is None
@@ -106,12 +109,13 @@ class PackedLinear(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        out = self.product(x)
+        product = self.product
+        out = ops.fp8_linear(x, self.weight, self.bias) if product is None else product(x)
         return out if self._sizes is None else out.split(self._sizes, dim=-1)
 
     def extra_repr(self) -> str:
         outputs = self.shape[0] if self.parts is None else " + ".join(f"{n} {name}" for name, n in self.parts.items())
-        rounding = ", 8-bit activations" if self.int8_activations else ""
+        rounding = ", 8-bit activations" if self.int8_activations or self.fp8_activations else ""
         return f"{self.shape[1]} → {outputs}, {self.format}{rounding}"
 
 

@@ -5,6 +5,7 @@ from .attention import attention, segment_attention
 from .cross_attention import KeyRanges, Span, cross_attention
 from .decode_attention import decode_attention, kv_write, paged_decode_attention
 from .decode_blocks import DecoderBlock, PackedProduct, decode_blocks, paged_decode_blocks
+from .fp8_linear import fp8_linear, round_to_fp8
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_gelu import Approximation, linear_gelu
@@ -55,6 +56,7 @@ __all__ = [
     "decode_attention",
     "decode_blocks",
     "divides",
+    "fp8_linear",
     "kv_write",
     "linear",
     "linear_cross_entropy",
@@ -71,6 +73,7 @@ __all__ = [
     "rope_angles",
     "rope_frequencies",
     "round_activations",
+    "round_to_fp8",
     "segment_attention",
     "swiglu",
     "unpack_weight",

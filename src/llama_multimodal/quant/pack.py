@@ -110,6 +110,21 @@ def use_int8_activations(model: LanguageModel) -> LanguageModel:
     return model
 
 
+def use_fp8_activations(model: LanguageModel) -> LanguageModel:
+    """Round what goes into the fp8 layers to fp8 too, token by token ("W8A8", `ops.round_to_fp8`). Files hold it.
+    Hopper GPUs have products for it.
+
+    Raises:
+        ConfigError: no layer has fp8 weights.
+    """
+    layers = [x for x in model.modules() if isinstance(x, PackedLinear) and x.format == "fp8"]
+    if not layers:
+        raise ConfigError("fp8 activations go with fp8 weights, which the model lacks; pack it as fp8")
+    for layer in layers:
+        layer.fp8_activations = True
+    return model
+
+
 def packable_layers(model: LanguageModel) -> dict[str, tuple[str, ...]]:
     """Dotted path of every layer that `pack` can replace → the parameters it holds."""
     return {path: tuple(f"{path}.{name}" for name, _ in layer.named_parameters()) for path, layer in _outermost(model)}

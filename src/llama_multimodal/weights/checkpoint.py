@@ -17,13 +17,21 @@ from ..errors import CheckpointError, ConfigError, DeviceError, UserError
 from ..models import LanguageModel, build_model
 from ..ops import PackedWeight
 from ..ops.huge_pages import empty_parameter
-from ..quant.pack import LM_HEAD, Packing, layers_to_pack, pack_layer, packable_layers, put_packed
+from ..quant.pack import (
+    LM_HEAD,
+    Packing,
+    layers_to_pack,
+    pack_layer,
+    packable_layers,
+    put_packed,
+    use_fp8_activations,
+)
 from .families import hf_rules, meta_rules
 from .gguf import GGUFFile, gguf_rules, read_gguf_config
 from .io import SafetensorsFile, TensorInfo, read_json
 from .meta_params import config_from_meta
 from .meta_pth import MetaShards, shard_paths
-from .packed import StoredPacked, check_config, find_packed, side_by_side
+from .packed import StoredPacked, asks_for_fp8_activations, check_config, find_packed, side_by_side
 from .rules import Held, Rule, Source
 
 Layout = Literal["hf", "meta", "gguf"]
@@ -72,6 +80,7 @@ class Checkpoint:
     shapes: Mapping[str, tuple[int, ...]]  # of our parameters
     store: Store
     packed: Mapping[str, StoredPacked]  # of our parameters, those that are not stored as plain numbers
+    fp8_activations: bool = False  # what goes into fp8 layers is rounded to fp8 too
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,7 +128,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     rules = hf_rules(config, shapes, store.entries) if layout == "hf" else meta_rules(config)
     packed = find_packed(store.entries, rules, shapes) if layout == "hf" else {}
     check_tensors(folder, store.entries, rules, shapes, packed)
-    return Checkpoint(folder, layout, config, tuple(rules), shapes, store, packed)
+    rounds = bool(packed) and asks_for_fp8_activations(read_json(folder / "config.json"))
+    return Checkpoint(folder, layout, config, tuple(rules), shapes, store, packed, rounds)
 
 
 def _gguf_files(folder: Path) -> list[Path]:
@@ -377,7 +387,7 @@ def read_model(
         done += dtype.itemsize * _numel(checkpoint.shapes[rule.ours])
         if progress is not None:
             progress(done, total)
-    return model
+    return use_fp8_activations(model) if checkpoint.fp8_activations else model
 
 
 def read_parameters(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

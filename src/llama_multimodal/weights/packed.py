@@ -12,6 +12,8 @@ fp8 is "float-quantized": `weight` itself is float8_e4m3fn, and there is
 
     weight_scale       [N, 1], here fp32
 
+With `input_activations` in `quantization_config` what goes into these layers is rounded to fp8 as well, token by token.
+
 Which layers are packed, by how many bits and in which groups, all follows from the tensors; `quantization_config` in
 config.json is checked when reading and written for others.
 
@@ -245,17 +247,39 @@ def check_config(raw: Mapping[str, Any]) -> None:
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
         raise ConfigError("quantization_config: config_groups must be a table of tables")
     for group in groups.values():
-        for part in ("input_activations", "output_activations"):
-            if group.get(part) is not None and format == FP8_FORMAT:
-                raise ConfigError(
-                    f"quantization_config asks for fp8 {part}, for which it takes the fp8 products of a Hopper GPU;"
-                    " they are not used yet, so take a checkpoint with fp8 weights alone, or quantize your own"
-                )
-            if group.get(part) is not None:
-                raise ConfigError(f"quantization_config asks for quantized {part}; only weights are read quantized")
+        if group.get("output_activations") is not None:
+            raise ConfigError("quantization_config asks for quantized output_activations, which are not computed here")
+        asked = group.get("input_activations")
+        if asked is not None and format != FP8_FORMAT:
+            raise ConfigError(
+                "quantization_config asks for quantized input_activations beside whole numbers; only with fp8 weights"
+                " are they read"
+            )
+        if asked is not None and not _is_dynamic_fp8(asked):
+            raise ConfigError(
+                "quantization_config asks for input_activations other than fp8 with a scale for each token, found as it"
+                ' comes ("strategy": "token", "dynamic": true); take an "FP8-dynamic" checkpoint, or quantize your own'
+            )
+    if len({group.get("input_activations") is None for group in groups.values()}) > 1:
+        raise ConfigError("quantization_config asks for fp8 input_activations in some of its groups only, not in all")
 
 
-def quantization_config(packed: Sequence[StoredPacked], kept: Iterable[str] = ()) -> dict[str, Any]:
+def asks_for_fp8_activations(raw: Mapping[str, Any]) -> bool:
+    """Whether what goes into the fp8 layers is to be rounded too, by a configuration that `check_config` lets pass."""
+    groups = (raw.get("quantization_config") or {}).get("config_groups", {})
+    return any(group.get("input_activations") is not None for group in groups.values())
+
+
+_DYNAMIC_FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+def _is_dynamic_fp8(asked: Any) -> bool:
+    return isinstance(asked, Mapping) and _DYNAMIC_FP8.items() <= {"symmetric": True, **asked}.items()
+
+
+def quantization_config(
+    packed: Sequence[StoredPacked], kept: Iterable[str] = (), *, fp8_activations: bool = False
+) -> dict[str, Any]:
     """`quantization_config` for a model whose decoder is packed: its LM head may differ from the rest.
 
     kept: the names in the files of the decoder's linear layers that are not packed
@@ -274,12 +298,14 @@ def quantization_config(packed: Sequence[StoredPacked], kept: Iterable[str] = ()
     ignored = [*_NEVER_PACKED, *(f"re:.*{re.escape(layer[0])}$" for layer in layers if layer is not None)]
     if not any(_LM_HEAD in targets for _, targets in kinds):
         ignored.append(_LM_HEAD)
+    activations = {"input_activations": dict(_DYNAMIC_FP8)} if fp8_activations else {}
     return {
         "quant_method": METHOD,
         "format": FP8_FORMAT if any(isinstance(one, StoredFp8) for one in packed) else INTEGER_FORMAT,
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{i}": {"targets": sorted(targets), "weights": config} for i, (config, targets) in enumerate(kinds)
+            f"group_{i}": {"targets": sorted(targets), "weights": config, **activations}
+            for i, (config, targets) in enumerate(kinds)
         },
         "ignore": ignored,
     }

@@ -44,7 +44,8 @@ them but the way back."""
 class Weights:
     """What to write: our parameters, one at a time, and the unused cells of Meta's tile grids by Meta's names.
 
-    packed: those of the parameters that are written packed; `infos` and `get` leave them out.
+    packed: those of the parameters that are written packed; `infos` and `get` leave them out. fp8_activations: whether
+    what goes into fp8 layers is rounded too.
     """
 
     infos: Mapping[str, TensorInfo]
@@ -52,6 +53,7 @@ class Weights:
     leftovers: Mapping[str, Tensor] = field(default_factory=dict)
     packed: Mapping[str, StoredPacked] = field(default_factory=dict)
     get_packed: Callable[[str], PackedWeight] | None = None
+    fp8_activations: bool = False
 
 
 def save_checkpoint(
@@ -129,7 +131,8 @@ def _weights_of(model: LanguageModel, rules: Sequence[Rule], unpacked: bool) -> 
     def get(name: str) -> Tensor:
         return plain[name] if name in plain else ops.unpack_weight(get_packed(name)).to(infos[name].dtype)
 
-    return Weights(infos, get, packed=packed, get_packed=get_packed)
+    rounds = any(layer.fp8_activations for layer in layers.values())
+    return Weights(infos, get, packed=packed, get_packed=get_packed, fp8_activations=rounds)
 
 
 @contextmanager
@@ -258,7 +261,8 @@ def _write_hf(
         raw["torch_dtype"] = str(dtypes.pop()).removeprefix("torch.")
     if weights.packed:
         kept = [rule.theirs[0] for rule in rules if _is_kept(rule.ours, weights)]
-        raw["quantization_config"] = quantization_config(list(weights.packed.values()), kept)
+        stored = list(weights.packed.values())
+        raw["quantization_config"] = quantization_config(stored, kept, fp8_activations=weights.fp8_activations)
     write_json(folder / "config.json", raw)
     write_json(folder / "generation_config.json", _generation(config))
 
