@@ -191,7 +191,8 @@ def write(name: str, results: dict[str, Any], folder: Path | None) -> None:
     """One JSON with what was measured, on what, with which versions and commit."""
     if folder is None:
         return
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
     versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "numpy")}
     folder.mkdir(parents=True, exist_ok=True)
     about = {
