@@ -635,9 +635,15 @@ def test_quantize(llama_mm, checkpoint, photo, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "choose one of --int8, --int4 and --fp8"),
-        (("--int4", "--int8"), "choose one of --int8, --int4 and --fp8"),
+        ((), "choose one of --int8, --int4, --fp8 and --nf4"),
+        (("--int4", "--int8"), "choose one of --int8, --int4, --fp8 and --nf4"),
         (("--fp8", "--group", "32"), "--fp8 has a scale a row and no groups"),
+        (("--int4", "--fp8-activations"), "fp8 activations go with fp8 weights, not with int4"),
+        (("--int4", "--lm-head", "int8", "--keep", "lm_head"), "the LM head is to be kept and to become int8"),
+        (("--nf4", "--int4"), "choose one of"),
+        (("--nf4", "--asymmetric"), "--nf4 goes with --group (of 64 unless given), --keep and --device alone"),
+        (("--nf4", "--group", "48"), "block_size must be one of"),
+        (("--nf4", "--keep", "*"), "no linear layer is left to quantize"),
         (("--int4", "--group", "48"), "groups of 48 do not divide the 32 inputs of"),
         (("--int4", "--keep", "lm_haed"), 'no layer is called "lm_haed"'),
         (("--int4", "--method", "awq"), 'unknown method "awq"'),

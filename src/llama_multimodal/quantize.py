@@ -13,8 +13,11 @@ from . import loading
 from .calibration import calibration_rows
 from .config import AnyModelConfig, nearest
 from .errors import CheckpointError, ConfigError
+from .models import LanguageModel
 from .ops import Format
+from .processing import Processor
 from .quant.calibrate import pack_calibrated
+from .quant.nf4 import Nf4Config, quantize_nf4
 from .quant.pack import LM_HEAD, Packing, bytes_of, layers_to_pack, plain_weight, recommended, use_fp8_activations
 from .weights.checkpoint import Checkpoint, build_on_meta, find_layout, open_checkpoint
 from .weights.save import save_checkpoint
@@ -82,10 +85,7 @@ def quantize(
         )
     if fp8_activations and format != "fp8":
         raise ConfigError(f"fp8 activations go with fp8 weights, not with {format}; choose fp8, or leave them out")
-    place = loading.locate(source)
-    checkpoint, target = open_checkpoint(place), Path(target).expanduser()
-    if checkpoint.packed:
-        raise CheckpointError(f"{place} is quantized already; quantize the checkpoint that it was made from")
+    checkpoint, target = _open(source), Path(target).expanduser()
     config, spared = checkpoint.config, recommended(format, checkpoint.config.text)
     kept = spared.keep if keep is None else tuple(keep)
     packing = Packing(format, group, symmetric, lm_head or spared.lm_head, kept)
@@ -109,30 +109,64 @@ def quantize(
     found = None
     if calibration is None:
         model, processor = loading.load(
-            place, device=device, pack=packing, progress=lambda done, total: step(done, total, 0, _WHOLE)
+            source, device=device, pack=packing, progress=lambda done, total: step(done, total, 0, _WHOLE)
         )
     else:
         model, processor = loading.load(
-            place, device=device, progress=lambda done, total: step(done, total, 0, _READING)
+            source, device=device, progress=lambda done, total: step(done, total, 0, _READING)
         )
         found = calibration_rows(calibration, processor, rows)
         pack_calibrated(model, packing, found.rows, lambda done, total: step(done, total, _READING, _WHOLE))
     model.config, model.decoder.config = config, config.text
     if fp8_activations:
         use_fp8_activations(model)
+    bytes_after = _save(model, processor, checkpoint, target)
+    skipped = () if found is None else tuple(found.skipped)
+    return Quantized(
+        target, _size(_files(checkpoint)), bytes_after, 0 if found is None else len(found.rows), skipped, tied
+    )
+
+
+def quantize_to_nf4(
+    source: str | Path,
+    target: str | Path,
+    config: Nf4Config | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Quantized:
+    """Write a checkpoint whose linear layers are NF4, the encoder's too, into the folder `target`; all or nothing.
+
+    It begins with the plain weights in memory. Parameters and errors as of `quantize`; and
+
+    Raises:
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    checkpoint, target = _open(source), Path(target).expanduser()
+    _check_target(target, checkpoint)
+    model, processor = loading.load(source, device=device, progress=progress)
+    quantize_nf4(model, config)
+    _check_room(target, sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())))
+    bytes_after = _save(model, processor, checkpoint, target)
+    return Quantized(target, _size(_files(checkpoint)), bytes_after, 0, (), checkpoint.config.text.tie_word_embeddings)
+
+
+def _open(source: str | Path) -> Checkpoint:
+    place = loading.locate(source)
+    checkpoint = open_checkpoint(place)
+    if checkpoint.packed:
+        raise CheckpointError(f"{place} is quantized already; quantize the checkpoint that it was made from")
+    return checkpoint
+
+
+def _save(model: LanguageModel, processor: Processor, checkpoint: Checkpoint, target: Path) -> int:
+    """Bytes of the weights that were written."""
     from_files = checkpoint.layout != "gguf"
     save_checkpoint(
         model, target,
         tokenizer_from=checkpoint.folder if from_files else None, beside=None if from_files else processor.save,
     )  # fmt: skip
-    return Quantized(
-        target,
-        _size(_files(checkpoint)),
-        _size(target.glob(_WEIGHTS["hf"])),
-        0 if found is None else len(found.rows),
-        () if found is None else tuple(found.skipped),
-        tied,
-    )
+    return _size(target.glob(_WEIGHTS["hf"]))
 
 
 def _check_target(target: Path, checkpoint: Checkpoint) -> None:

@@ -163,7 +163,7 @@ def _table(path: Path) -> dict[str, Any]:
 
 
 def _packed(quantized: Any) -> Packed:
-    """How `weights.packed` writes it down: a group of layers, and perhaps one of the LM head alone.
+    """How `weights.packed` and `weights.nf4` write it down: a group of layers, and perhaps one of the LM head alone.
 
     Raises:
         ConfigError: another kind of quantization.
@@ -172,6 +172,8 @@ def _packed(quantized: Any) -> Packed:
 
     formats = {8: "int8", 4: "int4"}
     try:
+        if quantized.get("bnb_4bit_quant_type") == "nf4":
+            return Packed("nf4")
         groups = list(quantized["config_groups"].values())
         heads = [any("lm_head" in target for target in group["targets"]) for group in groups]
         layers = next((group for group, head in zip(groups, heads) if not head or len(group["targets"]) > 1), groups[0])

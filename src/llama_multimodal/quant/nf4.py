@@ -9,7 +9,7 @@ Shapes: N outputs · K inputs
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Literal
 
@@ -24,7 +24,11 @@ from ..models.layers import Linear
 from ..ops import Approximation
 
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_COMPUTE = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+COMPUTE = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+_BUFFERS = ("values", "scales", "code", "nested_scales", "nested_code", "nested_offset")
+NESTED_BLOCK = 256  # scales that share one
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,40 @@ class Nf4Config:
     def __post_init__(self) -> None:
         sizes = ", ".join(map(str, _BLOCK_SIZES))
         require(self.block_size in _BLOCK_SIZES, f"block_size must be one of {sizes}, not {self.block_size}", self)
-        known = ", ".join(_COMPUTE)
-        require(self.compute_dtype in _COMPUTE, f'compute_dtype "{self.compute_dtype}" is not one of {known}', self)
+        known = ", ".join(COMPUTE)
+        require(self.compute_dtype in COMPUTE, f'compute_dtype "{self.compute_dtype}" is not one of {known}', self)
+
+
+@dataclass(frozen=True)
+class Nf4Weight:
+    """A weight [N, K] in NF4.
+
+    values: uint8 [N·K / 2, 1]. scales: a block's, fp32, or uint8 with double quantization, which has the three others;
+    code, nested_code: what a value of 4 and one of 8 bits stands for
+    """
+
+    shape: tuple[int, int]
+    block_size: int
+    values: Tensor
+    scales: Tensor
+    code: Tensor
+    nested_scales: Tensor | None = None
+    nested_code: Tensor | None = None
+    nested_offset: Tensor | None = None
+
+    def to(self, device: torch.device) -> Nf4Weight:
+        tensors = {name: getattr(self, name) for name in _BUFFERS}
+        moved = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
+        return replace(self, **moved)
+
+    @classmethod
+    def of(cls, weight: Tensor, block_size: int, double_quant: bool) -> Nf4Weight:
+        """weight: [N, K]"""
+        values, state = _bitsandbytes().functional.quantize_4bit(
+            weight.detach().contiguous(), blocksize=block_size, compress_statistics=double_quant, quant_type="nf4"
+        )
+        nested = (state.state2.absmax, state.state2.code, state.offset) if double_quant else (None, None, None)
+        return cls((weight.shape[0], weight.shape[1]), block_size, values, state.absmax, state.code, *nested)
 
 
 class Nf4Linear(nn.Module):
@@ -57,32 +93,25 @@ class Nf4Linear(nn.Module):
     product = None
     values: Tensor
     scales: Tensor
+    code: Tensor
+    nested_scales: Tensor | None
+    nested_code: Tensor | None
+    nested_offset: Tensor | None
     bias: nn.Parameter | None
 
-    def __init__(self, weight: Tensor, bias: nn.Parameter | None, config: Nf4Config) -> None:
-        """weight: [N, K]; bias: [N], kept as it is"""
+    def __init__(self, weight: Nf4Weight, bias: nn.Parameter | None, compute_dtype: torch.dtype) -> None:
+        """bias: [N], kept as it is; compute_dtype: in which products run"""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.compute_dtype = _COMPUTE[config.compute_dtype]
-        self.bias = bias
-        values, state = _bitsandbytes().functional.quantize_4bit(
-            weight.detach().contiguous(),
-            blocksize=config.block_size,
-            compress_statistics=config.double_quant,
-            quant_type="nf4",
-        )
-        self.block_size = config.block_size
-        self.register_buffer("values", values)  # uint8 [N·K / 2, 1]
-        self.register_buffer("scales", state.absmax)  # fp32, or uint8 with double quantization
-        nested = state.state2 if config.double_quant else None
-        for name, tensor in (
-            ("code", state.code),
-            ("nested_scales", None if nested is None else nested.absmax),
-            ("nested_code", None if nested is None else nested.code),
-            ("nested_offset", None if nested is None else state.offset),
-        ):
-            self.register_buffer(name, tensor)
+        self.block_size, self.compute_dtype, self.bias = weight.block_size, compute_dtype, bias
+        for name in _BUFFERS:
+            self.register_buffer(name, getattr(weight, name))
         self._states: dict[torch.dtype, Any] = {}
+
+    @property
+    def weight(self) -> Nf4Weight:
+        tensors = (getattr(self, name) for name in _BUFFERS)
+        return Nf4Weight((self.out_features, self.in_features), self.block_size, *tensors)
 
     def forward(self, x: Tensor) -> Tensor:
         state = self._state(self.compute_dtype)
@@ -103,7 +132,9 @@ class Nf4Linear(nn.Module):
             record = _bitsandbytes().functional.QuantState
             nested = None
             if self.nested_scales is not None:
-                nested = record(absmax=self.nested_scales, code=self.nested_code, blocksize=256, dtype=torch.float32)
+                nested = record(
+                    absmax=self.nested_scales, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32
+                )
             self._states[dtype] = record(
                 absmax=self.scales,
                 shape=torch.Size((self.out_features, self.in_features)),
@@ -160,9 +191,17 @@ def quantize_nf4(
         layer = model.get_submodule(path)
         assert isinstance(layer, nn.Linear)
         parent, _, name = path.rpartition(".")
-        packed = Nf4Linear(layer.weight if device is None else layer.weight.to(device), layer.bias, config)
-        setattr(model.get_submodule(parent), name, packed)
+        weight = layer.weight if device is None else layer.weight.to(device)
+        packed = Nf4Weight.of(weight, config.block_size, config.double_quant)
+        setattr(model.get_submodule(parent), name, Nf4Linear(packed, layer.bias, COMPUTE[config.compute_dtype]))
     return model if device is None else model.to(device)
+
+
+def put_nf4(model: LanguageModel, path: str, weight: Nf4Weight, compute_dtype: torch.dtype) -> None:
+    """Replace a linear layer by an NF4 weight of its shape; its bias stays."""
+    parent, _, name = path.rpartition(".")
+    bias = getattr(model.get_submodule(path), "bias", None)
+    setattr(model.get_submodule(parent), name, Nf4Linear(weight, bias, compute_dtype))
 
 
 def _bitsandbytes() -> ModuleType:

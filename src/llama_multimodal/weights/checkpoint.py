@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,6 +17,7 @@ from ..errors import CheckpointError, ConfigError, DeviceError, UserError
 from ..models import LanguageModel, build_model
 from ..ops import PackedWeight
 from ..ops.huge_pages import empty_parameter
+from ..quant.nf4 import put_nf4
 from ..quant.pack import (
     LM_HEAD,
     Packing,
@@ -31,6 +32,7 @@ from .gguf import GGUFFile, gguf_rules, read_gguf_config
 from .io import SafetensorsFile, TensorInfo, read_json
 from .meta_params import config_from_meta
 from .meta_pth import MetaShards, shard_paths
+from .nf4 import StoredNf4, compute_dtype, find_nf4
 from .packed import StoredPacked, asks_for_fp8_activations, check_config, find_packed, side_by_side
 from .rules import Held, Rule, Source
 
@@ -79,8 +81,8 @@ class Checkpoint:
     rules: tuple[Rule, ...]
     shapes: Mapping[str, tuple[int, ...]]  # of our parameters
     store: Store
-    packed: Mapping[str, StoredPacked]  # of our parameters, those that are not stored as plain numbers
-    fp8_activations: bool = False  # what goes into fp8 layers is rounded to fp8 too
+    packed: Mapping[str, StoredPacked | StoredNf4]  # of our parameters, those that are not stored as plain numbers
+    quantization: Mapping[str, Any] = field(default_factory=dict)  # `quantization_config`
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,10 +128,12 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             store.entries.pop(name, None)  # some files hold the embedding twice
     shapes = parameter_shapes(config)
     rules = hf_rules(config, shapes, store.entries) if layout == "hf" else meta_rules(config)
-    packed = find_packed(store.entries, rules, shapes) if layout == "hf" else {}
+    packed: dict[str, StoredPacked | StoredNf4] = {}
+    if layout == "hf":
+        packed = {**find_packed(store.entries, rules, shapes), **find_nf4(store.entries, rules, shapes)}
     check_tensors(folder, store.entries, rules, shapes, packed)
-    rounds = bool(packed) and asks_for_fp8_activations(read_json(folder / "config.json"))
-    return Checkpoint(folder, layout, config, tuple(rules), shapes, store, packed, rounds)
+    quantization = (read_json(folder / "config.json").get("quantization_config") or {}) if packed else {}
+    return Checkpoint(folder, layout, config, tuple(rules), shapes, store, packed, quantization)
 
 
 def _gguf_files(folder: Path) -> list[Path]:
@@ -300,7 +304,7 @@ def check_tensors(
     found: Mapping[str, TensorInfo],
     rules: Sequence[Rule],
     shapes: Mapping[str, tuple[int, ...]],
-    packed: Mapping[str, StoredPacked],
+    packed: Mapping[str, StoredPacked | StoredNf4],
 ) -> None:
     """Hold what is found against what the rules want for our parameters' shapes.
 
@@ -361,12 +365,18 @@ def read_model(
     layers = packable_layers(model)
     waiting = {path: set(layers[path]) for path in layers_to_pack(model, packing)} if packing is not None else {}
     owner = {name: path for path, names in layers.items() for name in names}
-    stored_packed = {owner[name] for name in checkpoint.packed if name in owner}
+    nf4 = {name: stored for name, stored in checkpoint.packed.items() if isinstance(stored, StoredNf4)}
+    stored_packed = {owner[name] for name in checkpoint.packed.keys() - nf4.keys() if name in owner}
     total = sum(dtype.itemsize * _numel(shape) for shape in checkpoint.shapes.values())
     done = 0
     for rule in checkpoint.rules:
         path = owner.get(rule.ours, "")
-        if path not in stored_packed:
+        if rule.ours in nf4:
+            sources = _sources(checkpoint.store, nf4[rule.ours], device)
+            with _allocating(device, dtype, total):
+                weight = nf4[rule.ours].read(sources).to(device)
+            put_nf4(model, rule.ours.removesuffix(".weight"), weight, compute_dtype(checkpoint.quantization))
+        elif path not in stored_packed:
             with _allocating(device, dtype, total):
                 value = empty_parameter(checkpoint.shapes[rule.ours], dtype, device)
             if device.type != "meta":
@@ -377,9 +387,9 @@ def read_model(
                 if packing is not None and LM_HEAD in waiting:
                     pack_layer(model, LM_HEAD, packing)
         elif rule.ours == layers[path][0]:  # the first of its layer brings the others
-            weight = _read_packed(checkpoint, layers[path], device)
+            packed = _read_packed(checkpoint, layers[path], device)
             with _allocating(device, dtype, total):
-                put_packed(model, path, weight.to(device))
+                put_packed(model, path, packed.to(device))
         if packing is not None and path in waiting:
             waiting[path].discard(rule.ours)
             if not waiting[path]:
@@ -387,7 +397,7 @@ def read_model(
         done += dtype.itemsize * _numel(checkpoint.shapes[rule.ours])
         if progress is not None:
             progress(done, total)
-    return use_fp8_activations(model) if checkpoint.fp8_activations else model
+    return use_fp8_activations(model) if asks_for_fp8_activations(checkpoint.quantization) else model
 
 
 def read_parameters(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -419,18 +429,19 @@ def _read_packed(checkpoint: Checkpoint, names: Sequence[str], device: torch.dev
     """The weights of one layer of the model, side by side, on the CPU; without values for the meta device."""
     weights = []
     for stored in (checkpoint.packed.get(name) for name in names):
-        if stored is not None:
-            sources = {name: _source(checkpoint.store, name, info, device) for name, info in stored.infos().items()}
-            weights.append(stored.read(sources))
+        if stored is not None and not isinstance(stored, StoredNf4):
+            weights.append(stored.read(_sources(checkpoint.store, stored, device)))
     if len(weights) < len(names) or len({(one.format, one.group, one.zeros is None) for one in weights}) > 1:
         raise CheckpointError(f"{', '.join(names)} run as one product and must be packed alike; they are not")
     return side_by_side(weights)
 
 
-def _source(store: Store, name: str, info: TensorInfo, device: torch.device) -> Source:
-    return (
-        Held(torch.empty(info.shape, dtype=info.dtype, device=device)) if device.type == "meta" else Stored(store, name)
-    )
+def _sources(store: Store, stored: StoredPacked | StoredNf4, device: torch.device) -> dict[str, Source]:
+    """The stored tensors of a weight by their names; without values for the meta device."""
+    if device.type != "meta":
+        return {name: Stored(store, name) for name in stored.infos()}
+    infos = stored.infos().items()
+    return {name: Held(torch.empty(info.shape, dtype=info.dtype, device=device)) for name, info in infos}
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:

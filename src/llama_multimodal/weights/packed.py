@@ -33,6 +33,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError
 from ..ops import Format, PackedWeight
 from ..ops.packed_linear import join_nibbles, split_nibbles
+from . import nf4
 from .io import TensorInfo
 from .rules import Rule, Source
 
@@ -238,10 +239,13 @@ def check_config(raw: Mapping[str, Any]) -> None:
     if not isinstance(table, Mapping):
         raise ConfigError("quantization_config must be a table")
     method, format = table.get("quant_method"), table.get("format")
+    if method == nf4.METHOD:
+        return nf4.check_nf4_config(table)
     if method != METHOD or format not in (INTEGER_FORMAT, FP8_FORMAT):
         raise ConfigError(
             f'the weights are quantized as "{method}" (format "{format}"); only {METHOD} with the format'
-            f" {INTEGER_FORMAT} or {FP8_FORMAT} is read, so take another checkpoint, such as the one it was made from"
+            f" {INTEGER_FORMAT} or {FP8_FORMAT} and NF4 of {nf4.METHOD} are read, so take another checkpoint, such as"
+            " the one it was made from"
         )
     groups = table.get("config_groups")
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
@@ -264,9 +268,10 @@ def check_config(raw: Mapping[str, Any]) -> None:
         raise ConfigError("quantization_config asks for fp8 input_activations in some of its groups only, not in all")
 
 
-def asks_for_fp8_activations(raw: Mapping[str, Any]) -> bool:
-    """Whether what goes into the fp8 layers is to be rounded too, by a configuration that `check_config` lets pass."""
-    groups = (raw.get("quantization_config") or {}).get("config_groups", {})
+def asks_for_fp8_activations(table: Mapping[str, Any]) -> bool:
+    """Whether what goes into the fp8 layers is to be rounded too, by a `quantization_config` that `check_config` lets
+    pass."""
+    groups = table.get("config_groups", {})
     return any(group.get("input_activations") is not None for group in groups.values())
 
 

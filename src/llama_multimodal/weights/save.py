@@ -21,11 +21,13 @@ from ..config import AnyModelConfig, ModelConfig, config_to_hf
 from ..errors import CheckpointError
 from ..models import LanguageModel
 from ..ops import PackedWeight
+from ..quant.nf4 import Nf4Linear
 from ..quant.pack import LM_HEAD, PackedLinear
 from .checkpoint import INDEX, SINGLE, Layout, find_layout, parameter_shapes
 from .families import hf_rules, meta_rules
 from .io import TensorInfo, flush, write_json, write_safetensors
 from .meta_params import config_to_meta
+from .nf4 import StoredNf4, nf4_config, stored_nf4
 from .packed import StoredPacked, is_linear, quantization_config, stored_as
 from .rules import Rule, TileGrid
 
@@ -45,15 +47,16 @@ class Weights:
     """What to write: our parameters, one at a time, and the unused cells of Meta's tile grids by Meta's names.
 
     packed: those of the parameters that are written packed; `infos` and `get` leave them out. fp8_activations: whether
-    what goes into fp8 layers is rounded too.
+    what goes into fp8 layers is rounded too. nf4: the layers of those of `packed` that are `StoredNf4`.
     """
 
     infos: Mapping[str, TensorInfo]
     get: Callable[[str], Tensor]
     leftovers: Mapping[str, Tensor] = field(default_factory=dict)
-    packed: Mapping[str, StoredPacked] = field(default_factory=dict)
+    packed: Mapping[str, StoredPacked | StoredNf4] = field(default_factory=dict)
     get_packed: Callable[[str], PackedWeight] | None = None
     fp8_activations: bool = False
+    nf4: Mapping[str, Nf4Linear] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -85,8 +88,8 @@ def save_checkpoint(
     weights = _weights_of(model, rules, unpacked)
     if weights.infos.keys() | weights.packed.keys() != {rule.ours for rule in rules}:
         raise CheckpointError(
-            "this model's layers were changed (adapters or NF4); merge or remove the adapters before saving; NF4"
-            " weights are not saved, but made again from the checkpoint"
+            "this model's layers were changed by adapters; save these alone with save_adapter, or merge or remove them"
+            " before saving the model"
         )
     if any(value.is_meta for value in model.parameters()):
         raise CheckpointError("this model was built without weights, so there is nothing to save")
@@ -108,7 +111,13 @@ def _weights_of(model: LanguageModel, rules: Sequence[Rule], unpacked: bool) -> 
     if model.config.text.tie_word_embeddings:
         layers.pop(LM_HEAD, None)  # files hold the embedding it was packed from
     places: dict[str, tuple[str, str]] = {}  # of a layer, and of the parameter within it
-    packed: dict[str, StoredPacked] = {}
+    packed: dict[str, StoredPacked | StoredNf4] = {}
+    nf4 = {f"{path}.weight": layer for path, layer in model.named_modules() if isinstance(layer, Nf4Linear)}
+    for name, linear in nf4.items():
+        if unpacked:
+            infos[name] = TensorInfo(linear.weight.shape, model.dtype)
+        elif name in theirs:
+            packed[name] = stored_nf4(theirs[name], linear)
     for path, layer in layers.items():
         for part, shape in layer.shapes.items():
             name = f"{path}.{part}"
@@ -129,10 +138,12 @@ def _weights_of(model: LanguageModel, rules: Sequence[Rule], unpacked: bool) -> 
         return weights_in(path)[part]
 
     def get(name: str) -> Tensor:
-        return plain[name] if name in plain else ops.unpack_weight(get_packed(name)).to(infos[name].dtype)
+        if name in plain:
+            return plain[name]
+        return (nf4[name].dense() if name in nf4 else ops.unpack_weight(get_packed(name))).to(infos[name].dtype)
 
     rounds = any(layer.fp8_activations for layer in layers.values())
-    return Weights(infos, get, packed=packed, get_packed=get_packed, fp8_activations=rounds)
+    return Weights(infos, get, packed=packed, get_packed=get_packed, fp8_activations=rounds, nf4=nf4)
 
 
 @contextmanager
@@ -261,8 +272,11 @@ def _write_hf(
         raw["torch_dtype"] = str(dtypes.pop()).removeprefix("torch.")
     if weights.packed:
         kept = [rule.theirs[0] for rule in rules if _is_kept(rule.ours, weights)]
-        stored = list(weights.packed.values())
-        raw["quantization_config"] = quantization_config(stored, kept, fp8_activations=weights.fp8_activations)
+        if weights.nf4:
+            raw["quantization_config"] = nf4_config(weights.nf4.values(), kept)
+        else:
+            stored = [one for one in weights.packed.values() if not isinstance(one, StoredNf4)]
+            raw["quantization_config"] = quantization_config(stored, kept, fp8_activations=weights.fp8_activations)
     write_json(folder / "config.json", raw)
     write_json(folder / "generation_config.json", _generation(config))
 
@@ -276,8 +290,11 @@ def _their_tensor(rule: Rule, get: Callable[[str], Tensor]) -> Tensor:
 
 
 def _packed_tensor(weights: Weights, ours: str, theirs: str) -> Tensor:
+    stored = weights.packed[ours]
+    if isinstance(stored, StoredNf4):
+        return stored.write(weights.nf4[ours])[theirs]
     assert weights.get_packed is not None
-    return weights.packed[ours].write(weights.get_packed(ours))[theirs]
+    return stored.write(weights.get_packed(ours))[theirs]
 
 
 def _generation(config: AnyModelConfig) -> dict[str, Any]:
