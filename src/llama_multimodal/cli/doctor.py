@@ -200,9 +200,10 @@ def _short(reason: str) -> str:
 
 
 OPS = (
-    "add_rms_norm", "apply_rope", "attention", "cross_attention", "decode_attention", "decode_blocks", "kv_write",
-    "linear", "linear_cross_entropy", "linear_gelu", "packed_linear", "paged_decode_attention", "paged_decode_blocks",
-    "prepare_weight", "quantized_kv_write", "quantized_paged_decode_attention", "rms_norm", "swiglu",
+    "add_rms_norm", "apply_rope", "attention", "cross_attention", "decode_attention", "decode_blocks", "fp8_linear",
+    "kv_write", "linear", "linear_cross_entropy", "linear_gelu", "packed_linear", "paged_decode_attention",
+    "paged_decode_blocks", "prepare_weight", "quantized_kv_write", "quantized_paged_decode_attention", "rms_norm",
+    "swiglu",
 )  # fmt: skip
 """Every op that dispatches; those without a kernel register nothing, so they are named here."""
 
