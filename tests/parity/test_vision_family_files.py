@@ -337,7 +337,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("LLaVA", {"vision_config": None}, "vision_config is missing or not a table"),
     ("LLaVA", {"image_token_index": "<image>"}, "image_token_id must be a whole number, not '<image>'"),
     ("LLaVA", {"image_token_index": 5000}, r"image_token_id must be under \d+, the embedding's rows"),
-    ("LLaVA", {"quantization_config": {"quant_method": "bitsandbytes"}}, 'quantized as "bitsandbytes"'),
+    ("LLaVA", {"quantization_config": {"quant_method": "awq"}}, 'quantized as "awq"'),
     ("LLaVA", {"projector_hidden_acts": "gelu"}, 'unknown key "projector_hidden_acts"; did you mean "projector_hid'),
     ("LLaVA, SigLIP", {"vision_feature_select_strategy": "default"}, "SigLIP has no class token to leave out"),
     ("LLaVA-NeXT", {"vision_feature_select_strategy": "full"}, "grid_pinpoints need patches alone, and no class token"),
