@@ -5,7 +5,7 @@ from .attention import attention, segment_attention
 from .cross_attention import KeyRanges, Span, cross_attention
 from .decode_attention import decode_attention, kv_write, paged_decode_attention
 from .decode_blocks import DecoderBlock, PackedProduct, decode_blocks, paged_decode_blocks
-from .fp8_linear import fp8_linear, round_to_fp8
+from .fp8_linear import fp8_linear
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_gelu import Approximation, linear_gelu
@@ -21,6 +21,7 @@ from .packed_linear import (
     prepare_weight,
     restore_weight,
     round_activations,
+    round_to_fp8,
     unpack_weight,
 )
 from .paged_attention import PagedCache, PagedReads, PagedRun, paged_attention

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from . import _dispatch
-from .packed_linear import PackedWeight, packed_linear
+from .packed_linear import PackedWeight, packed_linear, round_to_fp8
 
-_FP8 = torch.float8_e4m3fn
-_LARGEST = torch.finfo(_FP8).max  # 448
 _SIDES = 16  # what N and K must be multiples of on a GPU
 
 
@@ -24,13 +22,6 @@ def fp8_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> T
     are recorded, what x was rounded to is multiplied in its own dtype.
     """
     return _dispatch.call("fp8_linear", _torch, x, packed, bias)
-
-
-def round_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., K] → float8_e4m3fn [..., K] and its scales, fp32 [..., 1]: a row's largest magnitude becomes 448."""
-    wide = x.float()
-    scales = (wide.abs().amax(-1, keepdim=True) / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
-    return (wide / scales).clamp(-_LARGEST, _LARGEST).to(_FP8), scales
 
 
 def _torch(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:

@@ -100,14 +100,20 @@ def _pack_rows(weight: Tensor, format: Format, group: int, symmetric: bool) -> P
     if format == "bf16":
         return PackedWeight("bf16", (rows, columns), weight.to(torch.bfloat16).contiguous())
     if format == "fp8":
-        steps = (weight.float().abs().amax(1, keepdim=True) / _FP8_LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
-        values = (weight.float() / steps).clamp(-_FP8_LARGEST, _FP8_LARGEST).to(_FP8)
+        values, steps = round_to_fp8(weight)
         return PackedWeight("fp8", (rows, columns), values, steps, group=columns)
     groups = weight.float().view(rows, -1, group)  # [N, K/G, G]
     grid = Grid.of(groups, format, symmetric)
     if not weight.is_meta and bool(torch.isinf(grid.scales).any()):
         raise ValueError("pack_weight: the weight's values are too large for a scale in fp16")
     return grid.packed(grid.stored(groups))
+
+
+def round_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., K] → float8_e4m3fn [..., K] and its scales, fp32 [..., 1]: a row's largest magnitude becomes 448."""
+    wide = x.float()
+    scales = (wide.abs().amax(-1, keepdim=True) / _FP8_LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+    return (wide / scales).clamp(-_FP8_LARGEST, _FP8_LARGEST).to(_FP8), scales
 
 
 def _is_finite(weight: Tensor) -> bool:

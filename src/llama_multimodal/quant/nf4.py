@@ -188,12 +188,9 @@ def quantize_nf4(
     if not layers:
         raise ConfigError("no linear layer is left to quantize: all are kept, packed or NF4 already")
     for path in layers:
-        layer = model.get_submodule(path)
-        assert isinstance(layer, nn.Linear)
-        parent, _, name = path.rpartition(".")
-        weight = layer.weight if device is None else layer.weight.to(device)
+        weight = model.get_parameter(f"{path}.weight").to(device)
         packed = Nf4Weight.of(weight, config.block_size, config.double_quant)
-        setattr(model.get_submodule(parent), name, Nf4Linear(packed, layer.bias, COMPUTE[config.compute_dtype]))
+        put_nf4(model, path, packed, COMPUTE[config.compute_dtype])
     return model if device is None else model.to(device)
 
 
